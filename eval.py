@@ -1,0 +1,231 @@
+"""Task 3: descriptors, exact search and recall@K.
+
+    python eval.py --checkpoint output/checkpoints/netvlad_final.pth --dataset dataset --split val
+
+As a module: compute_embeddings(), evaluate_recall(). Works when copied out alone together with
+model.py; only the command line above needs base.py, which reads the lists.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+from torchvision import transforms
+from tqdm import tqdm
+
+from model import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    InputError,
+    NetVLADModel,
+    choose_device,
+    half_precision,
+    load_checkpoint,
+    refuse,
+)
+
+SEARCH_CELLS = 2**25  # most entries of a queries x database matrix held at a time
+BOOTSTRAP_DRAWS = 1000
+IMAGE_SIZE = 224
+TRANSFORM = transforms.Compose([
+    transforms.Resize((IMAGE_SIZE, IMAGE_SIZE)),
+    transforms.ToTensor(),
+    transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD),
+])  # fmt: skip
+
+
+def load_image(path: Path | str) -> Image.Image:
+    """An 8-bit RGB image, 16-bit gray reduced. InputError naming a file that does not decode."""
+    try:
+        with Image.open(path) as image:
+            if image.mode.startswith("I"):  # Pillow clips 16 bit to 8 instead of scaling
+                image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
+            return image.convert("RGB")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise InputError(f"the image {path} cannot be read ({error}): replace it.") from None
+
+
+def embed(
+    models: Sequence[NetVLADModel], dataset: Dataset, device: torch.device | str,
+    batch_size: int = 32, workers: int = 0, desc: str = "embedding",
+) -> tuple[list[np.ndarray], list[int], list[str]]:  # fmt: skip
+    """Descriptors of a data set by several models that share their frozen trunk, read once.
+
+    dataset: items (image (3, H, W), index, path). All models must have the same `first_trained` and
+    the same weights below it. -> (a float32 array (n, D) for each model, indices, paths).
+    """
+    device = torch.device(device)
+    for model in models:
+        model.to(device, memory_format=torch.channels_last).eval()
+    shared = models[0].first_trained if len(models) > 1 else 0
+    parts: list[list[torch.Tensor]] = [[] for _ in models]
+    indices: list[int] = []
+    paths: list[str] = []
+    loader = DataLoader(dataset, batch_size, num_workers=workers)
+    with tqdm(total=len(dataset), desc=desc, unit="image", leave=False) as bar:
+        for images, numbers, names in loader:
+            images = images.to(device).contiguous(memory_format=torch.channels_last)
+            with torch.inference_mode(), half_precision(device):
+                trunk = models[0].trunk[:shared](images)
+                for model, part in zip(models, parts):
+                    part.append(model(trunk, shared).float().cpu())
+            indices += [int(number) for number in numbers]
+            paths += list(names)
+            bar.update(len(images))
+    width = models[0].netvlad.centers.numel()
+    empty = torch.empty(0, width)
+    return [torch.cat([empty, *part]).numpy() for part in parts], indices, paths
+
+
+def compute_embeddings(
+    model: NetVLADModel, dataset: Dataset, device: torch.device | str, batch_size: int = 32
+) -> tuple[np.ndarray, list[int], list[str]]:
+    """Descriptors of a data set of (image, index, path): (array (n, D) float32, indices, paths)."""
+    (descriptors,), indices, paths = embed([model], dataset, device, batch_size)
+    return descriptors, indices, paths
+
+
+def search(
+    queries: np.ndarray, database: np.ndarray, k: int, device: torch.device | str = "cpu"
+) -> tuple[np.ndarray, np.ndarray]:
+    """The k most similar rows of `database` for each query, exactly, by inner product.
+
+    queries (nq, D), database (nd, D), rows of norm 1 -> similarity, index, both (nq, min(k, nd)),
+    best first; equal similarities in the order of the database. At most SEARCH_CELLS similarities
+    are held at a time.
+    """
+    k = min(k, len(database))
+    base = torch.from_numpy(database).to(device)
+    rows = max(1, SEARCH_CELLS // max(1, len(database)))
+    values, indices = [torch.empty(0, k)], [torch.empty(0, k, dtype=torch.long)]
+    for chunk in torch.from_numpy(queries).split(rows):
+        similarity = chunk.to(device) @ base.T
+        value, index = _stable_topk(similarity, k)
+        values.append(value.cpu())
+        indices.append(index.cpu())
+    return torch.cat(values).numpy(), torch.cat(indices).numpy()
+
+
+def _stable_topk(similarity: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """topk with ties in column order: torch.topk itself promises no order among equal values."""
+    value, index = similarity.topk(k, dim=1)
+    index, by_index = index.sort(dim=1)
+    value, by_value = value.gather(1, by_index).sort(dim=1, descending=True, stable=True)
+    index = index.gather(1, by_value)
+    split_tie = ((similarity >= value[:, -1:]).sum(dim=1) > k).nonzero().flatten()
+    if len(split_tie):  # more columns equal the k-th value than fit: take the first of them
+        full, order = similarity[split_tie].sort(dim=1, descending=True, stable=True)
+        value[split_tie], index[split_tie] = full[:, :k], order[:, :k]
+    return value, index
+
+
+def positives_within(utmQ: np.ndarray, utmDb: np.ndarray, threshold: float) -> list[np.ndarray]:
+    """For each query the database rows at most `threshold` meters away; the nearest if there is none."""
+    found: list[np.ndarray] = []
+    rows = max(1, SEARCH_CELLS // 8 // max(1, len(utmDb)))
+    for begin in range(0, len(utmQ), rows):
+        difference = utmQ[begin : begin + rows, None] - utmDb[None]
+        distance = np.hypot(difference[..., 0], difference[..., 1])
+        for row in distance:
+            near = np.flatnonzero(row <= threshold)
+            found.append(near if len(near) else row.argmin(keepdims=True))
+    return found
+
+
+def first_hits(ranking: np.ndarray, positives: Sequence[np.ndarray]) -> np.ndarray:
+    """Rank (0 = best) of each query's first positive in `ranking` (nq, k); k if none is among them."""
+    right = np.array([np.isin(row, p) for row, p in zip(ranking, positives)], dtype=bool)
+    right = right.reshape(ranking.shape)
+    return np.where(right.any(axis=1), right.argmax(axis=1), ranking.shape[1])
+
+
+def recall_interval(
+    hits: np.ndarray, recall_values: Sequence[int], seed: int = 0
+) -> tuple[list[float], list[float]]:
+    """95 % bootstrap interval (percentiles, queries redrawn) of recall at each K from `first_hits`."""
+    answered = hits[:, None] < np.asarray(recall_values)
+    weights = np.random.default_rng(seed).multinomial(
+        len(hits), np.full(len(hits), 1 / len(hits)), BOOTSTRAP_DRAWS
+    )
+    low, high = np.percentile(weights @ answered / len(hits), [2.5, 97.5], axis=0)
+    return low.tolist(), high.tolist()
+
+
+def chance_recall(
+    positives: Sequence[np.ndarray], database_size: int, recall_values: Sequence[int]
+) -> list[float]:
+    """Expected recall at each K of a random ranking: 1 - C(D - P, K) / C(D, K), mean over queries."""
+    counts = np.array([len(p) for p in positives])
+    drawn = np.arange(min(max(recall_values), database_size))
+    miss = np.clip(database_size - counts[:, None] - drawn, 0, None) / (database_size - drawn)
+    recall = 1 - miss.cumprod(axis=1).mean(axis=0)
+    return [float(recall[min(k, database_size) - 1]) for k in recall_values]
+
+
+def print_recall(hits: np.ndarray, recall_values: Sequence[int]) -> dict[int, int]:
+    """Print the assignment's line for each K; K -> number of queries answered."""
+    answered = {k: int((hits < k).sum()) for k in recall_values}
+    for k, count in answered.items():
+        print(f"Recall@{k}: {count}/{len(hits)} = {100 * count / len(hits):.2f}%")
+    return answered
+
+
+def evaluate_recall(
+    model: NetVLADModel,
+    query_ds: Dataset,
+    db_ds: Dataset,
+    utmQ: np.ndarray,
+    utmDb: np.ndarray,
+    posDistThr: float,
+    device: torch.device | str,
+    recall_values: Sequence[int] = [1, 5, 10],
+) -> dict[int, int]:
+    """Recall@K by cosine similarity: prints a line a K, returns K -> number of queries answered.
+
+    query_ds, db_ds: items (image, index, path); utmQ (nq, 2), utmDb (nd, 2) in meters, in their
+    order. A positive is a database image within posDistThr; a query with none takes its nearest.
+    """
+    queries, _, _ = compute_embeddings(model, query_ds, device)
+    database, _, _ = compute_embeddings(model, db_ds, device)
+    _, ranking = search(queries, database, max(recall_values), device)
+    positives = positives_within(np.asarray(utmQ), np.asarray(utmDb), float(posDistThr))
+    return print_recall(first_hits(ranking, positives), recall_values)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Evaluate a checkpoint on the lists of a data set. Exit code 2 for bad input."""
+    parser = argparse.ArgumentParser(description="Recall@1/5/10 of a trained model.")
+    parser.add_argument(
+        "--checkpoint", type=Path, default=Path("output/checkpoints/netvlad_final.pth"),
+        help="state dict that base.py wrote (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument("--dataset", type=Path, help="folder of the lists (default: as base.py)")
+    parser.add_argument("--split", default="val", choices=["train", "val", "test"])
+    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
+    args = parser.parse_args(argv)
+    try:
+        from base import (  # only here: this file works without base.py
+            find_dataset,
+            read_split,
+        )
+
+        model = load_checkpoint(args.checkpoint)
+        split = read_split(find_dataset(args.dataset)[0], args.split)
+        if split is None:
+            raise InputError(f"there is no {args.split} list: choose --split val.")
+        evaluate_recall(
+            model, split.queries, split.index, split.utm_query, split.utm_index, split.threshold,
+            choose_device(args.device),
+        )  # fmt: skip
+    except InputError as error:
+        return refuse("eval.py", error)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

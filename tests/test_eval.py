@@ -1,0 +1,101 @@
+"""Search, recall and chance by hand counts and brute force."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import Dataset
+
+import eval as evaluation
+from eval import (
+    chance_recall,
+    compute_embeddings,
+    embed,
+    evaluate_recall,
+    first_hits,
+    positives_within,
+    recall_interval,
+    search,
+)
+from model import NetVLADModel
+
+
+class Images(Dataset):
+    def __init__(self, count: int) -> None:
+        self.images = torch.randn(count, 3, 32, 32, generator=torch.Generator().manual_seed(count))
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, i: int) -> tuple:
+        return self.images[i], i, f"image{i}.jpg"
+
+
+def test_search_equals_a_stable_sort_also_with_ties(monkeypatch):
+    rng = np.random.default_rng(0)
+    queries = rng.integers(-2, 3, (40, 3)).astype(np.float32)
+    database = rng.integers(-2, 3, (60, 3)).astype(np.float32)  # many equal products
+    expected = np.argsort(-(queries @ database.T), axis=1, kind="stable")
+    for cells in (2**25, 100):  # in one chunk and in many
+        monkeypatch.setattr(evaluation, "SEARCH_CELLS", cells)
+        for k in (1, 7, 60, 80):
+            similarity, index = search(queries, database, k)
+            np.testing.assert_array_equal(index, expected[:, :k])
+            np.testing.assert_array_equal(similarity, np.take_along_axis(queries @ database.T, index, 1))
+
+
+def test_positives_and_the_nearest_where_there_is_none():
+    utm_query = np.array([[0.0, 0.0], [100.0, 0.0]])
+    utm_index = np.array([[0.0, 25.0], [0.0, 25.01], [60.0, 0.0], [3.0, 4.0]])
+    near, alone = positives_within(utm_query, utm_index, 25)
+    assert near.tolist() == [0, 3]  # exactly 25 m counts
+    assert alone.tolist() == [2]
+
+
+def test_first_hits_by_hand():
+    ranking = np.array([[3, 1, 2], [0, 1, 2], [2, 0, 1]])
+    positives = [np.array([2, 1]), np.array([5]), np.array([2])]
+    assert first_hits(ranking, positives).tolist() == [1, 3, 0]
+
+
+def test_chance_recall_by_enumeration():
+    positives = [np.array([0]), np.array([1, 2, 4])]
+    for k, value in zip((1, 2, 5, 9), chance_recall(positives, 5, (1, 2, 5, 9))):
+        draws = list(itertools.combinations(range(5), min(k, 5)))
+        counted = np.mean([np.mean([bool(set(d) & set(p)) for d in draws]) for p in positives])
+        assert value == pytest.approx(counted)
+
+
+def test_bootstrap_interval_is_the_binomial_one_for_many_queries():
+    hits = np.array([0] * 700 + [5] * 300)
+    low, high = recall_interval(hits, [1, 10])
+    half_width = 1.96 * np.sqrt(0.7 * 0.3 / 1000)
+    assert low[0] == pytest.approx(0.7 - half_width, abs=0.006)
+    assert high[0] == pytest.approx(0.7 + half_width, abs=0.006)
+    assert (low[1], high[1]) == (1, 1)
+
+
+def test_models_that_share_a_trunk_embed_as_they_would_alone():
+    torch.manual_seed(0)
+    one, two = NetVLADModel(4, pretrained=False), NetVLADModel(4, pretrained=False)
+    two.trunk[:24].load_state_dict(one.trunk[:24].state_dict())
+    together, indices, paths = embed([one, two], Images(5), "cpu", batch_size=2)
+    assert indices == list(range(5)) and paths[4] == "image4.jpg"
+    for model, descriptors in zip((one, two), together):
+        alone, _, _ = compute_embeddings(model, Images(5), "cpu", batch_size=2)
+        np.testing.assert_allclose(descriptors, alone, atol=1e-6)
+    assert not np.allclose(*together)
+
+
+def test_recall_by_hand_count_with_a_query_that_has_no_positive(capsys):
+    torch.manual_seed(0)
+    model = NetVLADModel(4, pretrained=False)
+    images = Images(4)  # queries and database are the same images: each finds itself first
+    utm_index = np.array([[0.0, 0.0], [100.0, 0.0], [200.0, 0.0], [1000.0, 0.0]])
+    utm_query = np.array([[0.0, 0.0], [200.0, 0.0], [140.0, 0.0], [1500.0, 0.0]])
+    # 0: itself, right. 1: image 2 is the positive, not itself. 2: none within 25 m, nearest is image 1
+    # (40 m), not itself. 3: none within 25 m, nearest is image 3: itself, right.
+    found = evaluate_recall(model, images, images, utm_query, utm_index, 25, "cpu", [1, 4])
+    assert found == {1: 2, 4: 4}
+    assert capsys.readouterr().out == "Recall@1: 2/4 = 50.00%\nRecall@4: 4/4 = 100.00%\n"
