@@ -1,0 +1,812 @@
+"""Camera pose from matches of image points with 3D points: P3P, MSAC, LO-RANSAC, refinement.
+
+Every function works on plain tensors, on whatever device they live, in float64, with no loop over
+samples. A pose is `R_cam_from_world` (3, 3), `t_cam` (3,): x_cam = R X + t. Image points are
+`xy_norm`, normalized coordinates (x/z, y/z) = K⁻¹ pixel; thresholds are in the same unit, that is
+pixels divided by the focal length. "Correspondence" i is the pair xy_norm[i], points[i].
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+SCORE_CHUNK = 1 << 18  # pose × correspondence pairs scored at once: stays in a core's cache
+REFINE_CHUNK = 1 << 18  # pose × correspondence pairs refined at once (about 25 MB of Jacobian)
+ROUND_SAMPLES = 1000  # minimal samples drawn, solved and scored together
+LOCAL_CANDIDATES = 8  # best poses of a round that are refined
+LOCAL_ITERATIONS = 8
+MISS_PROBABILITY = 1e-4  # RANSAC stops when a better pose is missed with this probability
+MIN_INLIERS = 4  # any three correspondences agree with some pose
+REMOVAL_FACTOR = 2.0  # a mode takes what lies within so many thresholds out of the next search
+MIN_DEPTH = 1e-6  # nearer than this counts as behind the camera
+THIN_TRIANGLE = 1e-4  # height over longest edge below which three points count as collinear
+
+
+@dataclass(frozen=True)
+class Pose:
+    """A pose found by `lo_ransac`.
+
+    inliers (n,) bool over the caller's correspondences; score: `score_poses` over all of them;
+    covariance (6, 6): see `refine_pose`.
+    """
+
+    R_cam_from_world: Tensor
+    t_cam: Tensor
+    inliers: Tensor
+    score: float
+    covariance: Tensor
+
+
+@dataclass(frozen=True)
+class RefinedPose:
+    """Result of `refine_pose`; every field has the leading dimension of the poses given, if any.
+
+    inliers (h, n) bool, covariance (h, 6, 6), cost (h,): the minimized sum of robust losses.
+    """
+
+    R_cam_from_world: Tensor
+    t_cam: Tensor
+    inliers: Tensor
+    covariance: Tensor
+    cost: Tensor
+
+
+# ---------------------------------------------------------------- rotations
+
+
+def skew(v: Tensor) -> Tensor:
+    """Cross-product matrices: (..., 3) -> (..., 3, 3) with skew(v) w = v × w."""
+    x, y, z = v.unbind(-1)
+    zero = torch.zeros_like(x)
+    rows = (zero, -z, y, z, zero, -x, -y, x, zero)
+    return torch.stack(rows, -1).reshape(*v.shape, 3)
+
+
+def rotation_from_vector(omega: Tensor) -> Tensor:
+    """Rotation vectors in radians (..., 3) -> matrices (..., 3, 3), by Rodrigues' formula."""
+    angle = omega.norm(dim=-1)[..., None, None]
+    K = skew(omega)
+    identity = torch.eye(3, dtype=omega.dtype, device=omega.device)
+    # torch.sinc(x) = sin(πx)/(πx) is smooth at zero; 1 − cos θ = 2 sin²(θ/2).
+    first = torch.sinc(angle / math.pi)
+    second = 0.5 * torch.sinc(angle / (2 * math.pi)).square()
+    return identity + first * K + second * (K @ K)
+
+
+# ---------------------------------------------------------------- P3P
+
+
+def p3p(ray_cam: Tensor, point_world: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """All poses that put three world points on three viewing rays.
+
+    ray_cam (..., 3, 3): the three rays as rows, of any length. point_world (..., 3, 3): the points
+    as rows. Returns R_cam_from_world (..., 4, 3, 3), t_cam (..., 4, 3) and valid (..., 4) bool.
+    Invalid entries (fewer solutions, collinear points, negative depth, non-finite input) hold the
+    identity.
+
+    The depths d along the unit rays satisfy |d_i b_i − d_j b_j|² = |X_i − X_j|². Eliminating the
+    absolute scale leaves two conics in (d_1 : d_2 : d_3); a degenerate conic of their pencil, from
+    one real root of a cubic, is a pair of lines whose intersections with a conic are the
+    solutions (Ding et al., "Revisiting the P3P Problem", CVPR 2023). Newton steps polish the
+    depths; aligning two orthonormal frames gives the pose.
+    """
+    batch = ray_cam.shape[:-2]
+    # Component first, samples last: every step below is elementwise over contiguous samples.
+    b = ray_cam.to(torch.float64).reshape(-1, 3, 3).permute(1, 2, 0).contiguous()
+    X = point_world.to(torch.float64).reshape(-1, 3, 3).permute(1, 2, 0).contiguous()
+    b = b / b.square().sum(1, keepdim=True).sqrt()
+    edges = torch.stack([X[0] - X[1], X[0] - X[2], X[1] - X[2]])
+    a = edges.square().sum(1)  # squared lengths (12, 13, 23)
+    longest = a.amax(0)
+    area2 = _cross(edges[0], edges[1]).square().sum(0)
+    proper = area2 > THIN_TRIANGLE**2 * longest.square()
+    proper &= torch.isfinite(area2) & torch.isfinite(b).all(0).all(0)
+    a = torch.where(proper, a / longest, torch.ones_like(a))
+    m = torch.stack([(b[0] * b[1]).sum(0), (b[0] * b[2]).sum(0), (b[1] * b[2]).sum(0)])
+    m = torch.where(proper, m, torch.zeros_like(m))
+
+    depth, valid = _depths(a, m)
+    valid &= proper
+    depth = torch.where(valid, depth * longest.sqrt(), torch.ones_like(depth))
+
+    Y = depth[:, None] * b[:, :, None]  # point, coordinate, solution, sample
+    frame_cam = _frame(Y[0], Y[1], Y[2])
+    frame_world = _frame(X[0], X[1], X[2])[:, :, None]
+    R = (frame_cam[:, :, None] * frame_world[:, None]).sum(0)
+    t = Y.mean(0) - (R * X.mean(0)[None, :, None]).sum(1)
+    valid &= torch.isfinite(R).all(0).all(0) & torch.isfinite(t).all(0)
+
+    R, t = R.permute(3, 2, 0, 1), t.permute(2, 1, 0)
+    valid = valid.transpose(0, 1)
+    identity = torch.eye(3, dtype=R.dtype, device=R.device)
+    R = torch.where(valid[..., None, None], R, identity)
+    t = torch.where(valid[..., None], t, torch.zeros_like(t))
+    return R.reshape(*batch, 4, 3, 3), t.reshape(*batch, 4, 3), valid.reshape(*batch, 4)
+
+
+def _depths(a: Tensor, m: Tensor) -> tuple[Tensor, Tensor]:
+    """Depths (3, 4, B), validity (4, B) from squared edges and cosines (3, B): 12, 13, 23."""
+    a12, a13, a23 = a
+    m12, m13, m23 = m
+    zero = torch.zeros_like(a12)
+    # Symmetric matrices as (00, 01, 02, 11, 12, 22), in (d1 : d2 : d3).
+    C1 = torch.stack([a23, -a23 * m12, zero, a23 - a12, a12 * m23, -a12])
+    C2 = torch.stack([a23, zero, -a23 * m13, -a13, a13 * m23, a23 - a13])
+    C1 = C1 / C1.abs().amax(0)
+    C2 = C2 / C2.abs().amax(0)
+    adj1, adj2 = _adjugate(C1), _adjugate(C2)
+    c0, c1 = _trace(adj1, C1) / 3, _trace(adj1, C2)  # det(C1 + σ C2) = c0 + c1 σ + c2 σ² + c3 σ³
+    c2, c3 = _trace(adj2, C1), _trace(adj2, C2) / 3
+    # Divide by the larger of the end coefficients, so that σ (or 1/σ) stays bounded.
+    swap = c0.abs() > c3.abs()
+    lead = torch.where(swap, c0, c3)
+    lead = torch.where(lead == 0, torch.ones_like(lead), lead)
+    sigma = _isolated_root(
+        torch.where(swap, c1, c2) / lead,
+        torch.where(swap, c2, c1) / lead,
+        torch.where(swap, c3, c0) / lead,
+    )
+    one = torch.ones_like(sigma)
+    weight1, weight2 = torch.where(swap, sigma, one), torch.where(swap, one, sigma)
+    lines, real = _line_pair(weight1 * C1 + weight2 * C2)
+    # Of the pencil, intersect with the conic that is less like the degenerate one.
+    conic = torch.where(weight1.abs() > weight2.abs(), C2, C1)
+    depth, meets = _line_conic(lines, conic)
+
+    depth = depth * torch.sign(depth.sum(0))
+    a, m = a[:, None], m[:, None]
+    mixed = m * torch.stack([depth[0] * depth[1], depth[0] * depth[2], depth[1] * depth[2]])
+    form = 2 * (depth.square() - mixed).sum(0)
+    depth = depth * (a.sum(0) / form.clamp_min(1e-300)).sqrt()
+    for _ in range(2):
+        residual, step = _depth_step(depth, a, m)
+        depth = depth - step
+    # The residual is that before the last step, so that the solution is better still.
+    valid = real & meets & (residual < 1e-7) & (depth > 0).all(0) & torch.isfinite(depth).all(0)
+    return depth, valid
+
+
+def _depth_step(depth: Tensor, a: Tensor, m: Tensor) -> tuple[Tensor, Tensor]:
+    """Newton step on the three law-of-cosines equations: (largest residual, step to subtract).
+
+    depth (3, 4, B), squared edges a and cosines m (3, 1, B).
+    """
+    d1, d2, d3 = depth
+    f1 = d1 * d1 + d2 * d2 - 2 * m[0] * d1 * d2 - a[0]
+    f2 = d1 * d1 + d3 * d3 - 2 * m[1] * d1 * d3 - a[1]
+    f3 = d2 * d2 + d3 * d3 - 2 * m[2] * d2 * d3 - a[2]
+    # Jacobian rows (p, q, 0), (r, 0, s), (0, u, v); solved by Cramer's rule.
+    p, q = 2 * (d1 - m[0] * d2), 2 * (d2 - m[0] * d1)
+    r, s = 2 * (d1 - m[1] * d3), 2 * (d3 - m[1] * d1)
+    u, v = 2 * (d2 - m[2] * d3), 2 * (d3 - m[2] * d2)
+    det = -p * s * u - q * r * v
+    inverse = torch.where(det.abs() > 1e-14, 1 / det, torch.zeros_like(det))
+    mixed = f2 * v - s * f3
+    step = (
+        (-f1 * s * u - q * mixed) * inverse,
+        (p * mixed - f1 * r * v) * inverse,
+        (r * f1 * u - p * f2 * u - q * r * f3) * inverse,
+    )
+    residual = torch.maximum(torch.maximum(f1.abs(), f2.abs()), f3.abs())
+    return residual, torch.stack(step)
+
+
+def _isolated_root(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
+    """The real root of x³ + a x² + b x + c farthest from the other two (the best conditioned)."""
+    Q = (a * a - 3 * b) / 9
+    half = (2 * a**3 - 9 * a * b + 27 * c) / 54
+    gap = half.square() - Q**3
+    sign = torch.where(half < 0, -torch.ones_like(half), torch.ones_like(half))
+    root_Q = Q.clamp_min(1e-300).sqrt()
+    ratio = (half.abs() / root_Q**3).clamp(0, 1)
+    three_real = 2 * root_Q * torch.cos(torch.acos(ratio) / 3)
+    A = (half.abs() + gap.clamp_min(0).sqrt()).clamp_min(1e-300) ** (1 / 3)
+    one_real = A + Q / A
+    x = -sign * torch.where(gap < 0, three_real, one_real) - a / 3
+    for _ in range(2):
+        slope = (3 * x + 2 * a) * x + b
+        value = ((x + a) * x + b) * x + c
+        x = torch.where(slope.abs() > 1e-12, x - value / slope, x)
+    return x
+
+
+def _line_pair(C: Tensor) -> tuple[Tensor, Tensor]:
+    """The two lines (3, 2, B) of degenerate conics (6, B), and whether they are real (B,).
+
+    Richter-Gebert, "Perspectives on Projective Geometry", 11.1: C + [p]× has rank one, where p
+    is the meeting point of the lines, read off a column of the adjugate.
+    """
+    B = _adjugate(C)
+    diagonal = -B[[0, 3, 5]]
+    largest, k = diagonal.max(0)
+    columns = torch.stack([B[[0, 1, 2]], B[[1, 3, 4]], B[[2, 4, 5]]])
+    p = columns.gather(0, k.expand(1, 3, -1))[0] / largest.clamp_min(1e-300).sqrt()
+    rank_one = torch.stack(
+        [
+            torch.stack([C[0], C[1] - p[2], C[2] + p[1]]),
+            torch.stack([C[1] + p[2], C[3], C[4] - p[0]]),
+            torch.stack([C[2] - p[1], C[4] + p[0], C[5]]),
+        ]
+    )
+    pivot = rank_one.reshape(9, -1).abs().argmax(0)
+    row = rank_one.gather(0, (pivot // 3).expand(1, 3, -1))[0]
+    column = rank_one.gather(1, (pivot % 3).expand(3, 1, -1))[:, 0]
+    lines = torch.stack([row, column], 1)
+    return lines / lines.abs().amax(0), largest > 0
+
+
+def _line_conic(lines: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
+    """Where lines (3, 2, B) meet conics (6, B): points (3, 4, B), and if they are real (4, B)."""
+    axis = torch.nn.functional.one_hot(lines.abs().argmin(0), 3).to(lines.dtype).permute(2, 0, 1)
+    u = _cross(lines, axis)
+    v = _cross(lines, u)
+    C = C[:, None]
+    Cu, Cv = _times(C, u), _times(C, v)
+    # The point x u + y v lies on the conic: gamma x² + 2 beta x y + alpha y² = 0.
+    alpha, beta, gamma = (v * Cv).sum(0), (u * Cv).sum(0), (u * Cu).sum(0)
+    gap = beta.square() - alpha * gamma
+    size = beta.square() + alpha.abs() * gamma.abs()
+    q = -(beta + torch.where(beta < 0, -1.0, 1.0) * gap.clamp_min(0).sqrt())
+    points = torch.cat([alpha * u + q * v, q * u + gamma * v], 1)
+    points = points / points.abs().amax(0).clamp_min(1e-300)
+    real = gap > -1e-9 * size  # a double root may come out slightly complex
+    return points, torch.cat([real, real])
+
+
+def _adjugate(C: Tensor) -> Tensor:
+    """Adjugate of symmetric matrices (6, ...) = (00, 01, 02, 11, 12, 22)."""
+    a, b, c, d, e, f = C
+    return torch.stack(
+        [d * f - e * e, c * e - b * f, b * e - c * d, a * f - c * c, b * c - a * e, a * d - b * b]
+    )
+
+
+def _trace(A: Tensor, B: Tensor) -> Tensor:
+    """Trace of the product of two symmetric matrices (6, ...)."""
+    P = A * B
+    return P[0] + P[3] + P[5] + 2 * (P[1] + P[2] + P[4])
+
+
+def _times(C: Tensor, v: Tensor) -> Tensor:
+    """Product of symmetric matrices (6, ...) and vectors (3, ...)."""
+    a, b, c, d, e, f = C
+    x, y, z = v
+    return torch.stack([a * x + b * y + c * z, b * x + d * y + e * z, c * x + e * y + f * z])
+
+
+def _cross(u: Tensor, v: Tensor) -> Tensor:
+    """Cross product along the first dimension."""
+    return torch.stack(
+        [u[1] * v[2] - u[2] * v[1], u[2] * v[0] - u[0] * v[2], u[0] * v[1] - u[1] * v[0]]
+    )
+
+
+def _frame(p: Tensor, q: Tensor, r: Tensor) -> Tensor:
+    """Orthonormal frames of triangles: (axis, coordinate, ...) from corners (coordinate, ...)."""
+    first = q - p
+    first = first / first.square().sum(0).sqrt()
+    normal = _cross(first, r - p)
+    normal = normal / normal.square().sum(0).sqrt()
+    return torch.stack([first, _cross(normal, first), normal])
+
+
+# ---------------------------------------------------------------- scoring
+
+
+def score_poses(
+    R_cam_from_world: Tensor,
+    t_cam: Tensor,
+    xy_norm: Tensor,
+    points: Tensor,
+    threshold: float,
+    *,
+    weights: Tensor | None = None,
+    keypoint_ids: Tensor | None = None,
+) -> Tensor:
+    """MSAC scores of h poses, higher is better: Σ w · max(0, 1 − e²/T²), e the reprojection error.
+
+    R (h, 3, 3), t (h, 3), xy_norm (n, 2), points (n, 3), weights (n,) or None for ones; all finite.
+    Returns (h,) float64; 1 is one perfect correspondence, and n − score is the usual MSAC cost
+    over T². A point behind the camera scores 0, that is, costs T². With keypoint_ids (n,) only
+    the best correspondence of each keypoint counts: several points tried on one keypoint are not
+    independent evidence. The products run in float32, about the center of the points.
+    """
+    h, n = R_cam_from_world.shape[0], points.shape[0]
+    if h == 0 or n == 0:
+        return torch.zeros(h, dtype=torch.float64, device=R_cam_from_world.device)
+    layers = [n]
+    if keypoint_ids is not None:
+        order, layers = _keypoint_layers(keypoint_ids)
+        xy_norm, points = xy_norm[order], points[order]
+        weights = None if weights is None else weights[order]
+    middle = points.to(torch.float64).mean(0)
+    shifted = (points - middle).to(torch.float32).transpose(0, 1).contiguous()
+    x, y = xy_norm.to(torch.float32).transpose(0, 1).contiguous()
+    w = None if weights is None else weights.to(torch.float32)
+    R = R_cam_from_world.to(torch.float32)
+    t = (t_cam + R_cam_from_world @ middle).to(torch.float32)
+    scores = torch.empty(h, dtype=torch.float64, device=R.device)
+    step = max(1, SCORE_CHUNK // n)
+    for start in range(0, h, step):
+        rows = slice(start, start + step)
+        gain = _gains(R[rows], t[rows], x, y, shifted, threshold)
+        if w is not None:
+            gain *= w
+        best = gain[:, : layers[0]]
+        offset = layers[0]
+        for size in layers[1:]:
+            torch.maximum(best[:, :size], gain[:, offset : offset + size], out=best[:, :size])
+            offset += size
+        scores[rows] = best.sum(1)
+    return scores
+
+
+def _gains(R: Tensor, t: Tensor, x: Tensor, y: Tensor, points: Tensor, threshold: float) -> Tensor:
+    """max(0, 1 − e²/T²) of k poses and n correspondences (k, n); points (3, n)."""
+    k = R.shape[0]
+    stacked = R.transpose(0, 1).reshape(3 * k, 3)
+    cam = torch.addmm(t.transpose(0, 1).reshape(3 * k, 1), stacked, points).reshape(3, k, -1)
+    # A depth clamped to almost nothing throws a point behind the camera far out of the image.
+    inverse = cam[2].clamp_min_(MIN_DEPTH).reciprocal_()
+    dx = cam[0].mul_(inverse).sub_(x)
+    dy = cam[1].mul_(inverse).sub_(y)
+    error = dx.square_().add_(dy.square_())
+    return error.mul_(-1 / threshold**2).add_(1).clamp_min_(0)
+
+
+def _keypoint_layers(keypoint_ids: Tensor) -> tuple[Tensor, list[int]]:
+    """Order correspondences so that the maximum per keypoint takes contiguous slices only.
+
+    Layer j holds the j-th correspondence of each keypoint that has one; keypoints stand by falling
+    number of correspondences, so that layer j lines up with the front of layer 0. Returns the
+    order (n,) and the sizes of the layers.
+    """
+    _, keypoint, counts = torch.unique(keypoint_ids, return_inverse=True, return_counts=True)
+    by_count = torch.argsort(counts, descending=True, stable=True)
+    place = torch.empty_like(by_count)
+    place[by_count] = torch.arange(len(counts), device=counts.device)
+    place = place[keypoint]
+    grouped = torch.argsort(place, stable=True)
+    starts = torch.cumsum(counts[by_count], 0) - counts[by_count]
+    layer = torch.arange(len(keypoint), device=counts.device) - starts[place[grouped]]
+    order = grouped[torch.argsort(layer, stable=True)]
+    return order, torch.bincount(layer).tolist()
+
+
+def squared_errors(
+    R_cam_from_world: Tensor, t_cam: Tensor, xy_norm: Tensor, points: Tensor
+) -> Tensor:
+    """Squared reprojection errors in float64; infinite behind the camera.
+
+    R (h, 3, 3), t (h, 3), xy_norm (n, 2) or (h, n, 2), points (n, 3) or (h, n, 3) -> (h, n); or
+    R (3, 3), t (3,), xy_norm (n, 2), points (n, 3) -> (n,).
+    """
+    cam = points @ R_cam_from_world.transpose(-1, -2) + t_cam[..., None, :]
+    front = cam[..., 2] > MIN_DEPTH
+    projected = cam[..., :2] / torch.where(front, cam[..., 2], 1.0)[..., None]
+    errors = (projected - xy_norm).square().sum(-1)
+    return torch.where(front, errors, math.inf)
+
+
+def best_of_keypoint(errors: Tensor, keypoint_ids: Tensor) -> Tensor:
+    """Mark the correspondence of least (finite) error of each keypoint.
+
+    errors (h, n) or (n,), keypoint_ids (n,) -> bool of the shape of errors. Equal errors are told
+    apart by position: the first one is taken.
+    """
+    ids, keypoint = torch.unique(keypoint_ids, return_inverse=True)
+    keypoint = keypoint.expand_as(errors)
+    shape, n = (*errors.shape[:-1], len(ids)), errors.shape[-1]
+    least = errors.new_full(shape, math.inf).scatter_reduce(-1, keypoint, errors, "amin")
+    position = torch.arange(n, device=errors.device).expand_as(errors)
+    tied = torch.isfinite(errors) & (errors == least.gather(-1, keypoint))
+    position = torch.where(tied, position, n)
+    first = position.new_full(shape, n).scatter_reduce(-1, keypoint, position, "amin")
+    return tied & (position == first.gather(-1, keypoint))
+
+
+# ---------------------------------------------------------------- refinement
+
+
+def refine_pose(
+    R_cam_from_world: Tensor,
+    t_cam: Tensor,
+    xy_norm: Tensor,
+    points: Tensor,
+    threshold: float,
+    *,
+    weights: Tensor | None = None,
+    iterations: int = 25,
+) -> RefinedPose:
+    """Minimize the robust reprojection error of one pose, or of h poses at once.
+
+    R (3, 3), t (3,) or R (h, 3, 3), t (h, 3). xy_norm (n, 2) or, each pose having found its own
+    matches, (h, n, 2); points (n, 3) or (h, n, 3); weights None, (n,) or (h, n), a boolean mask
+    included. A correspondence of weight 0 does not exist, nor does one that holds a NaN.
+
+    The loss of an error e is c² log(1 + e²/c²), c = T/2 (Cauchy), never more than T²; that is
+    also what a point behind the camera costs. Levenberg–Marquardt.
+
+    The covariance (6, 6) is that of (rotation vector in radians about the axes of the camera, to
+    be applied on its left: R_true = exp(ω) R; camera center in meters along the axes of the
+    world), taken at the inliers, their weights as inverse variances, scaled by their residual
+    variance. It is infinite where the inliers do not fix the pose. `pose_deviation` sums it up.
+    """
+    single = R_cam_from_world.dim() == 2
+    R = R_cam_from_world.to(torch.float64).reshape(-1, 3, 3)
+    t = t_cam.to(torch.float64).reshape(-1, 3)
+    h, n = R.shape[0], points.shape[-2]
+    xy, X = _batched(xy_norm.to(torch.float64), 3), _batched(points.to(torch.float64), 3)
+    w = R.new_ones(1, n) if weights is None else _batched(weights.to(R), 2)
+    finite = torch.isfinite(X).all(-1) & torch.isfinite(xy).all(-1)
+    w = torch.where(finite, w, 0.0)
+    xy, X = torch.where(finite[..., None], xy, 0.0), torch.where(finite[..., None], X, 0.0)
+    step = max(1, REFINE_CHUNK // max(n, 1))
+    parts = []
+    for start in range(0, h, step):
+        rows = torch.arange(start, min(start + step, h), device=R.device)
+        problem = _Reprojection(_rows(xy, rows), _rows(X, rows), _rows(w, rows), threshold)
+        parts.append(_refine_chunk(R[rows], t[rows], problem, iterations))
+    if not parts:
+        return RefinedPose(R, t, R.new_zeros(0, n).bool(), R.new_zeros(0, 6, 6), R.new_zeros(0))
+    fields = [torch.cat(field) for field in zip(*parts, strict=True)]
+    return RefinedPose(*(field[0] if single else field for field in fields))
+
+
+def _refine_chunk(R: Tensor, t: Tensor, problem: "_Reprojection", iterations: int) -> tuple:
+    center = -(R.transpose(1, 2) @ t[..., None])[..., 0]
+    R, center, cost = levenberg_marquardt(
+        R, center, problem.cost, problem.normal_equations, _move_camera, iterations
+    )
+    inliers, covariance = problem.covariance(R, center)
+    return R, -(R @ center[..., None])[..., 0], inliers, covariance, cost
+
+
+def _move_camera(R: Tensor, center: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
+    return rotation_from_vector(delta[:, :3]) @ R, center + delta[:, 3:]
+
+
+def _batched(values: Tensor, dimensions: int) -> Tensor:
+    return values if values.dim() == dimensions else values[None]
+
+
+def _rows(values: Tensor, rows: Tensor) -> Tensor:
+    """Rows of a tensor whose first dimension may be 1 = shared by all."""
+    return values if values.shape[0] == 1 else values[rows]
+
+
+@dataclass(frozen=True)
+class _Reprojection:
+    """Robust reprojection error of poses (rows: which of the h poses R, center belong to)."""
+
+    xy: Tensor  # (h or 1, n, 2)
+    points: Tensor  # (h or 1, n, 3)
+    weights: Tensor  # (h or 1, n)
+    threshold: float
+
+    def _residuals(self, R: Tensor, center: Tensor, rows: Tensor) -> tuple[Tensor, ...]:
+        """Residuals (k, 2, n), projections (k, 2, n), inverse depths and in front (k, n)."""
+        cam = R @ (_rows(self.points, rows) - center[:, None]).transpose(1, 2)
+        front = cam[:, 2] > MIN_DEPTH
+        inverse = 1 / torch.where(front, cam[:, 2], 1.0)
+        projected = cam[:, :2] * inverse[:, None]
+        return projected - _rows(self.xy, rows).transpose(1, 2), projected, inverse, front
+
+    def cost(self, R: Tensor, center: Tensor, rows: Tensor) -> Tensor:
+        residual, _, _, front = self._residuals(R, center, rows)
+        loss, _ = robust_loss(residual.square().sum(1), self.threshold)
+        loss = torch.where(front, loss, self.threshold**2)
+        return (_rows(self.weights, rows) * loss).sum(1)
+
+    def _jacobian(self, R: Tensor, projected: Tensor, inverse: Tensor) -> Tensor:
+        """d(projection) / d(rotation vector, center) (k, 6, 2, n)."""
+        a, b = projected.unbind(1)
+        one = torch.ones_like(a)
+        rotation_x = torch.stack([-a * b, one + a * a, -b], 1)
+        rotation_y = torch.stack([-one - b * b, a * b, a], 1)
+        center_x = (a[:, None] * R[:, 2, :, None] - R[:, 0, :, None]) * inverse[:, None]
+        center_y = (b[:, None] * R[:, 2, :, None] - R[:, 1, :, None]) * inverse[:, None]
+        in_x = torch.cat([rotation_x, center_x], 1)
+        in_y = torch.cat([rotation_y, center_y], 1)
+        return torch.stack([in_x, in_y], 2)
+
+    def normal_equations(self, R: Tensor, center: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        residual, projected, inverse, front = self._residuals(R, center, rows)
+        J = self._jacobian(R, projected, inverse)
+        _, slope = robust_loss(residual.square().sum(1), self.threshold)
+        w = _rows(self.weights, rows) * slope * front
+        JW = J * w[:, None, None]
+        return JW.flatten(2) @ J.flatten(2).transpose(1, 2), (JW * residual[:, None]).sum((2, 3))
+
+    def covariance(self, R: Tensor, center: Tensor) -> tuple[Tensor, Tensor]:
+        """Inliers (h, n) and covariance (h, 6, 6) at a minimum."""
+        rows = torch.arange(R.shape[0], device=R.device)
+        residual, projected, inverse, front = self._residuals(R, center, rows)
+        squared = residual.square().sum(1)
+        inliers = front & (squared < self.threshold**2) & (self.weights > 0)
+        w = self.weights * inliers
+        J = self._jacobian(R, projected, inverse).flatten(2)
+        information = (J * w.repeat(1, 2)[:, None]) @ J.transpose(1, 2)
+        freedom = 2 * inliers.sum(1) - 6
+        variance = (w * squared).sum(1) / freedom.clamp_min(1)
+        return inliers, scaled_inverse(information, variance, freedom > 0)
+
+
+def robust_loss(squared: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
+    """Cauchy loss c² log(1 + e²/c²), c = T/2, cut off at T², of e²: (loss, d loss / d e²).
+
+    The cut makes an outlier cost the same wherever it lies, behind the camera included.
+    """
+    c2 = threshold**2 / 4
+    loss = c2 * torch.log1p(squared / c2)
+    inside = loss < threshold**2
+    slope = torch.where(inside, c2 / (c2 + squared), 0.0)
+    return loss.clamp_max(threshold**2), slope
+
+
+def scaled_inverse(information: Tensor, variance: Tensor, determined: Tensor) -> Tensor:
+    """variance · information⁻¹ (h, k, k); infinite on the diagonal where not determined.
+
+    Not determined is also a singular matrix, one whose smallest eigenvalue after scaling the
+    diagonal to ones is below 1e-10.
+    """
+    scale = information.diagonal(dim1=1, dim2=2).clamp_min(1e-300).rsqrt()
+    unit = information * scale[:, :, None] * scale[:, None]
+    unit = torch.where(torch.isfinite(unit), unit, 0.0)
+    values, vectors = torch.linalg.eigh(unit)
+    fixed = determined & (values[:, 0] > 1e-10)
+    inverse = (vectors / values.clamp_min(1e-10)[:, None]) @ vectors.transpose(1, 2)
+    inverse = inverse * scale[:, :, None] * scale[:, None] * variance[:, None, None]
+    unknown = torch.diag(information.new_full((information.shape[1],), math.inf))
+    unknown = torch.nan_to_num(unknown, nan=0.0, posinf=math.inf)
+    return torch.where(fixed[:, None, None], inverse, unknown)
+
+
+def pose_deviation(covariance: Tensor) -> tuple[Tensor, Tensor]:
+    """Covariance (..., 6, 6) of `refine_pose` -> (sigma_m, sigma_deg), each (...).
+
+    They are the root mean square distance of the center (meters) and rotation angle (degrees).
+    """
+    variances = covariance.diagonal(dim1=-2, dim2=-1)
+    sigma_deg = torch.rad2deg(variances[..., :3].sum(-1).sqrt())
+    return variances[..., 3:].sum(-1).sqrt(), sigma_deg
+
+
+def levenberg_marquardt(
+    R: Tensor,
+    v: Tensor,
+    cost_of: Callable[[Tensor, Tensor, Tensor], Tensor],
+    normal_equations: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]],
+    move: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]],
+    iterations: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Minimize h independent costs over (R (h, 3, 3), v (h, 3)), each with its own damping.
+
+    cost_of(R, v, rows) -> (k,) and normal_equations(R, v, rows) -> (H (k, p, p), gradient (k, p))
+    are asked for the problems `rows` (k,) only; move(R, v, delta (k, p)) takes a step. Normal
+    equations are formed anew only after an accepted step. Returns (R, v, cost); the cost never
+    rises.
+    """
+    R, v = R.clone(), v.clone()
+    rows = torch.arange(R.shape[0], device=R.device)
+    cost = cost_of(R, v, rows)
+    H, gradient = normal_equations(R, v, rows)
+    damping = torch.full_like(cost, 1e-3)
+    for _ in range(iterations):
+        if rows.numel() == 0:
+            break
+        diagonal = H[rows].diagonal(dim1=1, dim2=2).clamp_min(1e-12)
+        damped = H[rows] + torch.diag_embed(damping[rows, None] * diagonal)
+        factor, failed = torch.linalg.cholesky_ex(damped)
+        delta = -torch.cholesky_solve(gradient[rows, :, None], factor)[..., 0]
+        delta = torch.where((failed == 0)[:, None], delta, 0.0)
+        new_R, new_v = move(R[rows], v[rows], delta)
+        new_cost = cost_of(new_R, new_v, rows)
+        better = new_cost < cost[rows]
+        accepted = rows[better]
+        promised = -(gradient[rows] * delta).sum(1)
+        small = promised <= 1e-12 * cost[rows] + 1e-24
+        stuck = damping[rows] > 1e8
+        R[accepted], v[accepted], cost[accepted] = new_R[better], new_v[better], new_cost[better]
+        damping[rows] = torch.where(better, damping[rows] * 0.1, damping[rows] * 10)
+        going_on = ~torch.where(better, small, (small & (failed == 0)) | stuck)
+        stale = rows[better & going_on]
+        if stale.numel():
+            H[stale], gradient[stale] = normal_equations(R[stale], v[stale], stale)
+        rows = rows[going_on]
+    return R, v, cost
+
+
+# ---------------------------------------------------------------- robust estimation
+
+
+def draw_samples(weights: Tensor, size: int, count: int, generator: torch.Generator) -> Tensor:
+    """Indices (count, size) drawn with probability proportional to weights (n,), on their device.
+
+    An index may come twice in a sample; the minimal solvers call such samples degenerate.
+    """
+    on_generator = weights.to(generator.device)
+    drawn = torch.multinomial(on_generator, size * count, replacement=True, generator=generator)
+    return drawn.reshape(count, size).to(weights.device)
+
+
+def samples_needed(inlier_share: float, size: int) -> float:
+    """Samples after which one of inliers only is missed with MISS_PROBABILITY."""
+    pure = inlier_share**size
+    if pure >= 1:
+        return 0.0
+    return math.log(MISS_PROBABILITY) / math.log1p(-pure) if pure > 0 else math.inf
+
+
+def lo_ransac(
+    xy_norm: Tensor,
+    points: Tensor,
+    threshold: float,
+    *,
+    generator: torch.Generator,
+    iterations: int = 10_000,
+    weights: Tensor | None = None,
+    keypoint_ids: Tensor | None = None,
+) -> Pose | None:
+    """The pose of the best MSAC score among P3P samples, locally optimized.
+
+    xy_norm (n, 2), points (n, 3); threshold: inlier bound, normalized units; iterations: most
+    samples drawn; weights (n,) ≥ 0: share of a correspondence in the score, and how often it is
+    drawn; keypoint_ids (n,): see `score_poses`, and only the best correspondence of a keypoint
+    can be an inlier. Returns None where no pose has MIN_INLIERS inliers.
+
+    The samples come in rounds of ROUND_SAMPLES; of each round the LOCAL_CANDIDATES best poses are
+    refined, and the search ends when enough samples are drawn for the inliers found (Chum, Matas,
+    Kittler, "Locally Optimized RANSAC", 2003).
+    """
+    xy, X, w = _usable(xy_norm, points, weights)
+    if int((w > 0).sum()) < MIN_INLIERS:
+        return None
+    rays = torch.cat([xy, torch.ones_like(xy[:, :1])], 1)
+    evidence = {"weights": w, "keypoint_ids": keypoint_ids}
+
+    best_R, best_t, best_score, drawn, needed = None, None, 0.0, 0, math.inf
+    while drawn < min(iterations, needed):
+        count = min(ROUND_SAMPLES, iterations - drawn)
+        drawn += count
+        sample = draw_samples(w, 3, count, generator)
+        R, t, valid = p3p(rays[sample], X[sample])
+        R, t = R[valid], t[valid]
+        scores = score_poses(R, t, xy, X, threshold, **evidence)
+        chosen = torch.topk(scores, min(LOCAL_CANDIDATES, len(scores))).indices
+        R, t = _refine_matched(R[chosen], t[chosen], xy, X, threshold, LOCAL_ITERATIONS, **evidence)
+        scores = score_poses(R, t, xy, X, threshold, **evidence)
+        if len(scores) and float(scores.max()) > best_score:
+            leader = scores.argmax()
+            best_R, best_t, best_score = R[leader], t[leader], float(scores[leader])
+            inliers = _inliers(best_R, best_t, xy, X, threshold, w, keypoint_ids)
+            needed = samples_needed(float(w[inliers].sum() / w.sum()), 3)
+    if best_R is None:
+        return None
+    return _finish(best_R, best_t, xy, X, threshold, **evidence)
+
+
+def _usable(
+    xy_norm: Tensor, points: Tensor, weights: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Correspondences in float64 and their weights; non-finite ones become zeros."""
+    xy, X = xy_norm.to(torch.float64), points.to(torch.float64)
+    w = X.new_ones(X.shape[0]) if weights is None else weights.to(X)
+    finite = torch.isfinite(X).all(1) & torch.isfinite(xy).all(1)
+    xy, X = torch.where(finite[:, None], xy, 0.0), torch.where(finite[:, None], X, 0.0)
+    return xy, X, torch.where(finite, w, 0.0)
+
+
+def _finish(
+    R_cam_from_world: Tensor,
+    t_cam: Tensor,
+    xy_norm: Tensor,
+    points: Tensor,
+    threshold: float,
+    *,
+    weights: Tensor,
+    keypoint_ids: Tensor | None = None,
+) -> Pose | None:
+    """Refine one pose to the end and judge it; None if fewer than MIN_INLIERS agree with it."""
+    mask = _matched(R_cam_from_world[None], t_cam[None], xy_norm, points, keypoint_ids)[0]
+    refined = refine_pose(
+        R_cam_from_world, t_cam, xy_norm, points, threshold, weights=weights * mask
+    )
+    R, t = refined.R_cam_from_world, refined.t_cam
+    inliers = _inliers(R, t, xy_norm, points, threshold, weights, keypoint_ids)
+    if int(inliers.sum()) < MIN_INLIERS:
+        return None
+    score = score_poses(
+        R[None], t[None], xy_norm, points, threshold, weights=weights, keypoint_ids=keypoint_ids
+    )
+    return Pose(R, t, inliers, float(score[0]), refined.covariance)
+
+
+def _matched(R: Tensor, t: Tensor, xy: Tensor, X: Tensor, keypoint_ids: Tensor | None) -> Tensor:
+    """Which correspondences each of h poses takes part in refining with, (h, n) bool."""
+    errors = squared_errors(R, t, xy, X)
+    if keypoint_ids is None:
+        return torch.ones_like(errors, dtype=torch.bool)
+    return best_of_keypoint(errors, keypoint_ids)
+
+
+def _refine_matched(
+    R: Tensor,
+    t: Tensor,
+    xy: Tensor,
+    X: Tensor,
+    threshold: float,
+    iterations: int,
+    *,
+    weights: Tensor,
+    keypoint_ids: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """`refine_pose` of h poses, each on its own best correspondence of every keypoint."""
+    w = weights * _matched(R, t, xy, X, keypoint_ids)
+    refined = refine_pose(R, t, xy, X, threshold, weights=w, iterations=iterations)
+    return refined.R_cam_from_world, refined.t_cam
+
+
+def _inliers(
+    R: Tensor,
+    t: Tensor,
+    xy: Tensor,
+    X: Tensor,
+    threshold: float,
+    weights: Tensor,
+    keypoint_ids: Tensor | None,
+) -> Tensor:
+    """Inliers (n,) of one pose, at most one a keypoint."""
+    errors = squared_errors(R, t, xy, X)
+    errors = torch.where((errors < threshold**2) & (weights > 0), errors, math.inf)
+    if keypoint_ids is None:
+        return torch.isfinite(errors)
+    return best_of_keypoint(errors, keypoint_ids)
+
+
+def sequential_modes(
+    xy_norm: Tensor,
+    points: Tensor,
+    threshold: float,
+    *,
+    modes: int,
+    generator: torch.Generator,
+    iterations: int = 10_000,
+    weights: Tensor | None = None,
+    keypoint_ids: Tensor | None = None,
+) -> list[Pose]:
+    """Up to `modes` different poses, each found among what the ones before do not explain.
+
+    Arguments as for `lo_ransac`. After each mode the correspondences within REMOVAL_FACTOR ·
+    threshold of it (not their keypoints: an alias explains the same keypoints by other points)
+    are taken out of the search. Inliers and score of every mode count all correspondences, so
+    that modes can be compared. Returned in the order found; empty where there is no pose at all.
+    """
+    xy, X, full = _usable(xy_norm, points, weights)
+    left = full.clone()
+    found = []
+    for _ in range(modes):
+        pose = lo_ransac(
+            xy,
+            X,
+            threshold,
+            generator=generator,
+            iterations=iterations,
+            weights=left,
+            keypoint_ids=keypoint_ids,
+        )
+        if pose is None:
+            break
+        R, t = pose.R_cam_from_world, pose.t_cam
+        inliers = _inliers(R, t, xy, X, threshold, full, keypoint_ids)
+        score = score_poses(
+            R[None], t[None], xy, X, threshold, weights=full, keypoint_ids=keypoint_ids
+        )
+        found.append(Pose(R, t, inliers, float(score[0]), pose.covariance))
+        left = torch.where(
+            squared_errors(R, t, xy, X) < (REMOVAL_FACTOR * threshold) ** 2, 0.0, left
+        )
+    return found

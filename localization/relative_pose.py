@@ -1,0 +1,573 @@
+"""Pose from two views and what serves where points are too few.
+
+Five-point essential matrices in MSAC with local optimization, the scale of a relative pose from
+matches with further posed views (E5+1), the intersection of directions, the mean of poses. Plain
+tensors in, float64 out, on the device of the input. A relative pose is x_b = R_b_from_a x_a +
+t_b_from_a; E = [t]× R, so that x_bᵀ E x_a = 0. Image points are normalized (K⁻¹ pixel, z = 1) and
+thresholds are pixels over the focal length.
+"""
+
+import functools
+import itertools
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from localization.absolute_pose import (
+    SCORE_CHUNK,
+    draw_samples,
+    levenberg_marquardt,
+    robust_loss,
+    rotation_from_vector,
+    samples_needed,
+    skew,
+)
+
+ROUND_SAMPLES = 200  # five-point samples solved and scored together
+LOCAL_CANDIDATES = 4  # best essential matrices of a round that are refined
+LOCAL_ITERATIONS = 8
+MIN_INLIERS = 6  # any five matches agree with some essential matrix
+SCALE_CANDIDATES = 1000  # at most so many single-match scales are tried
+
+
+@dataclass(frozen=True)
+class RelativePose:
+    """x_b = R x_a + s t for an unknown s > 0.
+
+    t_b_from_a is a unit vector; inliers (n,) bool; score: MSAC, 1 a perfect match; parallax_deg:
+    median angle between the rays of the inliers once the rotation is undone. With a parallax near
+    zero (pure rotation) R still holds and t means nothing.
+    """
+
+    R_b_from_a: Tensor
+    t_b_from_a: Tensor
+    inliers: Tensor
+    score: float
+    parallax_deg: float
+
+
+@dataclass(frozen=True)
+class ScaleEstimate:
+    """Length of a baseline in the unit of the posed views, its standard deviation, inliers (m,)."""
+
+    scale: float
+    sigma: float
+    inliers: Tensor
+    score: float
+
+
+# ---------------------------------------------------------------- essential matrices
+
+
+def essential_from_pose(R_b_from_a: Tensor, t_b_from_a: Tensor) -> Tensor:
+    """E = [t]× R of relative poses (..., 3, 3), (..., 3) -> (..., 3, 3)."""
+    return skew(t_b_from_a) @ R_b_from_a
+
+
+def five_point(ray_a: Tensor, ray_b: Tensor) -> tuple[Tensor, Tensor]:
+    """All essential matrices of five matches.
+
+    ray_a, ray_b (..., 5, 3): matched viewing rays of any length. Returns E (..., 10, 3, 3) with
+    Frobenius norm √2 and valid (..., 10) bool; invalid entries are zero.
+
+    E = x E₁ + y E₂ + z E₃ + E₄ spans the null space of the epipolar constraints; det E = 0 and
+    2 E Eᵀ E − tr(E Eᵀ) E = 0 are ten cubics in x, y, z. Eliminating the ten monomials of degree
+    three leaves a 10×10 action matrix (multiplication by x) whose real eigenvectors are the
+    solutions (Stewénius, Engels, Nistér, "Recent developments on direct relative orientation",
+    2006).
+    """
+    batch = ray_a.shape[:-2]
+    a = torch.nn.functional.normalize(ray_a.to(torch.float64).reshape(-1, 5, 3), dim=2)
+    b = torch.nn.functional.normalize(ray_b.to(torch.float64).reshape(-1, 5, 3), dim=2)
+    constraints = (b[..., :, None] * a[..., None, :]).flatten(2)
+    finite = torch.isfinite(constraints).flatten(1).all(1)
+    constraints = torch.where(finite[:, None, None], constraints, 0.0)
+    null = torch.linalg.qr(constraints.transpose(1, 2), mode="complete")[0][:, :, 5:]
+    basis = null.transpose(1, 2).reshape(-1, 4, 3, 3)
+    cubics = _essential_cubics(basis)
+    reduced, failed = torch.linalg.solve_ex(cubics[:, :, :10], cubics[:, :, 10:])
+    proper = finite & (failed == 0) & torch.isfinite(reduced).flatten(1).all(1)
+    action = torch.zeros_like(reduced)
+    action[:, :6] = -reduced[:, :6]
+    action[:, [6, 7, 8, 9], [0, 1, 2, 6]] = 1.0
+    action = torch.where(proper[:, None, None], action, 0.0)
+    values, vectors = torch.linalg.eig(action)
+    real = values.imag.abs() < 1e-6 * (1 + values.real.abs())
+    monomials = vectors.real[:, 6:].transpose(1, 2)  # (x, y, z, 1) of each solution, to scale
+    E = torch.einsum("bsk,bkij->bsij", monomials, basis)
+    norm = E.flatten(2).norm(dim=2)
+    E = E / norm.clamp_min(1e-12)[..., None, None] * math.sqrt(2)
+    EEt = E @ E.transpose(2, 3)
+    trace = EEt.diagonal(dim1=2, dim2=3).sum(2)[..., None, None]
+    violation = (2 * EEt @ E - trace * E).flatten(2).abs().amax(2)
+    valid = real & proper[:, None] & (norm > 1e-12) & (violation < 1e-6)
+    E = torch.where(valid[..., None, None], E, 0.0)
+    return E.reshape(*batch, 10, 3, 3), valid.reshape(*batch, 10)
+
+
+@functools.cache
+def _products(degree: int) -> Tensor:
+    """0/1 table (monomials of degree + 1, 4 · those of degree): collects products by x, y, z, 1.
+
+    The monomials are ordered so that for degree 3 those without a factor 1 come first, and for
+    degree 2 by x², xy, xz, y², yz, z², x, y, z, 1.
+    """
+
+    def monomials(d: int) -> list[tuple[int, ...]]:
+        # Sorted tuples of variable numbers, 3 standing for the constant 1.
+        everything = itertools.combinations_with_replacement(range(4), d)
+        return sorted(everything, key=lambda m: (m.count(3), m))
+
+    targets = {m: i for i, m in enumerate(monomials(degree + 1))}
+    pairs = itertools.product(monomials(degree), range(4))
+    table = torch.zeros(len(targets), 4 * len(monomials(degree)), dtype=torch.float64)
+    for column, (m, variable) in enumerate(pairs):
+        table[targets[tuple(sorted((*m, variable)))], column] = 1.0
+    return table
+
+
+def _essential_cubics(basis: Tensor) -> Tensor:
+    """The ten cubics of essential matrices spanned by basis (B, 4, 3, 3): (B, 10, 20)."""
+    square, cube = _products(1).to(basis.device), _products(2).to(basis.device)
+
+    def collect(table: Tensor, products: Tensor) -> Tensor:
+        return torch.einsum("mc,bc...->bm...", table, products.flatten(1, 2))
+
+    EEt = collect(square, torch.einsum("bpij,bqkj->bpqik", basis, basis))
+    trace = EEt.diagonal(dim1=2, dim2=3).sum(2)[..., None, None]
+    eye = torch.eye(3, dtype=basis.dtype, device=basis.device)
+    trace_constraint = collect(cube, torch.einsum("bpij,bqjk->bpqik", 2 * EEt - trace * eye, basis))
+    first, second, third = basis.unbind(2)
+    minors = collect(square, torch.linalg.cross(first[:, :, None], second[:, None, :]))
+    determinant = collect(cube, torch.einsum("bpi,bqi->bpq", minors, third))
+    return torch.cat([trace_constraint.flatten(2), determinant[..., None]], 2).transpose(1, 2)
+
+
+def sampson_squared(E: Tensor, xy_a: Tensor, xy_b: Tensor) -> Tensor:
+    """Squared Sampson distances of matches to essential matrices.
+
+    E (..., 3, 3), xy_a, xy_b (n, 2) or (..., n, 2) -> (..., n), in the dtype of E.
+    """
+    line_b = xy_a @ E[..., :, :2].transpose(-1, -2) + E[..., None, :, 2]
+    line_a = xy_b @ E[..., :2, :] + E[..., None, 2, :]
+    value = (xy_b * line_b[..., :2]).sum(-1) + line_b[..., 2]
+    size = line_b[..., :2].square().sum(-1) + line_a[..., :2].square().sum(-1)
+    return value.square() / size.clamp_min(1e-20)
+
+
+def score_essentials(
+    E: Tensor,
+    xy_a: Tensor,
+    xy_b: Tensor,
+    threshold: float,
+    *,
+    weights: Tensor | None = None,
+) -> Tensor:
+    """MSAC scores (h,) of E (h, 3, 3), higher is better: Σ w · max(0, 1 − e²/T²), e Sampson's.
+
+    xy_a, xy_b (n, 2), weights (n,) or None for ones. Computed in float32; does not look at depths.
+    """
+    h, n = E.shape[0], xy_a.shape[0]
+    E, xy_a, xy_b = (v.to(torch.float32) for v in (E, xy_a, xy_b))
+    one = torch.ones_like(xy_a[:, :1])
+    a, b = torch.cat([xy_a, one], 1).T.contiguous(), torch.cat([xy_b, one], 1).T.contiguous()
+    w = a.new_ones(n) if weights is None else weights.to(torch.float32)
+    scores = torch.zeros(h, dtype=torch.float64, device=E.device)
+    step = max(1, SCORE_CHUNK // max(n, 1))
+    for start in range(0, h, step):
+        part = E[start : start + step]
+        k = part.shape[0]
+        line_b = (part.transpose(0, 1).reshape(3 * k, 3) @ a).reshape(3, k, n)
+        line_a = (part.permute(2, 0, 1)[:2].reshape(2 * k, 3) @ b).reshape(2, k, n)
+        value = line_b[2].addcmul_(line_b[0], b[0]).addcmul_(line_b[1], b[1])
+        size = line_b[:2].square_().sum(0).add_(line_a.square_().sum(0)).clamp_min_(1e-20)
+        gain = value.square_().div_(size).mul_(-1 / threshold**2).add_(1).clamp_min_(0)
+        scores[start : start + step] = gain @ w
+    return scores
+
+
+def in_front(R_b_from_a: Tensor, t_b_from_a: Tensor, xy_a: Tensor, xy_b: Tensor) -> Tensor:
+    """Whether matches triangulate in front of both cameras.
+
+    R (..., 3, 3), t (..., 3), xy_a, xy_b (n, 2) -> (..., n) bool.
+    The depths solve λ_b x_b = λ_a R x_a + t in the least-squares sense of each cross product.
+    """
+    a = _homogeneous(xy_a) @ R_b_from_a.transpose(-1, -2)
+    b = _homogeneous(xy_b).expand_as(a)
+    normal = torch.linalg.cross(a, b)
+    t = t_b_from_a[..., None, :].expand_as(a)
+    depth_b = (normal * torch.linalg.cross(a, t)).sum(-1)
+    depth_a = (normal * torch.linalg.cross(b, t)).sum(-1)
+    return (depth_a > 0) & (depth_b > 0)
+
+
+def decompose_essential(
+    E: Tensor, xy_a: Tensor, xy_b: Tensor, mask: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The relative pose of each essential matrix that puts most matches in front of both cameras.
+
+    E (h, 3, 3), xy_a, xy_b (n, 2), mask None or (h, n) bool: the matches that vote. Returns
+    R_b_from_a (h, 3, 3) and unit t_b_from_a (h, 3). Always a rotation, whatever E is (Hartley,
+    Zisserman, "Multiple View Geometry", 9.6.2).
+    """
+    U, _, Vt = torch.linalg.svd(E.to(torch.float64))
+    U = U * torch.linalg.det(U)[:, None, None]
+    Vt = Vt * torch.linalg.det(Vt)[:, None, None]
+    turn = E.new_tensor([[0, -1, 0], [1, 0, 0], [0, 0, 1]], dtype=torch.float64)
+    R1, R2, t = U @ turn @ Vt, U @ turn.T @ Vt, U[:, :, 2]
+    R = torch.stack([R1, R1, R2, R2], 1)
+    t = torch.stack([t, -t, t, -t], 1)
+    votes = in_front(R, t, xy_a.to(torch.float64), xy_b.to(torch.float64))
+    if mask is not None:
+        votes = votes & mask[:, None]
+    best = votes.sum(2).argmax(1)
+    rows = torch.arange(len(best), device=best.device)
+    return R[rows, best], t[rows, best]
+
+
+def refine_relative_pose(
+    R_b_from_a: Tensor,
+    t_b_from_a: Tensor,
+    xy_a: Tensor,
+    xy_b: Tensor,
+    threshold: float,
+    *,
+    weights: Tensor | None = None,
+    iterations: int = 25,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Minimize the robust Sampson error of h relative poses at once.
+
+    R (h, 3, 3), unit t (h, 3), xy_a, xy_b (n, 2), weights None, (n,) or (h, n). The loss is that
+    of `refine_pose`. Returns (R, unit t, cost (h,)). Depths are not looked at.
+    """
+    a, b = _homogeneous(xy_a.to(torch.float64)), _homogeneous(xy_b.to(torch.float64))
+    w = a.new_ones(1, len(a)) if weights is None else weights.to(a).reshape(-1, len(a))
+    problem = _Epipolar(a, b, w, threshold)
+    R, t = R_b_from_a.to(torch.float64), torch.nn.functional.normalize(t_b_from_a.to(a), dim=1)
+    return levenberg_marquardt(
+        R, t, problem.cost, problem.normal_equations, _move_relative, iterations
+    )
+
+
+def _tangent(t: Tensor) -> Tensor:
+    """Two unit vectors orthogonal to unit vectors (h, 3): (h, 2, 3)."""
+    axis = torch.nn.functional.one_hot(t.abs().argmin(1), 3).to(t.dtype)
+    first = torch.nn.functional.normalize(torch.linalg.cross(t, axis), dim=1)
+    return torch.stack([first, torch.linalg.cross(t, first)], 1)
+
+
+def _move_relative(R: Tensor, t: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
+    moved = t + (delta[:, 3:, None] * _tangent(t)).sum(1)
+    return rotation_from_vector(delta[:, :3]) @ R, torch.nn.functional.normalize(moved, dim=1)
+
+
+@dataclass(frozen=True)
+class _Epipolar:
+    """Robust Sampson error of relative poses with five parameters (rotation 3, direction 2)."""
+
+    a: Tensor  # (n, 3)
+    b: Tensor  # (n, 3)
+    weights: Tensor  # (h or 1, n)
+    threshold: float
+
+    def _weights(self, rows: Tensor) -> Tensor:
+        return self.weights if self.weights.shape[0] == 1 else self.weights[rows]
+
+    def cost(self, R: Tensor, t: Tensor, rows: Tensor) -> Tensor:
+        squared = sampson_squared(essential_from_pose(R, t), self.a[:, :2], self.b[:, :2])
+        return (self._weights(rows) * robust_loss(squared, self.threshold)[0]).sum(1)
+
+    def normal_equations(self, R: Tensor, t: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        E = essential_from_pose(R, t)
+        axes = skew(torch.eye(3, dtype=R.dtype, device=R.device))
+        by_rotation = skew(t)[:, None] @ axes @ R[:, None]
+        by_direction = skew(_tangent(t)) @ R[:, None]
+        dE = torch.cat([by_rotation, by_direction], 1)  # (k, 5, 3, 3)
+        line_b, line_a = self.a @ E.transpose(1, 2), self.b @ E
+        d_line_b, d_line_a = self.a @ dE.transpose(2, 3), self.b @ dE
+        value, d_value = (self.b * line_b).sum(2), (self.b * d_line_b).sum(3)
+        size = line_b[..., :2].square().sum(2) + line_a[..., :2].square().sum(2)
+        size = size.clamp_min(1e-20)
+        half_d_size = (line_b[:, None, :, :2] * d_line_b[..., :2]).sum(3)
+        half_d_size = half_d_size + (line_a[:, None, :, :2] * d_line_a[..., :2]).sum(3)
+        residual = value * size.rsqrt()
+        J = (d_value - (value / size)[:, None] * half_d_size) * size.rsqrt()[:, None]
+        _, slope = robust_loss(residual.square(), self.threshold)
+        JW = J * (self._weights(rows) * slope)[:, None]
+        return JW @ J.transpose(1, 2), (JW * residual[:, None]).sum(2)
+
+
+def essential_ransac(
+    xy_a: Tensor,
+    xy_b: Tensor,
+    threshold: float,
+    *,
+    generator: torch.Generator,
+    iterations: int = 2000,
+    weights: Tensor | None = None,
+) -> RelativePose | None:
+    """Relative pose of the best MSAC score among five-point samples, locally optimized.
+
+    xy_a, xy_b (n, 2) matched normalized points; threshold on the Sampson distance; iterations:
+    most samples drawn; weights (n,) ≥ 0: share in the score, and how often a match is drawn. A
+    match counts only if it lies in front of both cameras. Returns None where no pose has
+    MIN_INLIERS inliers.
+    """
+    a, b = xy_a.to(torch.float64), xy_b.to(torch.float64)
+    w = a.new_ones(len(a)) if weights is None else weights.to(a)
+    usable = torch.isfinite(a).all(1) & torch.isfinite(b).all(1) & (w > 0)
+    if int(usable.sum()) < MIN_INLIERS:
+        return None
+    a, b = torch.where(usable[:, None], a, 0.0), torch.where(usable[:, None], b, 0.0)
+    w = torch.where(usable, w, 0.0)
+    rays_a, rays_b = _homogeneous(a), _homogeneous(b)
+
+    best_R, best_t, best_score, drawn, needed = None, None, 0.0, 0, math.inf
+    while drawn < min(iterations, needed):
+        count = min(ROUND_SAMPLES, iterations - drawn)
+        drawn += count
+        sample = draw_samples(w, 5, count, generator)
+        E, valid = five_point(rays_a[sample], rays_b[sample])
+        E = E[valid]
+        scores = score_essentials(E, a, b, threshold, weights=w)
+        E = E[torch.topk(scores, min(LOCAL_CANDIDATES, len(scores))).indices]
+        near = sampson_squared(E, a, b) < threshold**2
+        R, t = decompose_essential(E, a, b, near)
+        R, t, _ = refine_relative_pose(
+            R, t, a, b, threshold, weights=w, iterations=LOCAL_ITERATIONS
+        )
+        scores = _score_relative(R, t, a, b, threshold, w)
+        if len(scores) and float(scores.max()) > best_score:
+            leader = scores.argmax()
+            best_R, best_t, best_score = R[leader], t[leader], float(scores[leader])
+            share = float(w[_relative_inliers(best_R, best_t, a, b, threshold)].sum() / w.sum())
+            needed = samples_needed(share, 5)
+    if best_R is None:
+        return None
+    R, t = best_R[None], best_t[None]
+    for _ in range(2):  # an epipolar line passes many a wrong match: the end is for inliers alone
+        mask = _relative_inliers(R, t, a, b, threshold)
+        R, t, _ = refine_relative_pose(R, t, a, b, threshold, weights=w * mask)
+    score = float(_score_relative(R, t, a, b, threshold, w)[0])
+    R, t = R[0], t[0]
+    inliers = _relative_inliers(R, t, a, b, threshold) & (w > 0)
+    if int(inliers.sum()) < MIN_INLIERS:
+        return None
+    turned = torch.nn.functional.normalize(rays_a[inliers] @ R.T, dim=1)
+    apart = (turned - torch.nn.functional.normalize(rays_b[inliers], dim=1)).norm(dim=1)
+    parallax = torch.rad2deg(2 * torch.asin((apart / 2).clamp(max=1)).median())
+    return RelativePose(R, t, inliers, score, float(parallax))
+
+
+def _relative_inliers(R: Tensor, t: Tensor, a: Tensor, b: Tensor, threshold: float) -> Tensor:
+    near = sampson_squared(essential_from_pose(R, t), a, b) < threshold**2
+    return near & in_front(R, t, a, b)
+
+
+def _score_relative(
+    R: Tensor, t: Tensor, a: Tensor, b: Tensor, threshold: float, weights: Tensor
+) -> Tensor:
+    """MSAC scores (h,) of relative poses, matches behind a camera scoring nothing."""
+    squared = sampson_squared(essential_from_pose(R, t), a, b)
+    return ((1 - squared / threshold**2).clamp_min(0) * in_front(R, t, a, b)) @ weights
+
+
+def _homogeneous(xy: Tensor) -> Tensor:
+    return torch.cat([xy, torch.ones_like(xy[..., :1])], -1)
+
+
+# ---------------------------------------------------------------- from relative to absolute
+
+
+def query_in_world(
+    R_world_from_a: Tensor, R_b_from_a: Tensor, t_b_from_a: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Rotation R_world_from_b, and the unit direction in the world from camera a to camera b.
+
+    All (..., 3, 3) and (..., 3). With a scale s the center of b is c_a + s · direction.
+    """
+    R_world_from_b = R_world_from_a @ R_b_from_a.transpose(-1, -2)
+    direction = -(R_world_from_b @ t_b_from_a[..., None])[..., 0]
+    return R_world_from_b, torch.nn.functional.normalize(direction, dim=-1)
+
+
+def scale_from_other_views(
+    c_a: Tensor,
+    direction: Tensor,
+    R_world_from_query: Tensor,
+    xy_query: Tensor,
+    R_world_from_view: Tensor,
+    c_view: Tensor,
+    xy_view: Tensor,
+    threshold: float,
+    *,
+    weights: Tensor | None = None,
+) -> ScaleEstimate | None:
+    """How far along c_a + s · direction the query is, from matches with further posed views (E5+1).
+
+    c_a (3,), direction (3,), R_world_from_query (3, 3): see `query_in_world`. Match i joins
+    xy_query[i] with xy_view[i] (m, 2) in the view of pose R_world_from_view[i] (m, 3, 3),
+    c_view[i] (m, 3); weights (m,) or None. Views may repeat; matches with view a itself tell
+    nothing. threshold on the Sampson distance.
+
+    The epipolar constraint (c_view − c_a − s d) · (r_view × r_query) = 0 is linear in s. Each
+    match proposes its s; the best by MSAC, depths positive, is refined by reweighted least squares
+    over all matches. Returns None unless two matches agree on a scale > 0.
+    """
+    matches = [v.to(torch.float64) for v in (xy_query, R_world_from_view, c_view, xy_view)]
+    m = len(xy_query)
+    w = matches[0].new_ones(m) if weights is None else weights.to(matches[0])
+    finite = torch.stack([torch.isfinite(v).flatten(1).all(1) for v in matches]).all(0)
+    w = torch.where(finite, w, 0.0)
+    matches = [torch.nan_to_num(v, 0.0, 0.0, 0.0) for v in matches]
+    lines = _ScaleLines.build(c_a, direction, R_world_from_query, *matches)
+    proposals = -lines.value[0] / lines.value[1]
+    useful = torch.isfinite(proposals) & (proposals > 0) & (w > 0)
+    proposals, sensitivity = proposals[useful], lines.value[1][useful].abs()
+    steepest = torch.topk(sensitivity, min(SCALE_CANDIDATES, len(sensitivity))).indices
+    proposals = proposals[steepest]
+    if len(proposals) == 0:
+        return None
+    step = max(1, SCORE_CHUNK // m)
+    scores = torch.cat([lines.score(part, w, threshold) for part in proposals.split(step)])
+    scale = proposals[scores.argmax()]
+    for _ in range(10):
+        squared, size, front = lines.errors(scale[None])
+        _, slope = robust_loss(squared[0], threshold)
+        pull = w * slope * front[0] / size[0]
+        information = (pull * lines.value[1].square()).sum()
+        scale = -(pull * lines.value[0] * lines.value[1]).sum() / information
+    squared, size, front = lines.errors(scale[None])
+    inliers = (squared[0] < threshold**2) & front[0] & (w > 0)
+    count = int(inliers.sum())
+    if count < 2 or not bool(scale > 0):
+        return None
+    information = (w * inliers * lines.value[1].square() / size[0]).sum()
+    variance = (w * inliers * squared[0]).sum() / (count - 1) / information
+    score = lines.score(scale[None], w, threshold)
+    return ScaleEstimate(float(scale), float(variance.sqrt()), inliers, float(score))
+
+
+@dataclass(frozen=True)
+class _ScaleLines:
+    """Epipolar quantities of m matches as functions p + s q of the scale: p, q stacked first."""
+
+    value: Tensor  # (2, m) x_queryᵀ E x_view
+    line_query: Tensor  # (2, m, 3)
+    line_view: Tensor  # (2, m, 3)
+    depth_query: Tensor  # (2, m), up to a positive factor
+    depth_view: Tensor  # (2, m)
+
+    @classmethod
+    def build(
+        cls,
+        c_a: Tensor,
+        direction: Tensor,
+        R_query: Tensor,
+        xy_query: Tensor,
+        R_view: Tensor,
+        c_view: Tensor,
+        xy_view: Tensor,
+    ) -> "_ScaleLines":
+        c_a, direction, R_query = (v.to(xy_query) for v in (c_a, direction, R_query))
+        ray_query = _homogeneous(xy_query) @ R_query.T
+        ray_view = (R_view @ _homogeneous(xy_view)[..., None])[..., 0]
+        baseline = torch.stack([c_view - c_a, (-direction).expand_as(c_view)])
+        ray_query, ray_view = ray_query.expand_as(baseline), ray_view.expand_as(baseline)
+        normal = torch.linalg.cross(ray_view, ray_query)
+        plane_view = torch.linalg.cross(baseline, ray_view)
+        plane_query = torch.linalg.cross(ray_query, baseline)
+        return cls(
+            value=(baseline * normal).sum(2),
+            line_query=plane_view @ R_query,
+            line_view=(plane_query[..., None, :] @ R_view)[..., 0, :],
+            depth_query=-(plane_view * normal).sum(2),
+            depth_view=(plane_query * normal).sum(2),
+        )
+
+    def errors(self, scales: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Squared Sampson distances, their denominators, in front of both cameras: each (k, m)."""
+
+        def at(pair: Tensor) -> Tensor:
+            return pair[0] + scales.reshape(-1, *[1] * (pair.dim() - 1)) * pair[1]
+
+        size = at(self.line_query)[..., :2].square().sum(2)
+        size = (size + at(self.line_view)[..., :2].square().sum(2)).clamp_min(1e-20)
+        front = (at(self.depth_query) > 0) & (at(self.depth_view) > 0)
+        return at(self.value).square() / size, size, front
+
+    def score(self, scales: Tensor, weights: Tensor, threshold: float) -> Tensor:
+        squared, _, front = self.errors(scales)
+        return ((1 - squared / threshold**2).clamp_min(0) * front) @ weights
+
+
+def intersect_directions(
+    centers: Tensor, directions: Tensor, weights: Tensor | None = None
+) -> tuple[Tensor, float]:
+    """The point nearest to n lines: c = (Σ w (I − d dᵀ))⁻¹ Σ w (I − d dᵀ) c_i.
+
+    centers (n, 3), directions (n, 3) of any length, weights (n,) or None. Returns (c (3,),
+    condition): the condition number of the matrix, infinite where the lines are parallel (or there
+    is but one); c is then the point of the solution line or space nearest to the weighted mean of
+    the centers. Lines of zero length or weight do not count.
+
+    Raises ValueError where no line counts.
+    """
+    centers, directions = centers.to(torch.float64), directions.to(torch.float64)
+    w = centers.new_ones(len(centers)) if weights is None else weights.to(centers)
+    length = directions.norm(dim=1)
+    usable = torch.isfinite(centers).all(1) & torch.isfinite(length) & (length > 0) & (w > 0)
+    if not bool(usable.any()):
+        raise ValueError(f"None of {len(centers)} directions is usable; give at least one.")
+    centers, d, w = centers[usable], (directions / length[:, None])[usable], w[usable]
+    w = w / w.sum()
+    middle = w @ centers
+    eye = torch.eye(3, dtype=d.dtype, device=d.device)
+    projections = w[:, None, None] * (eye - d[:, :, None] * d[:, None, :])
+    A = projections.sum(0)
+    values, vectors = torch.linalg.eigh(A)
+    right = (projections @ (centers - middle)[..., None]).sum(0)[:, 0]
+    fixed = values > 1e-12
+    solution = torch.where(fixed, (vectors.T @ right) / values.clamp_min(1e-12), 0.0)
+    condition = float(values[2] / values[0]) if bool(fixed[0]) else math.inf
+    return middle + vectors @ solution, condition
+
+
+def weighted_mean_pose(
+    R_world_from_cam: Tensor, c_world: Tensor, weights: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Mean of poses, outliers dropped: what is left to answer when all else fails.
+
+    R_world_from_cam (n, 3, 3), c_world (n, 3), weights (n,) ≥ 0 or None. Dropped are poses whose
+    center lies farther from the weighted geometric median of the centers than three times the
+    weighted median of these distances. The rotation is the one nearest to the weighted sum of
+    matrices, or, where rotations cancel out, that of the heaviest pose. Poses with a NaN do not
+    count; weights that are all zero count as equal.
+
+    Raises ValueError where there is no finite pose at all.
+    """
+    R, c = R_world_from_cam.to(torch.float64), c_world.to(torch.float64)
+    finite = torch.isfinite(R).flatten(1).all(1) & torch.isfinite(c).all(1)
+    if not bool(finite.any()):
+        raise ValueError(f"None of {len(c)} poses is finite; give at least one.")
+    w = c.new_ones(len(c)) if weights is None else weights.to(c)
+    R, c, w = R[finite], c[finite], torch.nan_to_num(w[finite]).clamp_min(0)
+    w = w / w.sum() if bool(w.sum() > 0) else torch.full_like(w, 1 / len(w))
+    median = w @ c
+    for _ in range(20):  # Weiszfeld's iteration
+        pull = w / (c - median).norm(dim=1).clamp_min(1e-9)
+        median = pull @ c / pull.sum()
+    distance = (c - median).norm(dim=1)
+    ordered = torch.argsort(distance)
+    half = int((torch.cumsum(w[ordered], 0) < 0.5).sum())
+    bound = 3 * distance[ordered[min(half, len(ordered) - 1)]]
+    w = torch.where(distance <= bound + 1e-9, w, 0.0)
+    w = w / w.sum()
+    U, strength, Vt = torch.linalg.svd((w[:, None, None] * R).sum(0))
+    handed = torch.ones_like(strength)
+    handed[2] = torch.sign(torch.linalg.det(U @ Vt))
+    mean = U @ torch.diag(handed) @ Vt
+    clear = strength[1] + handed[2] * strength[2] > 1e-6
+    return (mean if bool(clear) else R[w.argmax()]), w @ c

@@ -1,0 +1,514 @@
+"""P3P, MSAC, LO-RANSAC, refinement and covariance against PoseLib, autograd and Monte Carlo."""
+
+import math
+
+import numpy as np
+import poselib
+import pytest
+import torch
+
+from localization.absolute_pose import (
+    best_of_keypoint,
+    lo_ransac,
+    p3p,
+    pose_deviation,
+    refine_pose,
+    rotation_from_vector,
+    score_poses,
+    sequential_modes,
+    squared_errors,
+)
+
+FOCAL_PX = 320.0
+F64 = torch.float64
+
+
+def seeded(seed):
+    return torch.Generator().manual_seed(seed)
+
+
+def normal(*shape, generator):
+    return torch.randn(*shape, generator=generator, dtype=F64)
+
+
+def uniform(*shape, generator):
+    return torch.rand(*shape, generator=generator, dtype=F64)
+
+
+def random_poses(count, generator):
+    axis = torch.nn.functional.normalize(normal(count, 3, generator=generator), dim=1)
+    R = rotation_from_vector(axis * math.pi * uniform(count, 1, generator=generator))
+    return R, 3 * normal(count, 3, generator=generator)
+
+
+def homogeneous(xy):
+    return torch.cat([xy, torch.ones_like(xy[..., :1])], -1)
+
+
+def seen_points(R, t, count, generator, depth=(3.0, 8.0)):
+    """Image points all over a 640×480 frame, and world points on their rays."""
+    xy = (2 * uniform(count, 2, generator=generator) - 1) * torch.tensor([1.0, 0.75], dtype=F64)
+    far = depth[0] + (depth[1] - depth[0]) * uniform(count, 1, generator=generator)
+    return xy, (homogeneous(xy) * far - t) @ R
+
+
+def center_of(R, t):
+    return -(R.transpose(-1, -2) @ t[..., None])[..., 0]
+
+
+def exponential(omega):
+    x, y, z = omega.unbind(-1)
+    zero = torch.zeros_like(x)
+    rows = (zero, -z, y, z, zero, -x, -y, x, zero)
+    return torch.matrix_exp(torch.stack(rows, -1).reshape(*omega.shape, 3))
+
+
+def angle_deg(R, S):
+    return math.degrees(2 * math.asin(min(1.0, float((R - S).norm()) / math.sqrt(8))))
+
+
+def pinhole():
+    return {"model": "PINHOLE", "width": 640, "height": 480, "params": [FOCAL_PX, FOCAL_PX, 0, 0]}
+
+
+# ---------------------------------------------------------------- rotations
+
+
+def test_rotation_from_vector_is_the_matrix_exponential():
+    omega = normal(50, 3, generator=seeded(0))
+    omega[0] = 0
+    omega[1] *= 1e-9
+    assert torch.allclose(rotation_from_vector(omega), exponential(omega), atol=1e-13)
+
+
+# ---------------------------------------------------------------- P3P
+
+
+def p3p_problems(count, seed):
+    generator = seeded(seed)
+    R, t = random_poses(count, generator)
+    ray = homogeneous(2 * uniform(count, 3, 2, generator=generator) - 1)
+    point = (ray * (1 + 9 * uniform(count, 3, 1, generator=generator)) - t[:, None]) @ R
+    return R, t, ray, point
+
+
+def test_p3p_contains_the_truth_in_twenty_thousand_samples():
+    R, t, ray, point = p3p_problems(20_000, seed=1)
+    found_R, found_t, valid = p3p(ray, point)
+    error = (found_R - R[:, None]).flatten(2).norm(dim=2) + (found_t - t[:, None]).norm(dim=2)
+    assert torch.where(valid, error, math.inf).amin(1).max() < 1e-6
+
+
+def test_every_valid_p3p_pose_projects_the_points_onto_the_rays_in_front():
+    _, _, ray, point = p3p_problems(2000, seed=2)
+    R, t, valid = p3p(ray, point)
+    cam = (point[:, None] @ R.transpose(2, 3) + t[:, :, None])[valid]
+    expected = ray[:, None].expand(-1, 4, -1, -1)[valid]
+    assert cam[..., 2].min() > 0
+    assert torch.allclose(cam[..., :2] / cam[..., 2:], expected[..., :2], atol=1e-7)
+    assert torch.allclose(torch.linalg.det(R), torch.ones(2000, 4, dtype=F64))
+
+
+def test_p3p_agrees_with_poselib():
+    _, _, ray, point = p3p_problems(300, seed=3)
+    R, t, valid = p3p(ray, point)
+    unit = torch.nn.functional.normalize(ray, dim=2)
+    for i in range(300):
+        theirs = poselib.p3p(unit[i].numpy(), point[i].numpy())
+        assert len(theirs) == int(valid[i].sum())
+        for pose in theirs:
+            gap = (R[i] - torch.tensor(pose.R)).flatten(1).norm(dim=1)
+            gap = gap + (t[i] - torch.tensor(pose.t)).norm(dim=1)
+            assert torch.where(valid[i], gap, math.inf).min() < 1e-5
+
+
+def test_p3p_keeps_batch_shape_and_ignores_the_length_of_rays():
+    _, _, ray, point = p3p_problems(6, seed=4)
+    R, t, valid = p3p(ray.reshape(2, 3, 3, 3), point.reshape(2, 3, 3, 3))
+    assert R.shape == (2, 3, 4, 3, 3) and t.shape == (2, 3, 4, 3) and valid.shape == (2, 3, 4)
+    scaled = p3p(ray * torch.tensor([0.1, 5.0, 40.0], dtype=F64)[:, None], point)
+    assert torch.equal(scaled[2], valid.reshape(6, 4))
+    assert torch.allclose(scaled[0][scaled[2]], R.reshape(6, 4, 3, 3)[scaled[2]], atol=1e-8)
+    empty = p3p(ray[:0], point[:0])
+    assert empty[0].shape == (0, 4, 3, 3)
+
+
+def test_p3p_turns_degenerate_samples_down():
+    _, _, ray, point = p3p_problems(7, seed=5)
+    point[0, 2] = 0.3 * point[0, 0] + 0.7 * point[0, 1]  # collinear
+    point[1, 1] = point[1, 0]  # a point twice
+    point[2] = point[2, :1]  # one point thrice
+    ray[3, 1], point[3, 1] = ray[3, 0], point[3, 0]  # a correspondence twice
+    point[4, 0, 0] = math.nan
+    ray[5] = 0
+    point[6, 2] = point[6, 0] + 0.3 * (point[6, 1] - point[6, 0]) + 1e-6  # nearly collinear
+    R, t, valid = p3p(ray, point)
+    assert not valid.any()
+    assert torch.equal(R, torch.eye(3, dtype=F64).expand(7, 4, 3, 3)) and not t.any()
+
+
+def test_p3p_survives_two_points_on_one_ray():
+    _, _, ray, point = p3p_problems(200, seed=6)
+    ray[:, 1] = ray[:, 0]
+    R, t, valid = p3p(ray, point)
+    assert torch.isfinite(R).all() and torch.isfinite(t).all()
+    cam = (point[:, None] @ R.transpose(2, 3) + t[:, :, None])[valid]
+    assert (cam[..., 2] > 0).all()
+
+
+# ---------------------------------------------------------------- scoring
+
+
+def scoring_problem(seed=7, poses=20, count=60):
+    generator = seeded(seed)
+    R, t = random_poses(1, generator)
+    xy, points = seen_points(R[0], t[0], count, generator)
+    cam = points[:5] @ R[0].T + t[0]
+    cam[:, 2] *= -1  # behind the camera, and on the pixel but for the sign of the depth
+    points[:5] = (cam - t[0]) @ R[0]
+    turn = rotation_from_vector(0.01 * normal(poses, 3, generator=generator))
+    return turn @ R, t + 0.02 * normal(poses, 3, generator=generator), xy, points
+
+
+def gains_by_hand(R, t, xy, points, threshold):
+    gain = np.zeros((len(R), len(points)))
+    for h in range(len(R)):
+        for i in range(len(points)):
+            x, y, z = (R[h] @ points[i] + t[h]).tolist()
+            if z > 0:
+                squared = (x / z - float(xy[i, 0])) ** 2 + (y / z - float(xy[i, 1])) ** 2
+                gain[h, i] = max(0.0, 1 - squared / threshold**2)
+    return gain
+
+
+def test_scores_are_msac_with_weights_and_one_vote_a_keypoint():
+    R, t, xy, points = scoring_problem()
+    threshold = 6 / FOCAL_PX
+    gain = gains_by_hand(R, t, xy, points, threshold)
+    assert 0.1 < (gain > 0).mean() < 0.95
+    expected = gain.sum(1)
+    assert np.allclose(score_poses(R, t, xy, points, threshold), expected, atol=1e-3)
+
+    weights = uniform(60, generator=seeded(8))
+    gain = gain * weights.numpy()
+    scores = score_poses(R, t, xy, points, threshold, weights=weights)
+    assert np.allclose(scores, gain.sum(1), atol=1e-3)
+
+    keypoints = torch.randint(100, 117, (60,), generator=seeded(9))
+    best = [gain[:, keypoints.numpy() == k].max(1) for k in keypoints.unique().tolist()]
+    scores = score_poses(R, t, xy, points, threshold, weights=weights, keypoint_ids=keypoints)
+    assert np.allclose(scores, np.sum(best, 0), atol=1e-3)
+
+
+def test_scores_do_not_depend_on_the_chunks_or_on_a_distant_origin(monkeypatch):
+    R, t, xy, points = scoring_problem()
+    whole = score_poses(R, t, xy, points, 0.02)
+    monkeypatch.setattr("localization.absolute_pose.SCORE_CHUNK", 130)
+    assert torch.equal(score_poses(R, t, xy, points, 0.02), whole)
+    far = torch.tensor([5000.0, -3000.0, 100.0], dtype=F64)
+    shifted = score_poses(R, t - R @ far, xy, points + far, 0.02)
+    assert torch.allclose(shifted, whole, atol=1e-2)
+
+
+def test_scores_of_nothing():
+    R, t, xy, points = scoring_problem()
+    assert score_poses(R[:0], t[:0], xy, points, 0.02).shape == (0,)
+    none = score_poses(R, t, xy[:0], points[:0], 0.02, keypoint_ids=torch.zeros(0).long())
+    assert torch.equal(none, torch.zeros(len(R), dtype=F64))
+
+
+def test_best_of_keypoint_by_hand():
+    errors = torch.tensor([[3.0, 1.0, 1.0, math.inf, 5.0], [1.0, 2.0, 2.0, 0.0, math.inf]])
+    keypoints = torch.tensor([4, 4, 4, 9, 2])
+    expected = [[False, True, False, False, True], [True, False, False, True, False]]
+    assert best_of_keypoint(errors, keypoints).tolist() == expected
+    assert best_of_keypoint(errors[1], keypoints).tolist() == expected[1]
+    assert best_of_keypoint(errors[:, :0], keypoints[:0]).shape == (2, 0)
+
+
+# ---------------------------------------------------------------- refinement
+
+
+def noisy_problem(seed, count=80, noise_px=1.0):
+    generator = seeded(seed)
+    R, t = random_poses(1, generator)
+    xy, points = seen_points(R[0], t[0], count, generator)
+    xy = xy + noise_px / FOCAL_PX * normal(count, 2, generator=generator)
+    return R[0], t[0], xy, points
+
+
+def disturbed(R, t, count, generator, angle=0.01, shift=0.03):
+    turn = rotation_from_vector(angle * normal(count, 3, generator=generator))
+    center = center_of(R, t) + shift * normal(count, 3, generator=generator)
+    return turn @ R, -(turn @ R @ center[..., None])[..., 0]
+
+
+def robust_cost(R, t, xy, points, threshold, weights=None):
+    cam = points @ R.T + t
+    squared = (cam[:, :2] / cam[:, 2:] - xy).square().sum(1)
+    c2 = threshold**2 / 4
+    loss = torch.clamp(c2 * torch.log(1 + squared / c2), max=threshold**2)
+    loss = torch.where(cam[:, 2] > 0, loss, threshold**2)
+    return (loss if weights is None else loss * weights).sum()
+
+
+def test_refinement_reaches_a_stationary_point_of_the_cost_it_states():
+    R, t, xy, points = noisy_problem(10)
+    xy[:20] = uniform(20, 2, generator=seeded(11))
+    weights = uniform(80, generator=seeded(12))
+    threshold = 4 / FOCAL_PX
+    start_R, start_t = disturbed(R, t, 1, seeded(13))
+    refined = refine_pose(start_R[0], start_t[0], xy, points, threshold, weights=weights)
+
+    def cost(delta):
+        turned = exponential(delta[:3]) @ refined.R_cam_from_world
+        return robust_cost(turned, refined.t_cam + delta[3:], xy, points, threshold, weights)
+
+    start = robust_cost(start_R[0], start_t[0], xy, points, threshold, weights)
+    here = torch.zeros(6, dtype=F64, requires_grad=True)
+    (gradient,) = torch.autograd.grad(cost(here), here)
+    hessian = torch.autograd.functional.hessian(cost, here.detach())
+    assert float(cost(here.detach())) == pytest.approx(float(refined.cost), rel=1e-9)
+    assert refined.cost < start
+    assert torch.linalg.eigvalsh(hessian).min() > 0
+    assert torch.linalg.solve(hessian, gradient).abs().max() < 1e-6  # the step to the minimum
+    assert angle_deg(refined.R_cam_from_world, R) < 0.2
+
+
+def test_refinement_agrees_with_poselib():
+    for seed in range(20, 26):
+        R, t, xy, points = noisy_problem(seed)
+        start_R, start_t = disturbed(R, t, 1, seeded(seed + 100))
+        ours = refine_pose(start_R[0], start_t[0], xy, points, 4 / FOCAL_PX)
+        initial = poselib.CameraPose()
+        initial.R, initial.t = start_R[0].numpy(), start_t[0].numpy()
+        theirs, _ = poselib.refine_absolute_pose(
+            (xy * FOCAL_PX).numpy(),
+            points.numpy(),
+            initial,
+            pinhole(),
+            {"loss_type": "CAUCHY", "loss_scale": 2.0, "max_iterations": 200},
+        )
+        assert angle_deg(ours.R_cam_from_world, torch.tensor(theirs.R)) < 1e-3
+        assert (ours.t_cam - torch.tensor(theirs.t)).norm() < 1e-4
+
+
+def test_many_poses_refine_as_they_do_alone(monkeypatch):
+    R, t, xy, points = noisy_problem(30)
+    start_R, start_t = disturbed(R, t, 7, seeded(31))
+    weights = uniform(7, 80, generator=seeded(32)) > 0.3
+    own_xy = xy + 1e-3 * normal(7, 80, 2, generator=seeded(33))
+    monkeypatch.setattr("localization.absolute_pose.REFINE_CHUNK", 3 * 80)
+    many = refine_pose(start_R, start_t, own_xy, points, 0.0125, weights=weights)
+    assert many.covariance.shape == (7, 6, 6) and many.inliers.shape == (7, 80)
+    for i in range(7):
+        alone = refine_pose(start_R[i], start_t[i], own_xy[i], points, 0.0125, weights=weights[i])
+        left_out = refine_pose(
+            start_R[i], start_t[i], own_xy[i][weights[i]], points[weights[i]], 0.0125
+        )
+        for one in (alone, left_out):
+            assert torch.allclose(many.R_cam_from_world[i], one.R_cam_from_world, atol=1e-7)
+            assert torch.allclose(many.t_cam[i], one.t_cam, atol=1e-7)
+            assert torch.allclose(many.covariance[i], one.covariance, rtol=1e-3, atol=1e-12)
+        assert torch.equal(many.inliers[i], alone.inliers)
+
+
+def test_a_point_behind_the_camera_costs_what_an_outlier_costs():
+    R, t, xy, points = noisy_problem(34)
+    threshold = 4 / FOCAL_PX
+    clean = refine_pose(R, t, xy, points, threshold)
+    center = center_of(R, t)
+    behind = torch.cat([points, 2 * center - points[:3]])
+    refined = refine_pose(R, t, torch.cat([xy, xy[:3]]), behind, threshold)
+    assert torch.allclose(refined.R_cam_from_world, clean.R_cam_from_world, atol=1e-7)
+    assert float(refined.cost - clean.cost) == pytest.approx(3 * threshold**2, rel=1e-6)
+    assert not refined.inliers[80:].any()
+
+
+def test_covariance_agrees_with_monte_carlo():
+    R, t, xy, points = noisy_problem(40, count=40, noise_px=0.0)
+    trials = 1500
+    noisy = xy + 1 / FOCAL_PX * normal(trials, 40, 2, generator=seeded(41))
+    refined = refine_pose(R.expand(trials, 3, 3), t.expand(trials, 3), noisy, points, 4 / FOCAL_PX)
+    turn = R @ refined.R_cam_from_world.transpose(1, 2)  # R_true = exp(ω) R
+    omega = (
+        torch.stack(
+            [
+                turn[:, 2, 1] - turn[:, 1, 2],
+                turn[:, 0, 2] - turn[:, 2, 0],
+                turn[:, 1, 0] - turn[:, 0, 1],
+            ],
+            1,
+        )
+        / 2
+    )
+    moved = center_of(R, t) - center_of(refined.R_cam_from_world, refined.t_cam)
+    scatter = torch.cov(torch.cat([omega, moved], 1).T)
+    predicted = refined.covariance.mean(0)
+    ratio = (predicted.diagonal() / scatter.diagonal()).sqrt()
+    assert ((0.85 < ratio) & (ratio < 1.15)).all(), ratio
+    scale = scatter.diagonal().rsqrt()
+    assert ((predicted - scatter) * scale[:, None] * scale).abs().max() < 0.25
+    sigma_m, sigma_deg = pose_deviation(predicted)
+    assert float(sigma_m) == pytest.approx(float(moved.square().sum(1).mean().sqrt()), rel=0.15)
+    spread = torch.rad2deg(omega.square().sum(1).mean().sqrt())
+    assert float(sigma_deg) == pytest.approx(float(spread), rel=0.15)
+
+
+def test_covariance_is_infinite_where_the_pose_is_not_fixed():
+    R, t, xy, points = noisy_problem(42)
+    line = points[0] + torch.linspace(0, 1, 80, dtype=F64)[:, None] * (points[1] - points[0])
+    cam = line @ R.T + t
+    collinear = refine_pose(R, t, cam[:, :2] / cam[:, 2:], line, 0.0125)
+    three = refine_pose(R, t, xy[:3], points[:3], 0.0125)
+    nothing = refine_pose(R, t, xy[:0], points[:0], 0.0125)
+    masked = refine_pose(R, t, xy, points, 0.0125, weights=torch.zeros(80))
+    for refined in (collinear, three, nothing, masked):
+        assert torch.isinf(torch.stack(pose_deviation(refined.covariance))).all()
+        assert not torch.isnan(refined.covariance).any()
+        assert torch.isfinite(refined.R_cam_from_world).all()
+    assert torch.allclose(nothing.R_cam_from_world, R) and torch.allclose(nothing.t_cam, t)
+
+
+def test_refinement_ignores_what_is_not_a_number():
+    R, t, xy, points = noisy_problem(43)
+    clean = refine_pose(R, t, xy[2:], points[2:], 0.0125)
+    xy[0], points[1] = math.nan, math.nan
+    refined = refine_pose(R, t, xy, points, 0.0125)
+    assert torch.allclose(refined.t_cam, clean.t_cam) and not refined.inliers[:2].any()
+    assert float(refined.cost) == pytest.approx(float(clean.cost))
+
+
+def test_refining_no_pose_at_all():
+    R, t, xy, points = noisy_problem(44)
+    none = refine_pose(R[None][:0], t[None][:0], xy, points, 0.0125)
+    assert none.R_cam_from_world.shape == (0, 3, 3) and none.inliers.shape == (0, 80)
+
+
+# ---------------------------------------------------------------- robust estimation
+
+
+def contaminated(seed, count, outliers, noise_px=1.0):
+    R, t, xy, points = noisy_problem(seed, count, noise_px)
+    wrong = int(count * outliers)
+    points[:wrong] = points[:wrong][torch.randperm(wrong, generator=seeded(seed + 500))]
+    return R, t, xy, points
+
+
+@pytest.mark.parametrize(("count", "outliers"), [(60, 0.3), (300, 0.7)])
+def test_lo_ransac_is_as_good_as_poselib(count, outliers):
+    for seed in range(50, 55):
+        R, t, xy, points = contaminated(seed, count, outliers)
+        pose = lo_ransac(xy, points, 4 / FOCAL_PX, generator=seeded(seed))
+        theirs, info = poselib.estimate_absolute_pose(
+            (xy * FOCAL_PX).numpy(),
+            points.numpy(),
+            pinhole(),
+            {"max_reproj_error": 4.0},
+            {"loss_type": "CAUCHY", "loss_scale": 2.0},
+        )
+        their_R, their_t = torch.tensor(theirs.R), torch.tensor(theirs.t)
+        score = score_poses(their_R[None], their_t[None], xy, points, 4 / FOCAL_PX)
+        assert pose.score > float(score) - 0.5
+        assert abs(int(pose.inliers.sum()) - info["num_inliers"]) <= 2
+        assert pose.inliers[int(count * outliers) :].sum() >= 0.97 * count * (1 - outliers)
+        sigma_m, sigma_deg = pose_deviation(pose.covariance)
+        moved = (center_of(pose.R_cam_from_world, pose.t_cam) - center_of(R, t)).norm()
+        assert moved < 3.5 * sigma_m < 0.2
+        assert angle_deg(pose.R_cam_from_world, R) < 3.5 * sigma_deg < 2
+
+
+def test_lo_ransac_repeats_itself():
+    _, _, xy, points = contaminated(60, 100, 0.5)
+    first = lo_ransac(xy, points, 0.0125, generator=seeded(3))
+    again = lo_ransac(xy, points, 0.0125, generator=seeded(3))
+    assert torch.equal(first.R_cam_from_world, again.R_cam_from_world)
+    assert first.score == again.score
+
+
+def test_lo_ransac_finds_no_pose_where_there_is_none():
+    R, t, xy, points = noisy_problem(61)
+    generator = seeded(61)
+    search = dict(generator=generator, iterations=1000)
+    assert lo_ransac(xy[:0], points[:0], 0.0125, **search) is None
+    assert lo_ransac(xy[:3], points[:3], 0.0125, **search) is None
+    assert lo_ransac(xy, points[:1].expand(80, 3), 0.0125, **search) is None
+    line = points[0] + uniform(80, 1, generator=generator) * (points[1] - points[0])
+    assert lo_ransac(xy, line, 0.0125, **search) is None
+    assert lo_ransac(xy, torch.full_like(points, math.nan), 0.0125, **search) is None
+    assert lo_ransac(xy, points, 0.0125, weights=torch.zeros(80), **search) is None
+    behind = 2 * center_of(R, t) - points
+    chance = lo_ransac(xy, behind, 1 / FOCAL_PX, **search)
+    assert chance is None or chance.inliers.sum() < 8
+    five = normal(5, 3, generator=generator)
+    assert lo_ransac(xy[:5], five, 0.2 / FOCAL_PX, **search) is None
+
+
+def test_lo_ransac_leaves_out_broken_and_unweighted_correspondences():
+    R, t, xy, points = contaminated(62, 100, 0.2)
+    xy[97], points[98] = math.nan, math.inf
+    weights = torch.ones(100)
+    weights[99] = 0
+    pose = lo_ransac(xy, points, 0.0125, generator=seeded(62), weights=weights)
+    assert not pose.inliers[97:].any() and pose.inliers[20:97].sum() > 70
+    assert angle_deg(pose.R_cam_from_world, R) < 0.3
+    (mode,) = sequential_modes(xy, points, 0.0125, modes=1, generator=seeded(62), weights=weights)
+    assert not mode.inliers[97:].any() and mode.score == pytest.approx(pose.score)
+
+
+def many_points_on_few_keypoints():
+    """A true pose seen by 40 keypoints; a false one by 100 points, all on ten of the keypoints."""
+    generator = seeded(70)
+    R, t = random_poses(2, generator)
+    xy, points = seen_points(R[0], t[0], 40, generator)
+    which = torch.arange(10).repeat_interleave(10)
+    far = 3 + 5 * uniform(100, 1, generator=generator)
+    alias = (homogeneous(xy[which]) * far - t[1]) @ R[1]
+    ids = torch.cat([torch.arange(40), which])
+    return R, t, torch.cat([xy, xy[which]]), torch.cat([points, alias]), ids
+
+
+def test_points_on_one_keypoint_are_one_piece_of_evidence():
+    R, t, xy, points, ids = many_points_on_few_keypoints()
+    misled = lo_ransac(xy, points, 0.0125, generator=seeded(0))
+    assert torch.allclose(misled.R_cam_from_world, R[1], atol=1e-5)
+    pose = lo_ransac(xy, points, 0.0125, generator=seeded(0), keypoint_ids=ids)
+    assert torch.allclose(pose.R_cam_from_world, R[0], atol=1e-5)
+    assert pose.inliers.tolist() == [True] * 40 + [False] * 100
+    assert pose.score == pytest.approx(40, abs=1e-3)
+
+
+def test_weights_decide_between_poses():
+    R, t, xy, points = noisy_problem(71, noise_px=0.5)
+    generator = seeded(72)
+    other_R, other_t = random_poses(1, generator)
+    far = 3 + 5 * uniform(60, 1, generator=generator)
+    alias = (homogeneous(xy[:60]) * far - other_t) @ other_R[0]
+    xy, points = torch.cat([xy, xy[:60]]), torch.cat([points, alias])
+    for light, expected in ((slice(0, 80), other_R[0]), (slice(80, 140), R)):
+        weights = torch.ones(140)
+        weights[light] = 0.1
+        pose = lo_ransac(xy, points, 0.0125, generator=seeded(1), weights=weights)
+        assert angle_deg(pose.R_cam_from_world, expected) < 0.5
+
+
+def test_sequential_modes_find_both_poses_and_stop():
+    R, t, xy, points, ids = many_points_on_few_keypoints()
+    found = sequential_modes(xy, points, 0.0125, modes=5, generator=seeded(2), keypoint_ids=ids)
+    assert len(found) == 2
+    for i, count in enumerate((40, 10)):
+        assert torch.allclose(found[i].R_cam_from_world, R[i], atol=1e-5)
+        assert int(found[i].inliers.sum()) == count
+        assert found[i].score == pytest.approx(count, abs=1e-3)
+    one = sequential_modes(xy, points, 0.0125, modes=1, generator=seeded(2), keypoint_ids=ids)
+    assert len(one) == 1
+    assert sequential_modes(xy[:2], points[:2], 0.0125, modes=3, generator=seeded(2)) == []
+
+
+def test_squared_errors_are_infinite_behind_the_camera():
+    R, t, xy, points = scoring_problem()
+    errors = squared_errors(R, t, xy, points)
+    assert torch.isinf(errors[:, :5]).all()
+    gain = (1 - errors / 0.02**2).clamp_min(0)
+    assert np.allclose(gain, gains_by_hand(R, t, xy, points, 0.02), atol=1e-9)
+    assert torch.equal(squared_errors(R[0], t[0], xy, points), errors[0])
