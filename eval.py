@@ -9,6 +9,7 @@ model.py; only the command line above needs base.py, which reads the lists.
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +32,7 @@ from model import (
 
 SEARCH_CELLS = 2**25  # most entries of a queries x database matrix held at a time
 BOOTSTRAP_DRAWS = 1000
+RECALL_VALUES = tuple(range(1, 21))
 IMAGE_SIZE = 224
 TRANSFORM = transforms.Compose([
     transforms.Resize((IMAGE_SIZE, IMAGE_SIZE)),
@@ -173,6 +175,42 @@ def print_recall(hits: np.ndarray, recall_values: Sequence[int]) -> dict[int, in
     for k, count in answered.items():
         print(f"Recall@{k}: {count}/{len(hits)} = {100 * count / len(hits):.2f}%")
     return answered
+
+
+@dataclass(frozen=True)
+class Recall:
+    """Recall of a model on one split. section: curves for metrics.json, lists over K = 1 … 20 in 0..1.
+
+    similarity, ranking: (nq, 20) of the last model; hits: (nq,) rank of the first positive, 0 = best.
+    """
+
+    section: dict
+    similarity: np.ndarray
+    ranking: np.ndarray
+    hits: np.ndarray
+    positives: list[np.ndarray]
+
+
+def measure_recall(
+    models: Sequence[NetVLADModel], query_ds: Dataset, db_ds: Dataset, utm_query: np.ndarray,
+    utm_index: np.ndarray, threshold: float, device: torch.device, *, workers: int = 0, seed: int = 0,
+    desc: str = "",
+) -> Recall:  # fmt: skip
+    """Recall@1..20 of the last of `models` ("trained") beside the first ("untrained") and chance."""
+    options = {"device": device, "workers": workers}
+    queries, _, _ = embed(models, query_ds, desc=f"{desc} queries", **options)
+    index, _, _ = embed(models, db_ds, desc=f"{desc} index images", **options)
+    positives = positives_within(utm_query, utm_index, threshold)
+    found = [search(q, d, RECALL_VALUES[-1], device) for q, d in zip(queries, index)]
+    hits = [first_hits(ranking, positives) for _, ranking in found]
+    curves = [[float((h < k).mean()) for k in RECALL_VALUES] for h in hits]
+    low, high = recall_interval(hits[-1], RECALL_VALUES, seed)
+    section = {
+        "queries": len(query_ds), "index": len(db_ds), "k": list(RECALL_VALUES),
+        "trained": curves[-1], "untrained": curves[0], "low": low, "high": high,
+        "chance": chance_recall(positives, len(db_ds), RECALL_VALUES),
+    }  # fmt: skip
+    return Recall(section, *found[-1], hits[-1], positives)
 
 
 def evaluate_recall(

@@ -1,0 +1,30 @@
+"""What several test files share: a tiny rendered sample and a checkpoint."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from dataset.sample import TINY, render_sample
+from model import NetVLADModel, calibrate_trunk, initialize_netvlad
+
+
+@pytest.fixture(scope="session")
+def sample(tmp_path_factory) -> Path:
+    """The folder of a tiny rendered sample, in the assignment's layout."""
+    root = tmp_path_factory.mktemp("sample") / "tiny"
+    render_sample(root, size=TINY, quiet=True)
+    return root
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory) -> Path:
+    """A netvlad_final.pth of a random, calibrated model with 4 clusters."""
+    torch.manual_seed(0)
+    model = NetVLADModel(4, pretrained=False)
+    images = torch.rand(8, 3, 64, 64)
+    calibrate_trunk(model, images)
+    initialize_netvlad(model, [images], torch.device("cpu"))
+    file = tmp_path_factory.mktemp("checkpoint") / "netvlad_final.pth"
+    torch.save(model.state_dict(), file)
+    return file

@@ -1,0 +1,132 @@
+"""Task 4's script: frames, split, errors, and that true poses only measure."""
+
+import importlib.util
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from scipy.spatial.transform import Rotation
+
+from localization.cameras import OPENCV, Convention, poses_to_file
+from model import InputError
+
+_spec = importlib.util.spec_from_file_location("task4", Path(__file__).parents[1] / "test.py")
+task4 = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(task4)
+
+
+def random_pose(rng: np.random.Generator) -> np.ndarray:
+    return np.concatenate([rng.normal(size=3), Rotation.random(random_state=rng).as_quat()])
+
+
+def test_pose_error_is_scipys_angle_for_any_order_sign_and_length():
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        a, b = random_pose(rng), random_pose(rng)
+        angle = (Rotation.from_quat(a[3:]).inv() * Rotation.from_quat(b[3:])).magnitude()
+        expected = (np.linalg.norm(a[:3] - b[:3]), np.degrees(angle))
+        assert task4.pose_error(a, b) == pytest.approx(expected)
+        scaled = np.concatenate([b[:3], -3 * b[3:]])
+        assert task4.pose_error(a, scaled) == pytest.approx(expected)
+        rolled = [np.concatenate([p[:3], np.roll(p[3:], 1)]) for p in (a, b)]
+        assert task4.pose_error(*rolled) == pytest.approx(expected)
+
+
+def test_world_to_camera_poses_are_compared_as_camera_to_world():
+    rng = np.random.default_rng(1)
+    convention = Convention("wxyz", "world_to_camera", OPENCV.axes)
+    R = torch.from_numpy(Rotation.random(2, random_state=rng).as_matrix())
+    c = torch.tensor([[1.0, 2, 3], [1, 2, 7]], dtype=torch.float64)
+    rows = poses_to_file(R, c, convention).numpy()
+    turned = [task4.as_camera_to_world(row, convention) for row in rows]
+    assert task4.pose_error(*turned)[0] == pytest.approx(4)
+    assert task4.pose_error(*rows)[0] != pytest.approx(4)
+
+
+def test_split_is_the_assignments_draw_and_frames_without_pose_become_queries():
+    poses = np.tile([0, 0, 0, 0, 0, 0, 1.0], (23, 1))
+    order = torch.randperm(23, generator=torch.Generator().manual_seed(42)).tolist()
+    queries, index = task4.split_frames(poses, 42)
+    assert queries == order[:4] and index == order[4:]
+    poses[[order[0], order[7], order[9]]] = np.nan
+    queries, index = task4.split_frames(poses, 42)
+    assert queries == order[:4] + sorted([order[7], order[9]])
+    assert set(index) == set(order[4:]) - {order[7], order[9]}
+    assert task4.split_frames(poses[:2] * 0 + 1, 0)[0] == task4.split_frames(poses[:2] * 0 + 1, 0)[0]
+    with pytest.raises(InputError, match="index image"):
+        task4.split_frames(poses[:1], 0)
+
+
+def test_shorter_of_images_and_poses_rules_and_scene_choice(sample, tmp_path, capsys):
+    camera = tmp_path / "camera"
+    shutil.copytree(sample / "camera", camera)
+    scenes = sorted(p.name for p in camera.iterdir())
+    count = len(list((camera / scenes[0] / "images").iterdir()))
+    lines = (camera / scenes[0] / "pose.txt").read_text().splitlines()
+    (camera / scenes[0] / "pose.txt").write_text("\n".join(lines[:-2]) + "\n")
+    frames = task4.IndoorDataset(camera, scenes=scenes[:1])
+    assert len(frames) == count - 2
+    _, pose, path, scene, number = frames[3]
+    assert pose.dtype == torch.float32 and pose.shape == (7,)
+    assert (scene, number) == (scenes[0], 3) and Path(path).is_file()
+    np.testing.assert_allclose(pose.numpy(), np.array(lines[3].split(), dtype=float), atol=1e-5)
+    task4.IndoorDataset(camera)
+    assert "not all of P001 P002 P003 P004" in capsys.readouterr().out
+    with pytest.raises(InputError, match=f"nowhere.*{scenes[0]}"):
+        task4.IndoorDataset(camera, scenes=["nowhere"])
+
+
+def read_estimates(output: Path) -> dict[str, list[str]]:
+    lines = (output / "estimated_poses.tsv").read_text().splitlines()[1:]
+    return {Path(line.split("\t")[0]).name: line.split("\t")[1:] for line in lines}
+
+
+@pytest.fixture(scope="module")
+def truthful(sample, checkpoint, tmp_path_factory) -> tuple[Path, Path]:
+    """A scene and the output of test.py on it."""
+    root = tmp_path_factory.mktemp("truthful")
+    scene = min(p.name for p in (sample / "camera").iterdir())
+    shutil.copytree(sample / "camera" / scene, root / "camera" / "room")
+    run = ["--camera", root / "camera", "--checkpoint", checkpoint, "--output", root / "out", "--no-cache"]
+    assert task4.main([str(word) for word in run]) == 0
+    return root / "camera" / "room", root / "out"
+
+
+def test_rendered_room_is_recovered_to_a_centimeter_and_a_tenth_of_a_degree(truthful):
+    import json
+
+    section = json.loads((truthful[1] / "metrics.json").read_text())["test"]
+    assert section["median_m"] < 0.01 and section["median_deg"] < 0.1
+    assert section["retrieval"]["median_m"] > 0.2
+
+
+def test_true_poses_and_file_names_of_queries_influence_nothing(truthful, checkpoint, tmp_path, monkeypatch):
+    """Garbage for the queries' poses, their images renamed and moved in the file order: same estimates."""
+    scene, output = truthful
+    rows = (scene / "pose.txt").read_text().splitlines()
+    images = sorted((scene / "images").iterdir())
+    queries, index = task4.split_frames(np.zeros((len(rows), 7)), 42)
+    rng = np.random.default_rng(0)
+    shuffled = tmp_path / "camera" / "room" / "images"
+    shuffled.mkdir(parents=True)
+    # The queries go to the end of the file order, in another order, with other names and poses.
+    order, poses, new_name = [], [], {}
+    for place, row in enumerate([*sorted(index), *rng.permutation(queries)]):
+        name = f"{place:06d}.png"
+        shutil.copy(images[row], shuffled / name)
+        new_name[images[row].name] = name
+        garbage = " ".join(f"{v:.6f}" for v in 100 * random_pose(rng))
+        poses.append(garbage if row in queries else rows[row])
+        order.append(row)
+    (shuffled.parent / "pose.txt").write_text("\n".join(poses) + "\n")
+    place_of = {row: place for place, row in enumerate(order)}
+    split = [place_of[row] for row in queries], [place_of[row] for row in index]
+    monkeypatch.setattr(task4, "split_frames", lambda *_: split)
+    run = ["--camera", tmp_path / "camera", "--checkpoint", checkpoint, "--output", tmp_path / "out", "--no-cache"]
+    assert task4.main([str(word) for word in run]) == 0
+    before, after = read_estimates(output), read_estimates(tmp_path / "out")
+    assert len(after) == len(before)
+    for name, estimate in before.items():
+        assert after[new_name[name]] == estimate
