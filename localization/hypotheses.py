@@ -1,0 +1,134 @@
+"""Where could the camera be? One list of pose hypotheses of a query, from many small searches.
+
+A single search over everything loses the right pose among repeated structure; many searches, each over a part of the
+matches and each followed by a second look at what it left unexplained, nearly always contain it. Which one is right is
+not decided here (scoring.py).
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from localization.absolute_pose import draw_samples, p3p, refine_pose, score_poses, squared_errors
+from localization.scoring import Evidence
+
+POOLED_RATIOS = (0.8, 0.9, 0.97)
+POOLED_MODES, POOLED_SAMPLES = 4, 1000
+IMAGE_MODES, IMAGE_SAMPLES = 3, 500
+THRESHOLD_PX = 4.0
+MIN_MATCHES = 5
+REFINE_STEPS = 8
+# A mode takes what lies within so many thresholds out of the next search.
+_REMOVAL_FACTOR = 2.0
+
+
+@dataclass(frozen=True)
+class Hypotheses:
+    """h candidate poses: R_cam_from_world (h, 3, 3), c_world (h, 3), and where each came from."""
+
+    R_cam_from_world: Tensor
+    c_world: Tensor
+    source: list[str]
+
+    def select(self, order: Tensor) -> "Hypotheses":
+        """The hypotheses that an index tensor picks."""
+        return Hypotheses(
+            self.R_cam_from_world[order], self.c_world[order], [self.source[i] for i in order.tolist()]
+        )
+
+
+@dataclass(frozen=True)
+class _Search:
+    """One search: the rows of the evidence it draws from, how many samples, how many modes it may return."""
+
+    name: str
+    rows: Tensor
+    samples: int
+    modes: int
+
+
+def point_hypotheses(evidence: Evidence, views: list[int], generator: torch.Generator) -> Hypotheses:
+    """P3P hypotheses from all index images together, at several ratios, and from each of `views` alone."""
+    searches = [
+        _Search("pooled", torch.nonzero(evidence.has_point & (evidence.ratio < r))[:, 0], POOLED_SAMPLES, POOLED_MODES)
+        for r in POOLED_RATIOS
+    ]
+    searches += [
+        _Search("image", torch.nonzero(evidence.has_point & (evidence.view == i))[:, 0], IMAGE_SAMPLES, IMAGE_MODES)
+        for i in views
+    ]
+    searches = [s for s in searches if len(s.rows) >= MIN_MATCHES]
+    seeds = _sampled_modes(evidence, searches, generator)
+    pooled = [seed for seed in seeds if seed[0].name == "pooled"]
+    single = [seed for seed in seeds if seed[0].name == "image"]
+    parts = [_refined(evidence, group) for group in (pooled, single) if group]
+    return joined(parts, evidence.point.device)
+
+
+def joined(parts: list[Hypotheses], device: torch.device) -> Hypotheses:
+    """Several lists of hypotheses as one."""
+    none = torch.zeros(0, 3, 3, dtype=torch.float64, device=device)
+    return Hypotheses(
+        torch.cat([none] + [p.R_cam_from_world for p in parts]),
+        torch.cat([none[:, 0]] + [p.c_world for p in parts]),
+        [name for p in parts for name in p.source],
+    )
+
+
+def _sampled_modes(
+    evidence: Evidence, searches: list[_Search], generator: torch.Generator
+) -> list[tuple[_Search, Tensor, Tensor]]:
+    """(search, R (3, 3), t (3,)) of the modes of every search, from minimal samples alone."""
+    if not searches:
+        return []
+    threshold = THRESHOLD_PX / evidence.focal_px
+    drawn = [s.rows[draw_samples(evidence.weight[s.rows], 3, s.samples, generator)] for s in searches]
+    sample = torch.cat(drawn)
+    xy = evidence.xy_norm[sample]
+    R, t, valid = p3p(torch.cat([xy, torch.ones_like(xy[..., :1])], dim=-1), evidence.point[sample])
+    seeds, start = [], 0
+    for search in searches:
+        part = slice(start, start + search.samples)
+        start += search.samples
+        poses = (R[part][valid[part]], t[part][valid[part]])
+        seeds += [(search, *pose) for pose in _modes(evidence, search, *poses, threshold)]
+    return seeds
+
+
+def _modes(
+    evidence: Evidence, search: _Search, R: Tensor, t: Tensor, threshold: float
+) -> list[tuple[Tensor, Tensor]]:
+    """The best of the poses, then the best on what the ones before leave unexplained."""
+    rows, found = search.rows, []
+    xy, X, keypoint = evidence.xy_norm[rows], evidence.point[rows], evidence.keypoint[rows]
+    left = torch.ones_like(xy[:, 0])
+    while len(R) and len(found) < search.modes:
+        scores = score_poses(R, t, xy, X, threshold, weights=left, keypoint_ids=keypoint)
+        best = scores.argmax()
+        if float(scores[best]) <= 2.0:  # any sample of three scores nearly three
+            break
+        found.append((R[best], t[best]))
+        explained = squared_errors(R[best], t[best], xy, X) < (_REMOVAL_FACTOR * threshold) ** 2
+        left = torch.where(explained, torch.zeros_like(left), left)
+    return found
+
+
+def _refined(evidence: Evidence, seeds: list[tuple[_Search, Tensor, Tensor]]) -> Hypotheses:
+    """The seeds after a few robust steps, each on all matches of its own search (padded to one batch)."""
+    longest = max(len(search.rows) for search, _, _ in seeds)
+    rows = torch.stack([torch.nn.functional.pad(s.rows, (0, longest - len(s.rows))) for s, _, _ in seeds])
+    count = torch.tensor([len(s.rows) for s, _, _ in seeds], device=rows.device)
+    used = torch.arange(longest, device=rows.device) < count[:, None]
+    refined = refine_pose(
+        torch.stack([R for _, R, _ in seeds]),
+        torch.stack([t for _, _, t in seeds]),
+        evidence.xy_norm[rows],
+        evidence.point[rows],
+        THRESHOLD_PX / evidence.focal_px,
+        weights=used,
+        iterations=REFINE_STEPS,
+    )
+    R = refined.R_cam_from_world
+    center = -(R.transpose(1, 2) @ refined.t_cam[..., None])[..., 0]
+    return Hypotheses(R, center, [search.name for search, _, _ in seeds])

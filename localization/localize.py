@@ -1,0 +1,224 @@
+"""Queries in, poses out: the table of contents of the localization.
+
+The index images of one world are matched with each other and triangulated once; each query is matched with its most
+similar index images, hypotheses come from several sources, one scorer picks among them and one refiner finishes the
+winner. A query for which this fails gets a pose from relative geometry or retrieval, and the name of that method.
+"""
+
+import itertools
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from localization.absolute_pose import pose_deviation
+from localization.fallback import fall_back
+from localization.hypotheses import Hypotheses, point_hypotheses
+from localization.matching import View, epipolar_mask, mutual_matches
+from localization.refinement import PointMap, Refined, guided_refinement, point_map, search_again
+from localization.scoring import Evidence, epipolar_scores, gather_evidence
+from localization.tracks import polish
+from localization.triangulation import Points, triangulate_views
+
+__all__ = ["Estimate", "View", "localize", "share_world"]
+
+# Hypotheses that are refined, at most, and those that are first searched again around.
+REFINED = 8
+# A hypothesis that scores less than this share of the best is not refined.
+WORTH_REFINING = 0.4
+# Modes that are polished, at most.
+POLISHED = 4
+# Hypotheses nearer than this share of the typical distance of the points, or this angle, are one.
+SAME_MODE, SAME_MODE_DEG = 0.03, 2.0
+# Queries at least this confident serve as index views for the others.
+SURE = 0.35
+# What a pose without points deserves, by its method.
+FALLBACK_CONFIDENCE = {"essential": 0.1, "directions": 0.05, "rotation": 0.02, "retrieval": 0.0}
+# share_world: pairs tried, distinct matches a pair needs, the share that must fit, pairs that must prove it.
+SHARED_TRIED, SHARED_MATCHES, SHARED_INLIERS, SHARED_PROOFS = 20, 30, 0.6, 3
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A query's pose, how it was found and how far to trust it.
+
+    R_world_from_cam (3, 3), c_world (3,) float64; method: name of what gave the pose; inliers: keypoints that agree;
+    sigma_m, sigma_deg: standard deviations of position and rotation (infinite where unknown); confidence: 0..1.
+    """
+
+    R_world_from_cam: Tensor
+    c_world: Tensor
+    method: str
+    inliers: int
+    sigma_m: float
+    sigma_deg: float
+    confidence: float
+
+
+def localize(
+    index_views: list[View],
+    query_views: list[View],
+    ranking: Sequence[Sequence[int]],
+    similarity: Sequence[Sequence[float]],
+    *,
+    seed: int,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> list[Estimate]:
+    """Poses of the query views of one world from its posed index views.
+
+    ranking: for each query the numbers of its index views by global descriptor, best first (at least one; only these
+    are matched); similarity: their descriptor similarities. progress(phase, done, of) is called as work advances.
+    """
+    report = progress or (lambda phase, done, of: None)
+    index = _Index.build(index_views, lambda done, of: report("index", done, of))
+    estimates = []
+    for number, query in enumerate(query_views):
+        order, likeness = [int(i) for i in ranking[number]], [float(s) for s in similarity[number]]
+        estimates.append(_locate(query, index, order, likeness, _generator(seed, number)))
+        report("queries", number + 1, len(query_views))
+
+    sure = [n for n, e in enumerate(estimates) if e.confidence >= SURE]
+    unsure = [n for n, e in enumerate(estimates) if e.confidence < SURE]
+    if not sure or not unsure:
+        return estimates
+    placed = [_placed(query_views[n], estimates[n]) for n in sure]
+    index = index.extended(placed)
+    added = list(range(len(index_views), len(index_views) + len(placed)))
+    for done, number in enumerate(unsure):
+        order, likeness = [int(i) for i in ranking[number]], [float(s) for s in similarity[number]]
+        again = _locate(query_views[number], index, order + added, likeness, _generator(seed, number))
+        if again.confidence > estimates[number].confidence:
+            estimates[number] = again
+        report("unsure queries", done + 1, len(unsure))
+    return estimates
+
+
+@dataclass(frozen=True)
+class _Index:
+    """Posed views, the points of their keypoints, all points in one map, and how near two poses of one mode are."""
+
+    views: list[View]
+    points: list[Points]
+    map: PointMap
+    same_m: float
+
+    @classmethod
+    def build(cls, views: list[View], progress: Callable[[int, int], None]) -> "_Index":
+        points = triangulate_views(views, progress=progress)
+        everything = point_map(views, points)
+        typical_m = float(everything.distance_m.median()) if len(everything.distance_m) else 0.0
+        return cls(views, points, everything, SAME_MODE * typical_m)
+
+    def extended(self, more: list[View]) -> "_Index":
+        """With further posed views, whose points are triangulated from all; the old points stay."""
+        views = self.views + more
+        points = self.points + triangulate_views(views, range(len(self.views), len(views)))
+        return _Index(views, points, point_map(views, points), self.same_m)
+
+
+def _generator(seed: int, number: int) -> torch.Generator:
+    """The random numbers of one query, the same whatever the other queries are."""
+    return torch.Generator().manual_seed(seed * 1_000_003 + number)
+
+
+def _placed(query: View, estimate: Estimate) -> View:
+    """A query as a posed view."""
+    return View(query.features, query.camera, estimate.R_world_from_cam, estimate.c_world)
+
+
+def _locate(
+    query: View, index: _Index, order: list[int], similarity: list[float], generator: torch.Generator
+) -> Estimate:
+    """The pose of one query from the index views in `order` (similarity: of the first of them)."""
+    matches = {i: mutual_matches(query.features, index.views[i].features) for i in order}
+    evidence = gather_evidence(query, index.views, index.points, matches)
+    hypotheses = point_hypotheses(evidence, order, generator)
+    refined = _refine_best(query, index, evidence, hypotheses, generator)
+    estimate = _chosen(query, index, order, evidence, refined)
+    if estimate is None:
+        guess = fall_back(evidence, index.views, order, similarity, generator)
+        estimate = Estimate(**vars(guess), confidence=FALLBACK_CONFIDENCE[guess.method])
+    return estimate
+
+
+def _refine_best(
+    query: View, index: _Index, evidence: Evidence, hypotheses: Hypotheses, generator: torch.Generator
+) -> list[Refined]:
+    """The promising hypotheses, each refined as it is and after a search around it, best first."""
+    scores = epipolar_scores(evidence, hypotheses.R_cam_from_world, hypotheses.c_world)
+    refined = []
+    for i in _distinct(hypotheses.R_cam_from_world, hypotheses.c_world, scores, index.same_m, REFINED):
+        if float(scores[i]) < WORTH_REFINING * float(scores.max()):
+            break
+        R, c = hypotheses.R_cam_from_world[i], hypotheses.c_world[i]
+        starts = [(R, c), search_again(index.map, query, R, c, generator)]
+        refined += [guided_refinement(index.map, query, *start) for start in starts if start]
+    return [r for r in refined if r]
+
+
+def _distinct(R: Tensor, c: Tensor, scores: Tensor, same_m: float, limit: int) -> list[int]:
+    """Numbers of the best of h poses (h, 3, 3), (h, 3), best first, leaving out those near a better one."""
+    kept: list[int] = []
+    for i in scores.argsort(descending=True, stable=True).tolist():
+        if len(kept) == limit:
+            break
+        if not bool(_near(R[kept], c[kept], R[i], c[i], same_m).any()):
+            kept.append(i)
+    return kept
+
+
+def _near(R: Tensor, c: Tensor, R_one: Tensor, c_one: Tensor, same_m: float) -> Tensor:
+    """Which of h poses (h, 3, 3), (h, 3) are of one mode with R_one (3, 3), c_one (3,)."""
+    cosine = ((R @ R_one.T).diagonal(dim1=1, dim2=2).sum(1) - 1) / 2
+    return ((c - c_one).norm(dim=1) <= same_m) & (cosine >= math.cos(math.radians(SAME_MODE_DEG)))
+
+
+def _chosen(
+    query: View, index: _Index, order: list[int], evidence: Evidence, refined: list[Refined]
+) -> Estimate | None:
+    """The estimate from the refined hypotheses; None if there is none that can be polished.
+
+    In each of the best modes the pose with most keypoints is polished; among the polished, whose errors are those of
+    the matches, the score is sharp enough to choose.
+    """
+    polished = []
+    if refined:
+        R, c = torch.stack([r.R_cam_from_world for r in refined]), torch.stack([r.c_world for r in refined])
+        for i in _distinct(R, c, epipolar_scores(evidence, R, c), index.same_m, POLISHED):
+            mode = [r for r, near in zip(refined, _near(R, c, R[i], c[i], index.same_m).tolist()) if near]
+            start = max(mode, key=lambda r: r.found)
+            polished.append(
+                polish(query, index.views, order, index.map, evidence, start.R_cam_from_world, start.c_world)
+            )
+    polished = [p for p in polished if p]
+    if not polished:
+        return None
+    R, c = torch.stack([p.R_cam_from_world for p in polished]), torch.stack([p.c_world for p in polished])
+    scores = epipolar_scores(evidence, R, c, polished=True)
+    best = int(scores.argmax())
+    rivals = scores[~_near(R, c, R[best], c[best], 2 * index.same_m)]
+    confidence = 1 - float(rivals.max()) / max(float(scores[best]), 1e-9) if len(rivals) else 1.0
+    pose = polished[best]
+    sigma_m, sigma_deg = (float(v) for v in pose_deviation(pose.covariance))
+    return Estimate(pose.R_cam_from_world.T, pose.c_world, "pnp", pose.tracks, sigma_m, sigma_deg, confidence)
+
+
+def share_world(pairs: Iterable[tuple[View, View]]) -> bool:
+    """Whether posed views of two scenes prove by their own matches that the scenes' poses are of one world.
+
+    pairs: a view of each scene, the most alike first. Several of the first SHARED_TRIED pairs must have many distinct
+    matches most of which lie where their poses, taken as of one world, say; by chance a few percent would.
+    """
+    proofs = 0
+    for a, b in itertools.islice(pairs, SHARED_TRIED):
+        matches = mutual_matches(a.features, b.features)
+        matches = matches.select(matches.ratio < 0.8)
+        if len(matches) < SHARED_MATCHES:
+            continue
+        allowed = epipolar_mask(a, b)[matches.a, matches.b]
+        proofs += float(allowed.double().mean()) >= SHARED_INLIERS
+        if proofs == SHARED_PROOFS:
+            return True
+    return False

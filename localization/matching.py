@@ -1,0 +1,159 @@
+"""Matches between the keypoints of two images: by descriptor alone, or guided by the known relative pose.
+
+A match is kept when each keypoint is the other's best (mutual). Its ratio is the descriptor distance to the best over
+that to the second best, where a second neighbor counts only if it lies elsewhere in the image: one corner often gives
+several keypoints (two orientations, two scales).
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from localization.cameras import Camera, rays
+from localization.features import Features
+
+SECOND_NEIGHBOR_PX = 5.0
+EPIPOLAR_BAND_PX = 3.0
+GUIDED_RATIO = 0.9
+GUIDED_SIMILARITY = 0.7
+# Second neighbors looked through for one that lies elsewhere.
+_NEIGHBORS = 4
+
+
+@dataclass
+class View:
+    """One image: its features, its camera and, for an index image, its pose (None for a query)."""
+
+    features: Features
+    camera: Camera
+    R_world_from_cam: Tensor | None = None
+    c_world: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Matches:
+    """m matches of images a and b: keypoint numbers a, b (m,), cosine similarity (m,) and distance ratio (m,)."""
+
+    a: Tensor
+    b: Tensor
+    similarity: Tensor
+    ratio: Tensor
+
+    def select(self, keep: Tensor) -> "Matches":
+        """The matches that a mask or an index tensor picks."""
+        return Matches(self.a[keep], self.b[keep], self.similarity[keep], self.ratio[keep])
+
+    def __len__(self) -> int:
+        return len(self.a)
+
+
+def world_rays(view: View, xy_px: Tensor) -> Tensor:
+    """Unit viewing rays (..., 3) in world axes, float64, of pixels (..., 2) of a posed view."""
+    ray = rays(view.camera, xy_px) @ view.R_world_from_cam.T
+    return ray / ray.norm(dim=-1, keepdim=True)
+
+
+def _no_matches(device: torch.device) -> Matches:
+    none, nothing = torch.zeros(0, dtype=torch.long, device=device), torch.zeros(0, device=device)
+    return Matches(none, none, nothing, nothing)
+
+
+def _distance(similarity: Tensor) -> Tensor:
+    """Distance of unit descriptors from their cosine similarity."""
+    return (2 - 2 * similarity).clamp_min(0).sqrt()
+
+
+def _best_and_second(similarity: Tensor, xy_px: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """For each row of similarity (n, m): best column, its similarity, that of the best column that lies elsewhere.
+
+    xy_px (m, 2) are the positions of the columns' keypoints. Where nothing lies elsewhere the last value is -1.
+    """
+    top, column = similarity.topk(min(_NEIGHBORS, similarity.shape[1]), dim=1)
+    offset = xy_px[column] - xy_px[column[:, :1]]
+    elsewhere = offset.norm(dim=-1) > SECOND_NEIGHBOR_PX
+    second = torch.where(elsewhere, top, torch.full_like(top, -1.0)).amax(dim=1)
+    return column[:, 0], top[:, 0], second
+
+
+def _mutual(similarity: Tensor, xy_b_px: Tensor) -> Matches:
+    """Mutual best matches of a similarity matrix (n_a, n_b); the ratio is taken along b."""
+    best_b, value, second = _best_and_second(similarity, xy_b_px)
+    best_a = similarity.argmax(dim=0)
+    a = torch.arange(len(best_b), device=best_b.device)
+    ratio = _distance(value) / _distance(second).clamp_min(1e-9)
+    mutual = best_a[best_b] == a
+    return Matches(a[mutual], best_b[mutual], value[mutual], ratio[mutual])
+
+
+def mutual_matches(a: Features, b: Features) -> Matches:
+    """Mutual matches by descriptor alone, without a ratio test (the ratio comes along)."""
+    if min(len(a.xy_px), len(b.xy_px)) == 0:
+        return _no_matches(a.xy_px.device)
+    return _mutual(a.descriptors @ b.descriptors.T, b.xy_px)
+
+
+def essential_matrix(a: View, b: View) -> Tensor:
+    """E (3, 3) with x_b . E x_a = 0 for rays x_a, x_b of one point, in camera axes, of two posed views."""
+    R_b_from_a = b.R_world_from_cam.T @ a.R_world_from_cam
+    t = b.R_world_from_cam.T @ (a.c_world - b.c_world)
+    x, y, z = t.tolist()
+    cross = torch.tensor([[0.0, -z, y], [z, 0.0, -x], [-y, x, 0.0]], dtype=t.dtype, device=t.device)
+    return cross @ R_b_from_a
+
+
+def epipolar_mask(a: View, b: View, band_px: float = EPIPOLAR_BAND_PX) -> Tensor:
+    """Which keypoint pairs (n_a, n_b) the known poses allow.
+
+    Allowed is a pair within band_px of each other's epipolar line, in both images, that meets in front of both
+    cameras. Depths come from the point where the two rays are nearest; rays parallel to within the band (a far point)
+    pass.
+    """
+    E = essential_matrix(a, b)
+    xa, xb = rays(a.camera, a.features.xy_px), rays(b.camera, b.features.xy_px)
+    line_b, line_a = xa @ E.T, xb @ E
+    scale_b = torch.tensor([b.camera.fx, b.camera.fy], dtype=E.dtype, device=E.device)
+    scale_a = torch.tensor([a.camera.fx, a.camera.fy], dtype=E.dtype, device=E.device)
+    norm_b, norm_a = (line_b[:, :2] / scale_b).norm(dim=1), (line_a[:, :2] / scale_a).norm(dim=1)
+    residual = (line_b @ xb.T).abs().float()
+    near = residual <= band_px * torch.minimum(norm_b.float()[:, None], norm_a.float()[None, :])
+
+    baseline = b.c_world - a.c_world
+    da, db = world_rays(a, a.features.xy_px), world_rays(b, b.features.xy_px)
+    cosine = (da @ db.T).float()
+    along_a, along_b = (da @ baseline).float()[:, None], (db @ baseline).float()[None, :]
+    slack = -float(baseline.norm()) * band_px / min(a.camera.fx, b.camera.fx)
+    return near & (along_a - cosine * along_b >= slack) & (cosine * along_a - along_b >= slack)
+
+
+def guided_matches(a: View, b: View, band_px: float = EPIPOLAR_BAND_PX) -> Matches:
+    """Mutual matches of two posed views inside the known epipolar band, with the ratio test inside the band."""
+    if min(len(a.features.xy_px), len(b.features.xy_px)) == 0:
+        return _no_matches(a.features.xy_px.device)
+    similarity = a.features.descriptors @ b.features.descriptors.T
+    similarity = similarity.masked_fill(~epipolar_mask(a, b, band_px), -1.0)
+    matches = _mutual(similarity, b.features.xy_px)
+    return matches.select((matches.similarity >= GUIDED_SIMILARITY) & (matches.ratio <= GUIDED_RATIO))
+
+
+def near_pairs(R_world_from_cam: Tensor, c_world: Tensor, limit: int) -> list[tuple[int, int]]:
+    """Pairs (i < j) of posed images worth matching, at most about `limit` a image, from their poses alone.
+
+    Images that look more than 90 degrees apart are left out. Of an image's others, sorted by distance, the nearer half
+    of `limit` is taken whole and the rest spread evenly over the next 3 x limit, so that a slow video still gives
+    baselines.
+    """
+    n = len(c_world)
+    distance = torch.cdist(c_world, c_world)
+    forward = R_world_from_cam[:, :, 2]
+    distance = distance.masked_fill(forward @ forward.T <= 0, torch.inf)
+    distance.fill_diagonal_(torch.inf)
+    pairs = set()
+    for i in range(n):
+        order = [j for j in distance[i].argsort(stable=True).tolist() if distance[i, j] < torch.inf]
+        if len(order) > limit:
+            far = order[limit // 2 : limit // 2 + 3 * limit]
+            spread = torch.linspace(0, len(far) - 1, limit - limit // 2).round().long().tolist()
+            order = order[: limit // 2] + [far[k] for k in spread]
+        pairs.update((min(i, j), max(i, j)) for j in order)
+    return sorted(pairs)

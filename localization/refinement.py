@@ -1,0 +1,200 @@
+"""From a rough pose to a precise one: search again where the points should be, then solve.
+
+Given a hypothesis, the points that index images say should be visible are projected into the query and looked for near
+there. This is a much easier search than the first: a window of some pixels holds few keypoints to confuse.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from localization.absolute_pose import lo_ransac, refine_pose
+from localization.cameras import rays
+from localization.matching import View
+from localization.triangulation import Points
+
+MAX_POINTS = 6000
+MAX_VIEW_ANGLE_DEG = 60.0
+MAX_DEPTH_RATIO = 2.5
+SEARCH_RADIUS_PX = 40.0
+SEARCH_POINTS = 2000
+SEARCH_RATIO = 0.92
+SEARCH_ITERATIONS = 1000
+GUIDED_RADII_PX = (12.0, 6.0, 4.0)
+GUIDED_SIMILARITY = 0.75
+FOUND_PX = 2.0
+PREDICTED_PX = 4.0
+_DRIFT_PX = 8.0
+
+
+@dataclass(frozen=True)
+class PointMap:
+    """All P points of an index: position (P, 3), descriptor (P, 128), index view (P,)
+    and its keypoint there xy_px (P, 2), unit direction (P, 3) from the point to that view's camera, distance_m (P,) to it."""
+
+    position: Tensor
+    descriptor: Tensor
+    view: Tensor
+    xy_px: Tensor
+    direction: Tensor
+    distance_m: Tensor
+
+    def select(self, keep: Tensor) -> "PointMap":
+        """The points that a mask or an index tensor picks."""
+        return PointMap(*(v[keep] for v in vars(self).values()))
+
+
+def point_map(views: list[View], points: list[Points]) -> PointMap:
+    """The valid points of all views in one map."""
+    keep = [p.valid for p in points]
+    position = torch.cat([p.position[k] for p, k in zip(points, keep)])
+    view = torch.cat([torch.full((int(k.sum()),), i, device=k.device) for i, k in enumerate(keep)])
+    offset = torch.stack([v.c_world for v in views])[view] - position
+    distance = offset.norm(dim=1)
+    return PointMap(
+        position,
+        torch.cat([v.features.descriptors[k] for v, k in zip(views, keep)]),
+        view,
+        torch.cat([v.features.xy_px[k] for v, k in zip(views, keep)]).double(),
+        offset / distance[:, None].clamp_min(1e-12),
+        distance,
+    )
+
+
+def visible_points(points: PointMap, query: View, R_cam_from_world: Tensor, c_world: Tensor) -> PointMap:
+    """The points a camera at this pose should see, from a side its index image shows; at most MAX_POINTS.
+
+    In the image, seen from within MAX_VIEW_ANGLE_DEG of the index view and MAX_DEPTH_RATIO of its distance. Where
+    there are too many, those stay whose index view is most alike.
+    """
+    offset = c_world - points.position
+    distance = offset.norm(dim=1).clamp_min(1e-12)
+    cosine = (offset / distance[:, None] * points.direction).sum(1)
+    stretch = (distance / points.distance_m.clamp_min(1e-12)).log().abs()
+    xy, depth = project_query(query, R_cam_from_world, c_world, points.position)
+    size = xy.new_tensor([query.camera.width, query.camera.height])
+    inside = (depth > 0) & ((xy >= 0) & (xy < size)).all(1)
+    seen = inside & (cosine > math.cos(math.radians(MAX_VIEW_ANGLE_DEG))) & (stretch < math.log(MAX_DEPTH_RATIO))
+    rows = torch.nonzero(seen)[:, 0]
+    if len(rows) > MAX_POINTS:
+        likeness = cosine[rows] - stretch[rows]
+        rows = rows[likeness.topk(MAX_POINTS).indices]
+    return points.select(rows)
+
+
+def project_query(query: View, R_cam_from_world: Tensor, c_world: Tensor, points: Tensor) -> tuple[Tensor, Tensor]:
+    """Pixels (n, 2) and depths (n,) of points (n, 3) in a query at a pose."""
+    local = (points - c_world) @ R_cam_from_world.T
+    depth = local[:, 2]
+    xy = local[:, :2] / torch.where(depth.abs() < 1e-9, torch.full_like(depth, 1e-9), depth)[:, None]
+    camera = query.camera
+    return xy * xy.new_tensor([camera.fx, camera.fy]) + xy.new_tensor([camera.cx, camera.cy]), depth
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """Pairs of a visible point and a query keypoint near its projection: point, keypoint, similarity (n,)."""
+
+    point: Tensor
+    keypoint: Tensor
+    similarity: Tensor
+
+    def select(self, keep: Tensor) -> "Candidates":
+        """The pairs that a mask or an index tensor picks."""
+        return Candidates(self.point[keep], self.keypoint[keep], self.similarity[keep])
+
+    def best_of(self, key: Tensor, count: int) -> Tensor:
+        """For each pair the highest similarity among the pairs of the same key (n,) in 0..count-1, (n,)."""
+        top = torch.full((count,), -2.0, dtype=self.similarity.dtype, device=key.device)
+        return top.scatter_reduce(0, key, self.similarity, "amax")[key]
+
+
+def near_candidates(points: PointMap, query: View, xy_px: Tensor, radius_px: float) -> Candidates:
+    """All pairs within radius_px of the projections xy_px (P, 2), not too unlike."""
+    distance = torch.cdist(xy_px.float(), query.features.xy_px, compute_mode="donot_use_mm_for_euclid_dist")
+    point, keypoint = torch.nonzero(distance <= radius_px, as_tuple=True)
+    similarity = (points.descriptor[point] * query.features.descriptors[keypoint]).sum(1)
+    alike = similarity >= GUIDED_SIMILARITY
+    return Candidates(point[alike], keypoint[alike], similarity[alike])
+
+
+def _mutual_best(candidates: Candidates, points: int, keypoints: int) -> Candidates:
+    """The candidates that are the best of both their point and their keypoint."""
+    of_point = candidates.best_of(candidates.point, points)
+    of_keypoint = candidates.best_of(candidates.keypoint, keypoints)
+    best = (candidates.similarity == of_point) & (candidates.similarity == of_keypoint)
+    return candidates.select(best)
+
+
+@dataclass(frozen=True)
+class Refined:
+    """A hypothesis after the guided search.
+
+    found: number of query keypoints that agree with a point within FOUND_PX; share: of the points predicted in the
+    image, those found.
+    """
+
+    R_cam_from_world: Tensor
+    c_world: Tensor
+    found: int
+    share: float
+
+
+def search_again(
+    points: PointMap, query: View, R: Tensor, c: Tensor, generator: torch.Generator
+) -> tuple[Tensor, Tensor] | None:
+    """A better pose from a search in wide windows around a hypothesis, by LO-RANSAC; None if there is none."""
+    visible = visible_points(points, query, R, c)
+    visible = visible.select(slice(0, SEARCH_POINTS))
+    xy, _ = project_query(query, R, c, visible.position)
+    near = near_candidates(visible, query, xy, SEARCH_RADIUS_PX)
+    if len(near.point) == 0:
+        return None
+    near = _mutual_best(near, len(visible.position), len(query.features.xy_px))
+    pose = lo_ransac(
+        rays(query.camera, query.features.xy_px)[near.keypoint, :2],
+        visible.position[near.point],
+        GUIDED_RADII_PX[-1] / query.camera.fx,
+        generator=generator,
+        iterations=SEARCH_ITERATIONS,
+        keypoint_ids=near.keypoint,
+    )
+    if pose is None:
+        return None
+    return pose.R_cam_from_world, -pose.R_cam_from_world.T @ pose.t_cam
+
+
+def guided_refinement(points: PointMap, query: View, R: Tensor, c: Tensor) -> Refined | None:
+    """Match points to keypoints near their projections and solve, in ever smaller windows; None if nothing is left."""
+    visible = visible_points(points, query, R, c)
+    if len(visible.position) == 0 or len(query.features.xy_px) == 0:
+        return None
+    xy_norm = rays(query.camera, query.features.xy_px)[:, :2]
+    focal = (query.camera.fx + query.camera.fy) / 2
+    xy, _ = project_query(query, R, c, visible.position)
+    near = near_candidates(visible, query, xy, GUIDED_RADII_PX[0] + _DRIFT_PX)
+    counts = (len(visible.position), len(query.features.xy_px))
+    for radius in GUIDED_RADII_PX:
+        inside = near.select(_errors(query, R, c, visible, near) <= radius)
+        inside = _mutual_best(inside, *counts)
+        if len(inside.point) < 4:
+            return None
+        X, x = visible.position[inside.point], xy_norm[inside.keypoint]
+        refined = refine_pose(R, -R @ c, x, X, radius / focal, iterations=10)
+        R = refined.R_cam_from_world
+        c = -R.T @ refined.t_cam
+    error = _errors(query, R, c, visible, near)
+    found = _mutual_best(near.select(error <= FOUND_PX), *counts)
+    predicted = torch.zeros(counts[0], dtype=torch.bool, device=R.device)
+    predicted[near.point[error <= PREDICTED_PX]] = True
+    share = float(predicted.double().mean())
+    return Refined(R, c, len(found.point), share)
+
+
+def _errors(query: View, R: Tensor, c: Tensor, visible: PointMap, near: Candidates) -> Tensor:
+    """Reprojection error (n,) in pixels of every candidate pair, infinite behind the camera."""
+    xy, depth = project_query(query, R, c, visible.position)
+    error = (xy[near.point] - query.features.xy_px[near.keypoint]).norm(dim=1)
+    return torch.where(depth[near.point] > 0, error, torch.full_like(error, torch.inf))

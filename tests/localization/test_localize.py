@@ -1,0 +1,236 @@
+"""localize.py and what only it uses: hypotheses, scoring, refinement, tracks, fallback."""
+
+import math
+
+import pytest
+import torch
+
+from localization.absolute_pose import rotation_from_vector
+from localization.cameras import Camera, quaternion_from_rotation
+from localization.features import Features
+from localization.localize import localize, share_world
+from localization.matching import View, mutual_matches
+from localization.scoring import epipolar_scores, gather_evidence, match_worth
+from localization.tracks import refine_with_points
+from localization.triangulation import triangulate_views
+
+CAMERA = Camera(320.0, 320.0, 320.0, 240.0, 640, 480)
+
+
+def queries_of(views: list[View]) -> list[View]:
+    """The same images, their poses taken away."""
+    return [View(v.features, v.camera) for v in views]
+
+
+def answers(index: list[View], queries: list[View], seed: int = 0):
+    ranking = [list(range(len(index))) for _ in queries]
+    similarity = [[1.0 - 0.1 * i for i in range(len(index))] for _ in queries]
+    return localize(index, queries_of(queries), ranking, similarity, seed=seed)
+
+
+def error(estimate, view: View) -> tuple[float, float]:
+    """(meters, degrees)."""
+    q = quaternion_from_rotation(estimate.R_world_from_cam.T @ view.R_world_from_cam)
+    degrees = math.degrees(2 * math.atan2(float(q[:3].norm()), float(q[3])))
+    return float((estimate.c_world - view.c_world).norm()), degrees
+
+
+def sensible(estimate) -> bool:
+    """A rotation and a position, and no NaN anywhere."""
+    R = estimate.R_world_from_cam
+    numbers = (estimate.sigma_m, estimate.sigma_deg, estimate.confidence)
+    return (
+        torch.allclose(R @ R.T, torch.eye(3, dtype=R.dtype), atol=1e-9)
+        and float(torch.det(R)) > 0
+        and bool(torch.isfinite(estimate.c_world).all())
+        and not any(math.isnan(v) for v in numbers)
+        and 0 <= estimate.confidence <= 1
+        and bool(estimate.method)
+    )
+
+
+def test_poses_of_a_plain_scene(random_world, random_poses):
+    world = random_world(0)
+    views = [world.view(*pose) for pose in random_poses(12, 1)]
+    index, queries = views[:8], views[8:]
+    for estimate, query in zip(answers(index, queries), queries):
+        meters, degrees = error(estimate, query)
+        assert sensible(estimate) and estimate.method == "pnp"
+        assert meters < 0.03 and degrees < 0.2
+        assert estimate.inliers > 50 and estimate.confidence > 0.5
+        assert meters < 5 * estimate.sigma_m and degrees < 5 * estimate.sigma_deg
+
+
+def test_same_seed_same_answer_and_order_of_queries_does_not_matter(random_world, random_poses):
+    world = random_world(2)
+    views = [world.view(*pose) for pose in random_poses(7, 3)]
+    first, again = (answers(views[:6], views[6:], seed=5)[0] for _ in range(2))
+    assert torch.equal(first.c_world, again.c_world)
+
+
+def test_only_ranked_index_views_are_matched(random_world, random_poses):
+    """Ranking restricts the search: with only views of another place ranked there is nothing to find."""
+    here, elsewhere = random_world(4), random_world(5)
+    poses = random_poses(9, 5)
+    index = [here.view(*p) for p in poses[:4]] + [elsewhere.view(*p) for p in poses[4:8]]
+    query = here.view(*poses[8])
+    right = localize(index, queries_of([query]), [[0, 1, 2, 3]], [[1.0] * 4], seed=0)[0]
+    wrong = localize(index, queries_of([query]), [[4, 5, 6, 7]], [[1.0] * 4], seed=0)[0]
+    assert right.method == "pnp" and error(right, query)[0] < 0.05
+    assert wrong.confidence < 0.3 and sensible(wrong)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_few_marks_tell_equal_tiles_apart(corridor, look_at, seed):
+    """A wall of equal tiles, the index cameras nearest to the query left out: its aliases have more support."""
+    world = corridor(seed)
+    generator = torch.Generator().manual_seed(seed)
+
+    def at(x: float) -> tuple:
+        c = torch.tensor([x, 0.0, 0.0]).double() + 0.3 * torch.randn(3, generator=generator, dtype=torch.float64)
+        return look_at(c, c + torch.tensor([0.2, 3.0, 0.0]), 0.3), c
+
+    index = [world.view(*at(0.35 * i), spread=0.25) for i in range(30) if abs(0.35 * i - 5.0) > 0.4]
+    query = world.view(*at(5.0), spread=0.25)
+    estimate = answers(index, [query], seed)[0]
+    assert error(estimate, query)[0] < 0.1 and error(estimate, query)[1] < 1
+
+
+def test_an_image_of_another_place_gets_little_confidence(random_world, random_poses):
+    world, other = random_world(6), random_world(7)
+    poses = random_poses(9, 8)
+    estimate = answers([world.view(*p) for p in poses[:8]], [other.view(*poses[8])])[0]
+    assert sensible(estimate) and estimate.confidence < 0.3
+
+
+def test_degenerate_inputs_are_answered(random_world, random_poses, look_at):
+    world = random_world(8)
+    poses = random_poses(5, 9)
+    a, b, c, d, query = (world.view(*pose) for pose in poses)
+    nothing = Features(torch.zeros(0, 2), *(torch.zeros(0) for _ in range(3)), torch.zeros(0, 128))
+    bare = View(nothing, CAMERA, *poses[0])
+    one = Features(*(v[:1] for v in vars(a.features).values()))
+    turned = [world.view(rotation_from_vector(torch.tensor([0.0, 0.1 * i, 0.0]).double()) @ poses[0][0], poses[0][1]) for i in range(4)]
+    cases = {
+        "single index image": ([a], query),
+        "two": ([a, b], query),
+        "identical index images": ([a, a, a], query),
+        "query is an index image": ([a, b, c], a),
+        "no keypoints in the query": ([a, b, c], bare),
+        "no keypoints anywhere": ([bare, bare], bare),
+        "no keypoints in the index": ([bare, bare, bare], query),
+        "a single keypoint": ([a, b, c], View(one, CAMERA, *poses[0])),
+        "pure rotation": (turned[:3], turned[3]),
+    }
+    for name, (index, asked) in cases.items():
+        estimate = answers(index, [asked])[0]
+        assert sensible(estimate), name
+        if estimate.method != "pnp":
+            assert estimate.confidence < 0.3, name
+    assert answers([a, b, c], []) == []
+
+
+def test_one_plane(random_world, random_poses):
+    """All points on one wall: still solved."""
+    world = random_world(10)
+    world.points[:, 1] = 6.0
+    views = [world.view(*pose) for pose in random_poses(7, 11)]
+    estimate = answers(views[:6], views[6:])[0]
+    assert error(estimate, views[6])[0] < 0.05
+
+
+def test_essential_matrix_serves_where_no_points_are(random_world, random_poses):
+    """Three index images that share no point with one another, only with the query: E5+1 finds the query."""
+    world = random_world(12, count=900)
+    poses = random_poses(4, 13)
+    views = [world.view(*pose) for pose in poses]
+    query = views[3]
+    index = []
+    for k in range(3):
+        mine = torch.cat([v.seen % 3 == k for v in [views[k]]] + [torch.ones(50, dtype=torch.bool)])
+        index.append(View(Features(*(v[mine] for v in vars(views[k].features).values())), CAMERA, *poses[k]))
+    estimate = answers(index, [query])[0]
+    assert estimate.method == "essential"
+    assert error(estimate, query)[0] < 0.3 and error(estimate, query)[1] < 1.5
+
+
+def test_rotation_comes_from_a_single_index_image(random_world, random_poses):
+    world = random_world(14)
+    a, query = (world.view(*pose) for pose in random_poses(2, 15))
+    estimate = answers([a], [query])[0]
+    assert estimate.method == "rotation" and torch.equal(estimate.c_world, a.c_world)
+    assert error(estimate, query)[1] < 1.5 and math.isinf(estimate.sigma_m)
+
+
+def test_worth_of_matches():
+    worth = match_worth(torch.tensor([0, 0, 2]), torch.tensor([0.95, 0.935, 0.5]), 4)
+    torch.testing.assert_close(worth, torch.tensor([1.0, math.exp(-1), 1.0]))
+
+
+def test_epipolar_score_prefers_the_truth(random_world, random_poses):
+    """The true pose beats a hundred others; every explained keypoint counts once however many images show it."""
+    world = random_world(16)
+    views = [world.view(*pose) for pose in random_poses(7, 17)]
+    index, query = views[:6], views[6]
+    matches = {i: mutual_matches(query.features, v.features) for i, v in enumerate(index)}
+    evidence = gather_evidence(query, index, triangulate_views(index), matches)
+    generator = torch.Generator().manual_seed(0)
+    turn = rotation_from_vector(0.05 * torch.randn(100, 3, generator=generator, dtype=torch.float64))
+    shift = 0.3 * torch.randn(100, 3, generator=generator, dtype=torch.float64)
+    R = torch.cat([query.R_world_from_cam.T[None], turn @ query.R_world_from_cam.T])
+    scores = epipolar_scores(evidence, R, torch.cat([query.c_world[None], query.c_world + shift]))
+    assert scores.argmax() == 0 and scores[0] > 1.5 * scores[1:].max()
+    assert 0.6 * len(query.seen) < scores[0] < len(query.features.xy_px)
+    # The same through an independent formula: Sampson's distance by the essential matrix of each pair.
+    behind = epipolar_scores(evidence, torch.diag(torch.tensor([-1.0, 1, -1]).double())[None] @ R[:1], query.c_world[None])
+    assert behind[0] < 0.2 * scores[0]
+
+
+def test_joint_refinement_is_honest(random_world, random_poses):
+    """Monte Carlo: with points of very unequal covariance the pose errors match the covariance it reports, and beat
+    those of weights that ignore it."""
+    world = random_world(18, count=60)
+    R, c = random_poses(1, 19)[0]
+    view = world.view(R, c, clutter=0, noise_px=0.0)
+    X = world.points[view.seen]
+    n = len(X)
+    generator = torch.Generator().manual_seed(0)
+    ray = X - c
+    ray = ray / ray.norm(dim=1, keepdim=True)
+    # Uncertain sideways by 5 cm in one direction: a short baseline.
+    slide = torch.linalg.cross(ray, torch.tensor([0.0, 0.0, 1.0]).double().expand(n, 3))
+    sigma = torch.where(torch.arange(n) % 2 == 0, 0.08, 0.002)[:, None].double() * slide / slide.norm(dim=1, keepdim=True)
+    covariance = sigma[:, :, None] * sigma[:, None, :] + 1e-8 * torch.eye(3, dtype=torch.float64)
+    normalized, weighed, plain = [], [], []
+    for _ in range(60):
+        draw = {"generator": generator, "dtype": torch.float64}
+        points = X + sigma * torch.randn(n, 1, **draw)
+        xy = view.features.xy_px.double() + torch.randn(n, 2, **draw)
+        start = rotation_from_vector(0.01 * torch.randn(3, **draw)) @ R.T, c + 0.02 * torch.randn(3, **draw)
+        noise = torch.ones(n, dtype=torch.float64)
+        R_found, c_found, spread, _ = refine_with_points(view, *start, xy, points, covariance, noise)
+        R_plain, c_plain, _, _ = refine_with_points(view, *start, xy, points, 1e-8 * torch.eye(3).double().expand(n, 3, 3), noise)
+        off = c_found - c
+        normalized.append(float(off @ torch.linalg.inv(spread[3:, 3:]) @ off))
+        weighed.append(float(off.norm()))
+        plain.append(float((c_plain - c).norm()))
+    assert 1.5 < sum(normalized) / len(normalized) < 6  # 3 coordinates; the Cauchy loss costs some efficiency
+    assert sum(weighed) < 0.95 * sum(plain)
+
+
+def test_share_world(random_world, random_poses):
+    world, other = random_world(20), random_world(21)
+    views = [world.view(*pose) for pose in random_poses(8, 22)]
+    pairs = list(zip(views[:4], views[4:]))
+    assert share_world(pairs)
+    assert not share_world([(a, View(b.features, b.camera, b.R_world_from_cam, b.c_world + 1.0)) for a, b in pairs])
+    assert not share_world([(a, other.view(b.R_world_from_cam, b.c_world)) for a, b in pairs])
+    assert not share_world(pairs[:2]) and not share_world([])
+
+
+def test_progress_is_reported(random_world, random_poses):
+    world = random_world(23)
+    views = [world.view(*pose) for pose in random_poses(4, 24)]
+    calls = []
+    localize(views[:3], queries_of(views[3:]), [[0, 1, 2]], [[1.0] * 3], seed=0, progress=lambda *v: calls.append(v))
+    assert ("index", 3, 3) in calls and calls[-1] == ("queries", 1, 1)

@@ -1,0 +1,143 @@
+"""matching.py: by descriptor, and guided by known poses."""
+
+import numpy as np
+import pycolmap
+import pytest
+import torch
+
+from localization.cameras import Camera, rays
+from localization.features import Features
+from localization.matching import (
+    View,
+    epipolar_mask,
+    essential_matrix,
+    guided_matches,
+    mutual_matches,
+    near_pairs,
+)
+
+
+def right_matches(a: View, b: View, matches) -> torch.Tensor:
+    """Which matches join keypoints of one point (clutter never does)."""
+    point_a = torch.cat([a.seen, torch.full((len(a.features.xy_px) - len(a.seen),), -1)])
+    point_b = torch.cat([b.seen, torch.full((len(b.features.xy_px) - len(b.seen),), -2)])
+    return point_a[matches.a] == point_b[matches.b]
+
+
+def features_at(xy: list, descriptors: torch.Tensor) -> Features:
+    n = len(xy)
+    return Features(torch.tensor(xy), torch.ones(n), torch.zeros(n), torch.ones(n), descriptors)
+
+
+def test_mutual_matches_by_hand():
+    """Ratio and mutuality on unit vectors at known angles; a second neighbor nearby does not count."""
+
+    def at(*degrees):
+        angle = torch.deg2rad(torch.tensor(degrees))
+        return torch.stack([angle.cos(), angle.sin()], dim=1)
+
+    a = features_at([[0.0, 0], [50, 0], [90, 0]], at(0.0, 90.0, 9.0))
+    b = features_at([[0.0, 0], [3, 0], [100, 0]], at(1.0, 5.0, 60.0))
+    matches = mutual_matches(a, b)
+    assert matches.a.tolist() == [0, 1, 2] and matches.b.tolist() == [0, 2, 1]
+    np.testing.assert_allclose(matches.similarity, np.cos(np.deg2rad([1, 30, 4])), atol=1e-6)
+    half = np.sin(np.deg2rad([1, 30, 4]) / 2), np.sin(np.deg2rad([60, 85, 51]) / 2)
+    np.testing.assert_allclose(matches.ratio, half[0] / half[1], rtol=1e-3)
+
+
+def test_mutual_matches_find_the_points(random_world, random_poses):
+    world = random_world(0)
+    a, b = (world.view(*pose) for pose in random_poses(2, 1))
+    matches = mutual_matches(a.features, b.features)
+    distinct = matches.select(matches.ratio < 0.8)
+    common = len(set(a.seen.tolist()) & set(b.seen.tolist()))
+    assert len(distinct) > 0.95 * common > 50
+    assert right_matches(a, b, distinct).double().mean() > 0.99
+    back = mutual_matches(b.features, a.features)
+    assert sorted(zip(back.b.tolist(), back.a.tolist())) == sorted(zip(matches.a.tolist(), matches.b.tolist()))
+
+
+@pytest.mark.parametrize("n_a, n_b", [(0, 0), (0, 3), (3, 0), (1, 1), (3, 2)])
+def test_few_keypoints(n_a, n_b):
+    xy = torch.tensor([[0.0, 0.0], [10.0, 0.0], [20.0, 0.0]])
+    a, b = (
+        Features(xy[:n], torch.ones(n), torch.zeros(n), torch.ones(n), torch.eye(128)[:n]) for n in (n_a, n_b)
+    )
+    matches = mutual_matches(a, b)
+    assert len(matches) == min(n_a, n_b)
+    assert torch.isfinite(matches.ratio).all()
+
+
+def test_essential_matrix_is_pycolmaps(random_world, random_poses):
+    world = random_world(2)
+    a, b = (world.view(*pose) for pose in random_poses(2, 3))
+    R, c = b.R_world_from_cam.T @ a.R_world_from_cam, b.R_world_from_cam.T @ (a.c_world - b.c_world)
+    pose = pycolmap.Rigid3d(pycolmap.Rotation3d(R.numpy()), c.numpy())
+    theirs = torch.tensor(pycolmap.essential_matrix_from_pose(pose))
+    ours = essential_matrix(a, b)
+    theirs = theirs / theirs.norm() * (theirs * ours).sum().sign()
+    torch.testing.assert_close(ours / ours.norm(), theirs)
+
+
+def test_epipolar_mask_keeps_true_pairs_and_few_others(random_world, random_poses):
+    world = random_world(4)
+    a, b = (world.view(*pose, clutter=0) for pose in random_poses(2, 5))
+    mask = epipolar_mask(a, b)
+    common = [(i, int((b.seen == p).nonzero()[0])) for i, p in enumerate(a.seen) if p in b.seen]
+    assert all(mask[i, j] for i, j in common)
+    assert mask.double().mean() < 0.05
+    torch.testing.assert_close(epipolar_mask(b, a), mask.T)
+
+
+def test_epipolar_mask_refuses_points_behind(look_at):
+    """Two parallel cameras a meter apart: a pixel must move against the baseline, by any positive disparity."""
+    R = look_at(torch.zeros(3).double(), torch.tensor([0.0, 5.0, 0.0]).double())
+    camera_xy = [[320.0, 240.0], [420.0, 240.0]]
+    camera = Camera(320, 320, 320, 240, 640, 480)
+    a = View(features_at([[370.0, 240.0]], torch.eye(128)[:1]), camera, R, torch.zeros(3).double())
+    b = View(features_at(camera_xy, torch.eye(128)[:2]), camera, R, torch.tensor([1.0, 0, 0]).double())
+    assert epipolar_mask(a, b).tolist() == [[True, False]]
+
+
+def test_guided_matches_see_through_repetition(corridor, look_at):
+    """Along a wall of equal tiles descriptors alone are mostly wrong; inside the epipolar band most are right."""
+    world = corridor(0, difference=0.05)
+    # The baseline is not along the repetition, as with a camera that bobs.
+    spots = [torch.tensor([5.0, 0.0, 0.0]).double(), torch.tensor([5.3, 0.3, 0.9]).double()]
+    a, b = (world.view(look_at(c, c + torch.tensor([0.3, 3.0, -0.3])), c, spread=0.3) for c in spots)
+    raw, guided = mutual_matches(a.features, b.features), guided_matches(a, b)
+    raw = raw.select(raw.ratio < 0.9)
+    assert len(guided) > 5 * len(raw)
+    assert right_matches(a, b, guided).double().mean() > 0.8
+
+
+def test_guided_matches_of_one_place(random_world, random_poses):
+    """No baseline at all: nothing can be triangulated, nothing breaks."""
+    world = random_world(6)
+    (R, c), (R2, _) = random_poses(2, 7)
+    a, b = world.view(R, c), world.view(R2, c)
+    assert torch.isfinite(guided_matches(a, b).ratio).all()
+
+
+def test_near_pairs(look_at):
+    """All pairs of a few; of many no more than the limit allows, and never cameras back to back."""
+    c = torch.stack([torch.tensor([0.1 * i, 0.0, 0.0]) for i in range(100)]).double()
+    R = torch.stack([look_at(v, v + torch.tensor([0.0, 1.0, 0.0])) for v in c])
+    assert len(near_pairs(R[:6], c[:6], 20)) == 15
+    pairs = near_pairs(R, c, 20)
+    assert len(pairs) <= 100 * 20 and len(set(pairs)) == len(pairs) and all(i < j for i, j in pairs)
+    gaps = [j - i for i, j in pairs if i == 0]
+    assert 1 in gaps and max(gaps) > 40  # neighbors, and wide baselines too
+    R[50:] = torch.stack([look_at(v, v - torch.tensor([0.0, 1.0, 0.0])) for v in c[50:]])
+    assert all((i < 50) == (j < 50) for i, j in near_pairs(R, c, 20))
+    assert near_pairs(R[:1], c[:1], 20) == [] and near_pairs(R[:0], c[:0], 20) == []
+
+
+def test_rays_of_matches_meet(random_world, random_poses):
+    """Guided matches without noise obey the epipolar constraint exactly."""
+    world = random_world(8)
+    a, b = (world.view(*pose, noise_px=0.0, clutter=0) for pose in random_poses(2, 9))
+    m = guided_matches(a, b)
+    x_a, x_b = rays(a.camera, a.features.xy_px[m.a]), rays(b.camera, b.features.xy_px[m.b])
+    residual = ((x_b @ essential_matrix(a, b)) * x_a).sum(1)[right_matches(a, b, m)]
+    assert len(residual) > 50 and residual.abs().max() < 1e-5
