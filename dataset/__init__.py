@@ -9,6 +9,7 @@ LISTS = (
 CAMERA = ("camera",)
 OPTIONAL = ("query_test.txt", "index_test.txt", "gt/pitts30k_test.npz")
 DEFAULT = Path("dataset")
+SAMPLE = Path(__file__).resolve().parent / "sample"
 
 
 def locate(given: Path | None, needed: tuple[str, ...]) -> tuple[Path, bool]:
@@ -53,9 +54,9 @@ def _sample() -> Path:
     from dataset import sample  # only here: rendering is rarely needed
 
     print("No data of the assignment in dataset/: using the built-in SAMPLE, a rendered town and rooms.")
-    rendered = sample.is_rendered(sample.DEFAULT_ROOT)
+    rendered = sample.is_rendered(SAMPLE)
     state = "already rendered" if rendered else "rendering it now, about a minute"
-    print(f"The sample is in {sample.DEFAULT_ROOT} ({state}); its figures say nothing of real cities.")
+    print(f"The sample is in {SAMPLE} ({state}); its figures say nothing of real cities.")
     if not rendered:
-        sample.render_sample(sample.DEFAULT_ROOT)
-    return sample.DEFAULT_ROOT
+        sample.render_sample(SAMPLE)
+    return SAMPLE

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from model import InputError, NetVLADModel, half_precision
-from train import ranking_loss, split_by_place, train, validate
+from train import centralize_gradients, ranking_loss, split_by_place, train, validate
 
 
 def unit(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -33,6 +33,18 @@ def test_gradient_is_finite_where_query_and_positive_coincide():
     q = unit(2, 8).requires_grad_()
     ranking_loss(q, q, unit(2, 8, seed=5), margin=5.0).sum().backward()
     assert torch.isfinite(q.grad).all()
+
+
+def test_centralized_filters_do_not_answer_to_a_shift_of_their_input():
+    torch.manual_seed(0)
+    layer = torch.nn.Conv2d(3, 2, 3)
+    x = torch.rand(1, 3, 5, 5)
+    layer(x).square().sum().backward()
+    bias = layer.bias.grad.clone()
+    centralize_gradients(layer.parameters())
+    change = torch.nn.functional.conv2d(torch.ones(1, 3, 3, 3), layer.weight.grad)
+    assert float(change.abs().max()) < 1e-4 < float(layer.weight.grad.abs().max())
+    assert torch.equal(bias, layer.bias.grad)
 
 
 def triplets(count: int, channels: int, size: int) -> list:

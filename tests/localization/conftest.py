@@ -24,6 +24,9 @@ def looking(c: Tensor, target: Tensor, roll: float = 0.0) -> Tensor:
     return R @ torch.tensor([[k, -s, 0], [s, k, 0], [0, 0, 1]], dtype=c.dtype)
 
 
+CAMERA = Camera(320.0, 320.0, 320.0, 240.0, 640, 480)
+
+
 @dataclass
 class World:
     """Points (n, 3) and their descriptors (n, 128); views of them are drawn with `view`."""
@@ -31,7 +34,7 @@ class World:
     points: Tensor
     descriptors: Tensor
     generator: torch.Generator
-    camera: Camera = Camera(320.0, 320.0, 320.0, 240.0, 640, 480)
+    camera: Camera = CAMERA
 
     def view(self, R: Tensor, c: Tensor, *, noise_px=0.3, spread=0.3, clutter=50, camera=None) -> View:
         """What a camera at (R_world_from_cam, c_world) sees; keypoint k < len(seen) is point view.seen[k].

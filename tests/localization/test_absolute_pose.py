@@ -429,7 +429,7 @@ def test_lo_ransac_repeats_itself():
 def test_lo_ransac_finds_no_pose_where_there_is_none():
     R, t, xy, points = noisy_problem(61)
     generator = seeded(61)
-    search = dict(generator=generator, iterations=1000)
+    search = {"generator": generator, "iterations": 1000}
     assert lo_ransac(xy[:0], points[:0], 0.0125, **search) is None
     assert lo_ransac(xy[:3], points[:3], 0.0125, **search) is None
     assert lo_ransac(xy, points[:1].expand(80, 3), 0.0125, **search) is None
@@ -445,7 +445,7 @@ def test_lo_ransac_finds_no_pose_where_there_is_none():
 
 
 def test_lo_ransac_leaves_out_broken_and_unweighted_correspondences():
-    R, t, xy, points = contaminated(62, 100, 0.2)
+    R, _t, xy, points = contaminated(62, 100, 0.2)
     xy[97], points[98] = math.nan, math.inf
     weights = torch.ones(100)
     weights[99] = 0
@@ -469,7 +469,7 @@ def many_points_on_few_keypoints():
 
 
 def test_points_on_one_keypoint_are_one_piece_of_evidence():
-    R, t, xy, points, ids = many_points_on_few_keypoints()
+    R, _t, xy, points, ids = many_points_on_few_keypoints()
     misled = lo_ransac(xy, points, 0.0125, generator=seeded(0))
     assert torch.allclose(misled.R_cam_from_world, R[1], atol=1e-5)
     pose = lo_ransac(xy, points, 0.0125, generator=seeded(0), keypoint_ids=ids)
@@ -479,7 +479,7 @@ def test_points_on_one_keypoint_are_one_piece_of_evidence():
 
 
 def test_weights_decide_between_poses():
-    R, t, xy, points = noisy_problem(71, noise_px=0.5)
+    R, _t, xy, points = noisy_problem(71, noise_px=0.5)
     generator = seeded(72)
     other_R, other_t = random_poses(1, generator)
     far = 3 + 5 * uniform(60, 1, generator=generator)
@@ -493,7 +493,7 @@ def test_weights_decide_between_poses():
 
 
 def test_sequential_modes_find_both_poses_and_stop():
-    R, t, xy, points, ids = many_points_on_few_keypoints()
+    R, _t, xy, points, ids = many_points_on_few_keypoints()
     found = sequential_modes(xy, points, 0.0125, modes=5, generator=seeded(2), keypoint_ids=ids)
     assert len(found) == 2
     for i, count in enumerate((40, 10)):

@@ -106,7 +106,7 @@ def test_an_image_of_another_place_gets_little_confidence(random_world, random_p
 def test_degenerate_inputs_are_answered(random_world, random_poses, look_at):
     world = random_world(8)
     poses = random_poses(5, 9)
-    a, b, c, d, query = (world.view(*pose) for pose in poses)
+    a, b, c, _d, query = (world.view(*pose) for pose in poses)
     nothing = Features(torch.zeros(0, 2), *(torch.zeros(0) for _ in range(3)), torch.zeros(0, 128))
     bare = View(nothing, CAMERA, *poses[0])
     one = Features(*(v[:1] for v in vars(a.features).values()))
@@ -208,8 +208,8 @@ def test_joint_refinement_is_honest(random_world, random_poses):
         xy = view.features.xy_px.double() + torch.randn(n, 2, **draw)
         start = rotation_from_vector(0.01 * torch.randn(3, **draw)) @ R.T, c + 0.02 * torch.randn(3, **draw)
         noise = torch.ones(n, dtype=torch.float64)
-        R_found, c_found, spread, _ = refine_with_points(view, *start, xy, points, covariance, noise)
-        R_plain, c_plain, _, _ = refine_with_points(view, *start, xy, points, 1e-8 * torch.eye(3).double().expand(n, 3, 3), noise)
+        _R_found, c_found, spread, _ = refine_with_points(view, *start, xy, points, covariance, noise)
+        _R_plain, c_plain, _, _ = refine_with_points(view, *start, xy, points, 1e-8 * torch.eye(3).double().expand(n, 3, 3), noise)
         off = c_found - c
         normalized.append(float(off @ torch.linalg.inv(spread[3:, 3:]) @ off))
         weighed.append(float(off.norm()))

@@ -288,7 +288,7 @@ def test_essential_ransac_is_as_good_as_poselib(count, outliers):
 
 
 def test_essential_ransac_states_the_parallax_and_keeps_the_rotation_where_there_is_none():
-    R, t, xy_a, xy_b = two_views(70, 150)
+    R, _t, xy_a, xy_b = two_views(70, 150)
     ray_a, ray_b = unit(homogeneous(xy_a) @ R.T), unit(homogeneous(xy_b))
     parallax = torch.rad2deg(torch.acos((ray_a * ray_b).sum(1))).median()
     pose = essential_ransac(xy_a, xy_b, 2 / FOCAL_PX, generator=seeded(70))
@@ -303,7 +303,7 @@ def test_essential_ransac_states_the_parallax_and_keeps_the_rotation_where_there
 
 def test_essential_ransac_of_bad_input():
     _, _, xy_a, xy_b = two_views(72, 60)
-    search = dict(generator=seeded(72), iterations=400)
+    search = {"generator": seeded(72), "iterations": 400}
     assert essential_ransac(xy_a[:0], xy_b[:0], 0.005, **search) is None
     assert essential_ransac(xy_a[:5], xy_b[:5], 0.005, **search) is None
     assert essential_ransac(torch.full_like(xy_a, math.nan), xy_b, 0.005, **search) is None

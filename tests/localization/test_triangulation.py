@@ -53,7 +53,7 @@ def test_refined_points_are_pycolmaps(random_world, random_poses):
             for v in columns
         ]
 
-        def cost(X):
+        def cost(X, k=k, poses=poses, columns=columns):
             return sum(
                 float(((torch.tensor(camera.img_from_cam((p * X)[None])[0]) - xy[k, v]) ** 2).sum())
                 for p, v in zip(poses, columns)
