@@ -7,7 +7,9 @@ winner. A query for which this fails gets a pose from relative geometry or retri
 
 import itertools
 import math
+import os
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
@@ -73,11 +75,18 @@ def localize(
     """
     report = progress or (lambda phase, done, of: None)
     index = _Index.build(index_views, lambda done, of: report("index", done, of))
+    orders = [[int(i) for i in row] for row in ranking]
+    likeness = [[float(s) for s in row] for row in similarity]
+
+    def locate(number: int) -> Estimate:
+        query, generator = query_views[number], _generator(seed, number)
+        return _locate(query, index, orders[number], likeness[number], generator)
+
     estimates = []
-    for number, query in enumerate(query_views):
-        order, likeness = [int(i) for i in ranking[number]], [float(s) for s in similarity[number]]
-        estimates.append(_locate(query, index, order, likeness, _generator(seed, number)))
-        report("queries", number + 1, len(query_views))
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for estimate in pool.map(locate, range(len(query_views))):
+            estimates.append(estimate)
+            report("queries", len(estimates), len(query_views))
 
     sure = [n for n, e in enumerate(estimates) if e.confidence >= SURE]
     unsure = [n for n, e in enumerate(estimates) if e.confidence < SURE]
@@ -87,8 +96,8 @@ def localize(
     index = index.extended(placed)
     added = list(range(len(index_views), len(index_views) + len(placed)))
     for done, number in enumerate(unsure):
-        order, likeness = [int(i) for i in ranking[number]], [float(s) for s in similarity[number]]
-        again = _locate(query_views[number], index, order + added, likeness, _generator(seed, number))
+        order = orders[number] + added
+        again = _locate(query_views[number], index, order, likeness[number], _generator(seed, number))
         if again.confidence > estimates[number].confidence:
             estimates[number] = again
         report("unsure queries", done + 1, len(unsure))

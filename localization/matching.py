@@ -115,15 +115,20 @@ def epipolar_mask(a: View, b: View, band_px: float = EPIPOLAR_BAND_PX) -> Tensor
     scale_b = torch.tensor([b.camera.fx, b.camera.fy], dtype=E.dtype, device=E.device)
     scale_a = torch.tensor([a.camera.fx, a.camera.fy], dtype=E.dtype, device=E.device)
     norm_b, norm_a = (line_b[:, :2] / scale_b).norm(dim=1), (line_a[:, :2] / scale_a).norm(dim=1)
-    residual = (line_b @ xb.T).abs().float()
-    near = residual <= band_px * torch.minimum(norm_b.float()[:, None], norm_a.float()[None, :])
+    # Few pairs are near the line in image b: only those are looked at closer.
+    distance_b = (line_b / norm_b[:, None].clamp_min(1e-12)).float() @ xb.T.float()
+    mask = distance_b.abs_() <= band_px
+    i, j = mask.nonzero(as_tuple=True)
+    near = distance_b[i, j] * norm_b[i] <= band_px * norm_a[j]
 
     baseline = b.c_world - a.c_world
     da, db = world_rays(a, a.features.xy_px), world_rays(b, b.features.xy_px)
-    cosine = (da @ db.T).float()
-    along_a, along_b = (da @ baseline).float()[:, None], (db @ baseline).float()[None, :]
+    cosine = (da[i] * db[j]).sum(dim=1)
+    along_a, along_b = (da @ baseline)[i], (db @ baseline)[j]
     slack = -float(baseline.norm()) * band_px / min(a.camera.fx, b.camera.fx)
-    return near & (along_a - cosine * along_b >= slack) & (cosine * along_a - along_b >= slack)
+    in_front = (along_a - cosine * along_b >= slack) & (cosine * along_a - along_b >= slack)
+    mask[i, j] = near & in_front
+    return mask
 
 
 def guided_matches(a: View, b: View, band_px: float = EPIPOLAR_BAND_PX) -> Matches:

@@ -113,8 +113,16 @@ class Candidates:
 
 def near_candidates(points: PointMap, query: View, xy_px: Tensor, radius_px: float) -> Candidates:
     """All pairs within radius_px of the projections xy_px (P, 2), not too unlike."""
-    distance = torch.cdist(xy_px.float(), query.features.xy_px, compute_mode="donot_use_mm_for_euclid_dist")
-    point, keypoint = torch.nonzero(distance <= radius_px, as_tuple=True)
+    # Only keypoints in the same upright strip are looked at: a tenth of all pairs, or less.
+    xy, keypoints = xy_px.float(), query.features.xy_px
+    x, by_x = keypoints[:, 0].sort()
+    first = torch.searchsorted(x, (xy[:, 0] - radius_px).contiguous())
+    count = torch.searchsorted(x, (xy[:, 0] + radius_px).contiguous(), right=True) - first
+    point = torch.arange(len(xy), device=xy.device).repeat_interleave(count)
+    place = torch.arange(len(point), device=xy.device) - (count.cumsum(0) - count)[point]
+    keypoint = by_x[first[point] + place]
+    near = (xy[point] - keypoints[keypoint]).norm(dim=1) <= radius_px
+    point, keypoint = point[near], keypoint[near]
     similarity = (points.descriptor[point] * query.features.descriptors[keypoint]).sum(1)
     alike = similarity >= GUIDED_SIMILARITY
     return Candidates(point[alike], keypoint[alike], similarity[alike])

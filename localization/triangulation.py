@@ -4,7 +4,9 @@ Every index keypoint that has matches becomes the anchor of its own point: each 
 anchor's ray, the depth that most other matches bear out wins, and Gauss-Newton on the reprojection errors finishes it.
 """
 
+import os
 from collections.abc import Callable, Collection
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
@@ -182,12 +184,13 @@ def triangulate_views(
     pairs = near_pairs(torch.stack([v.R_world_from_cam for v in views]), cameras.c_world, PARTNERS)
     pairs = [(i, j) for i, j in pairs if i in wanted or j in wanted]
     found = {i: {} for i in range(len(views))}
-    for done, (i, j) in enumerate(pairs):
-        matches = guided_matches(views[i], views[j])
-        found[i][j] = (matches.a, matches.b)
-        found[j][i] = (matches.b, matches.a)
-        if progress:
-            progress(done + 1, len(pairs))
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        all_matches = pool.map(lambda pair: guided_matches(views[pair[0]], views[pair[1]]), pairs)
+        for done, ((i, j), matches) in enumerate(zip(pairs, all_matches)):
+            found[i][j] = (matches.a, matches.b)
+            found[j][i] = (matches.b, matches.a)
+            if progress:
+                progress(done + 1, len(pairs))
     return [_points_of_view(views, cameras, i, found[i]) for i in wanted]
 
 
