@@ -3,8 +3,8 @@
     python dataset/sample.py                       # renders dataset/sample/ beside this file
     python dataset/sample.py --output DIR --seed 1
 
-Everything is a textured planar quad.  One renderer (`render`) casts a ray per sample, 2 x 2 samples
-a pixel, keeps the nearest quad, and filters its texture through mipmaps; so the truth is exact by
+Everything is a textured planar quad.  One renderer (`render`) casts 2 x 2 rays a
+pixel, keeps the nearest quad, and filters its texture through mipmaps; so the truth is exact by
 construction.  Axes are TartanAir's throughout: x forward, y right, z down, in the camera and in the
 world; pixel (u, v) is a pixel center, (0, 0) the top-left one.  The file reads top to bottom:
 renderer, paint, town, rooms, files.
@@ -24,7 +24,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -43,6 +43,7 @@ DISK_NEEDED_BYTES = 120 * 2**20
 STALE_SECONDS = 3600
 CHUNK_SAMPLES = 1 << 15  # samples shaded at once: their arrays stay in the processor's cache
 NEAR_M = 0.05
+ANISOTROPY = 3  # how many times longer than wide a texture's footprint is before it is blurred
 
 
 @dataclass(frozen=True)
@@ -202,80 +203,95 @@ def render(quads: list[Quad], atlas: Atlas, camera: Camera, light: Light,
            background: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
     """Linear radiance (height, width, 3) float32 of opaque quads, then cutouts, far to near.
 
-    light(quad, a (P,), b (P,)) -> (P, 3) or (3,) irradiance at places a, b on that quad;
-    background(ray (P, 3)) -> (P, 3) for rays that meet nothing.
+    Visibility is found for 2 x 2 samples a pixel; a pixel that one quad fills is shaded once, at its
+    center, any other at each sample.  light(quad, a (P,), b (P,)) -> (P, 3) or (3,) irradiance at
+    places a, b on that quad; background(ray (P, 3)) -> (P, 3) for rays that meet nothing.
     """
-    sx = (np.arange(2 * camera.width) + 0.5) / 2 - 0.5 - camera.center_px[0]
-    sy = (np.arange(2 * camera.height) + 0.5) / 2 - 0.5 - camera.center_px[1]
-    boxes = screen_boxes(quads, camera, sx, sy).tolist()
+    width, height = camera.width, camera.height
+    centers = [torch.arange(n) - c for n, c in zip((width, height), camera.center_px)]
+    xs, ys = ((c[:, None] + torch.tensor([-0.25, 0.25])).view(-1) for c in centers)
+    boxes = screen_boxes(quads, camera, xs.numpy(), ys.numpy()).tolist()
     forms = plane_forms(quads, camera).tolist()
-    xs, ys = torch.from_numpy(sx).float(), torch.from_numpy(sy).float()
-    nearest = torch.zeros(len(sy), len(sx))
-    owner = torch.full((len(sy), len(sx)), -1, dtype=torch.int32)
-    color = torch.empty(len(sy) * len(sx), 3)
+    nearest = torch.zeros(2 * height, 2 * width)
+    owner = torch.full((2 * height, 2 * width), -1, dtype=torch.int32)
 
-    def window(q: int) -> tuple[slice, slice]:
+    def cover(q: int) -> tuple[tuple[slice, slice], torch.Tensor, torch.Tensor]:
         x0, x1, y0, y1 = boxes[q]
-        return slice(y0, y1), slice(x0, x1)
-
-    def cover(q: int) -> tuple[torch.Tensor, torch.Tensor]:
-        rows, columns = window(q)
-        inverse, a, b = ((f[0] + f[1] * xs[columns]) + (f[2] * ys[rows])[:, None] for f in forms[q])
+        window = slice(y0, y1), slice(x0, x1)
+        inverse, a, b = ((f[0] + f[1] * xs[x0:x1]) + (f[2] * ys[y0:y1])[:, None] for f in forms[q])
         reach = inverse * (1 + 2e-6)  # neighbors that share an edge leave no gap
         slack = inverse * -2e-6
         inside = (torch.minimum(a, b) >= slack) & (torch.maximum(a, b) <= reach)
-        return inside & (inverse > nearest[rows, columns]), inverse
+        return window, inside & (inverse > nearest[window]), inverse
 
-    def shade(q: int, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def shade(q: int, x: torch.Tensor, y: torch.Tensor, spacing: float
+              ) -> tuple[torch.Tensor, torch.Tensor]:
         (z0, zx, zy), (a0, ax, ay), (b0, bx, by) = forms[q]
         (tile_u, tile_v), texture = quads[q].repeat, quads[q].texture
         depth = 1 / (z0 + zx * x + zy * y)
         a, b = (a0 + ax * x + ay * y) * depth, (b0 + bx * x + by * y) * depth
-        # texels a sample covers: singular values of d(texel)/d(sample), samples half a pixel apart
-        w, h, _ = atlas.levels[texture, 0].tolist()
-        ux, uy = (w * tile_u / 2) * (ax - a * zx), (w * tile_u / 2) * (ay - a * zy)
-        vx, vy = (h * tile_v / 2) * (bx - b * zx), (h * tile_v / 2) * (by - b * zy)
+        # texels from one shaded point to the next: singular values of d(texel)/d(point)
+        w, h, _ = (atlas.levels[texture, 0] * spacing).tolist()
+        ux, uy = (w * tile_u) * (ax - a * zx), (w * tile_u) * (ay - a * zy)
+        vx, vy = (h * tile_v) * (bx - b * zx), (h * tile_v) * (by - b * zy)
         square = ux * ux + uy * uy + vx * vx + vy * vy
         area = (ux * vy - uy * vx).abs()
         major = ((square + (square * square - 4 * area * area).clamp(min=0).sqrt()) / 2).sqrt()
-        level = torch.log2((torch.maximum(area / major, major / 2) * depth).clamp(min=1))
+        level = torch.log2((torch.maximum(area / major, major / ANISOTROPY) * depth).clamp(min=1))
         u, v = a.clamp(0, 1) * tile_u, b.clamp(0, 1) * tile_v
         if quads[q].repeat != (1.0, 1.0):
             u, v = u - u.floor(), v - v.floor()
         return sample_texture(atlas, texture, u, v, level), light(q, a, b)
 
-    def pixels(q: int, hit: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-        rows, columns = window(q)
-        y, x = torch.nonzero(hit, as_tuple=True)
-        flat = (y + rows.start) * len(sx) + (x + columns.start)
-        parts = zip(flat.split(CHUNK_SAMPLES), x.split(CHUNK_SAMPLES), y.split(CHUNK_SAMPLES))
-        return [(f, xs[columns].index_select(0, i), ys[rows].index_select(0, j)) for f, i, j in parts]
+    def points(mask: torch.Tensor, per_pixel: int, window: tuple[slice, slice] = np.s_[0:, 0:]
+               ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+        """Number of the pixel, x, y of the points of a grid (1 or 2 per pixel and axis) in a mask."""
+        gx, gy = centers if per_pixel == 1 else (xs, ys)
+        rows, columns = torch.nonzero(mask, as_tuple=True)
+        for i, j in zip(rows.split(CHUNK_SAMPLES), columns.split(CHUNK_SAMPLES)):
+            i, j = i + window[0].start, j + window[1].start
+            pixel = i * width + j if per_pixel == 1 else (i >> 1) * width + (j >> 1)
+            yield pixel, gx.index_select(0, j), gy.index_select(0, i)
 
     seen = [q for q, (x0, x1, y0, y1) in enumerate(boxes) if x1 > x0 and y1 > y0]
     solid = [q for q in seen if not quads[q].cutout]
     for q in solid:
-        hit, inverse = cover(q)
-        nearest[window(q)] = torch.where(hit, inverse, nearest[window(q)])
-        owner[window(q)].masked_fill_(hit, q)
+        window, hit, inverse = cover(q)
+        nearest[window] = torch.where(hit, inverse, nearest[window])
+        owner[window].masked_fill_(hit, q)
+    first = owner[::2, ::2]
+    whole = (first == owner[1::2, ::2]) & (first == owner[::2, 1::2]) & (first == owner[1::2, 1::2])
+    split = ~whole.repeat_interleave(2, 0).repeat_interleave(2, 1)
+    owners = {1: torch.where(whole, first, -2), 2: torch.where(split, owner, -2)}
+    color = torch.zeros(height * width, 3)
     for q in solid:
+        x0, x1, y0, y1 = boxes[q]
         glow = torch.tensor(quads[q].glow, dtype=torch.float32)
-        for flat, x, y in pixels(q, owner[window(q)] == q):
-            texel, shine = shade(q, x, y)
-            color[flat] = texel[:, :3] * shine + texel[:, 3:] * glow
+        for per_pixel, owned in owners.items():
+            scale = 2 // per_pixel
+            window = slice(y0 // scale, -(-y1 // scale)), slice(x0 // scale, -(-x1 // scale))
+            for pixel, x, y in points(owned[window] == q, per_pixel, window):
+                texel, shine = shade(q, x, y, 1 / per_pixel)
+                color.index_add_(0, pixel, texel[:, :3] * shine + texel[:, 3:] * glow,
+                                 alpha=1 / per_pixel**2)
     rays = camera.R_world_from_cam @ np.diag([1, 1 / camera.focal_px, 1 / camera.focal_px])
     forward, across, below = torch.from_numpy(rays.T.copy()).float()
-    flat = torch.nonzero(owner.view(-1) < 0)[:, 0]
-    x, y = xs.index_select(0, flat % len(sx)), ys.index_select(0, flat // len(sx))
-    color[flat] = background(forward + x[:, None] * across + y[:, None] * below)
+    for per_pixel, owned in owners.items():
+        for pixel, x, y in points(owned == -1, per_pixel):
+            ray = forward + x[:, None] * across + y[:, None] * below
+            color.index_add_(0, pixel, background(ray), alpha=1 / per_pixel**2)
     away = {q: np.linalg.norm(quads[q].origin + (quads[q].right + quads[q].down) / 2
                               - camera.c_world) for q in seen if quads[q].cutout}
     for q in sorted(away, key=away.get, reverse=True):
-        for flat, x, y in pixels(q, cover(q)[0]):
-            texel, shine = shade(q, x, y)
-            opacity = texel[:, 3:]
-            color[flat] = color[flat] * (1 - opacity) + texel[:, :3] * shine * opacity
-    color = color.view(camera.height, 2, camera.width, 2, 3)
-    return (color[:, 0, :, 0] + color[:, 0, :, 1] + color[:, 1, :, 0] + color[:, 1, :, 1]) / 4
+        window, hit, _ = cover(q)
+        share = torch.zeros(2 * height, 2 * width)
+        share[window] = hit.float()
+        share = F.avg_pool2d(share[None], 2).view(-1)
+        for pixel, x, y in points(share.view(height, width) > 0, 1):
+            texel, shine = shade(q, x, y, 1.0)
+            opacity = texel[:, 3:] * share.index_select(0, pixel)[:, None]
+            color[pixel] = color[pixel] * (1 - opacity) + texel[:, :3] * shine * opacity
+    return color.view(height, width, 3)
 
 
 def rotation(yaw_deg: float, pitch_deg: float, roll_deg: float) -> np.ndarray:
@@ -367,7 +383,8 @@ def blocks(rng: Rng, width: int, height: int, bw: int, bh: int, color: np.ndarra
 
 def paint_hue(rng: Rng) -> float:
     """A hue people paint things in: reds, ochres, greens, blues; seldom a violet."""
-    return rng.choice([0.0, 0.02, 0.06, 0.09, 0.12, 0.15, 0.28, 0.38, 0.48, 0.55, 0.59, 0.63, 0.8]) + rng.normal(0, 0.02)
+    hues = (0.0, 0.02, 0.06, 0.09, 0.12, 0.15, 0.28, 0.38, 0.48, 0.55, 0.59, 0.63, 0.8)
+    return rng.choice(hues) + rng.normal(0, 0.02)
 
 
 def paint_wall(rng: Rng, width: int, height: int) -> np.ndarray:
@@ -549,7 +566,7 @@ def paint_person(rng: Rng) -> np.ndarray:
     draw, step = ImageDraw.Draw(layer), rng.uniform(4, 40)
     draw.polygon([(70, 250), (122, 250), (110 + step, 478), (88 + step, 478), (96, 290), (104 - step, 478),
                   (80 - step, 478)], 255)
-    draw.polygon([(84, 78), (108, 78), (138, 98), (124, 180), (128, 270), (64, 270), (68, 180), (54, 98)], 255)
+    draw.polygon([84, 78, 108, 78, 138, 98, 124, 180, 128, 270, 64, 270, 68, 180, 54, 98], 255)
     draw.line([(56, 104), (44, 180), (52 + step / 2, 252)], 255, 18, "curve")
     draw.line([(136, 104), (148, 180), (140 - step / 2, 252)], 255, 18, "curve")
     draw.ellipse((76, 14, 116, 72), 255)
@@ -770,23 +787,30 @@ class Weather:
     grain: float
 
 
+SKIES = {  # sun, light from all around, horizon, zenith (linear RGB), clouds, share of lit windows
+    "day": ((1.3, 1.24, 1.12), (0.6, 0.63, 0.7), (0.75, 0.82, 0.9), (0.35, 0.5, 0.8), 0.12, 0.0),
+    "hazy": ((0.5, 0.48, 0.44), (0.75, 0.77, 0.8), (0.8, 0.82, 0.86), (0.6, 0.66, 0.78), 0.06, 0.0),
+    "overcast": ((0.05, 0.05, 0.05), (0.8, 0.82, 0.85), (0.74, 0.76, 0.8), (0.6, 0.63, 0.7), 0.06, 0.05),
+    "evening": ((0.8, 0.6, 0.4), (0.6, 0.6, 0.66), (0.85, 0.7, 0.55), (0.35, 0.44, 0.65), 0.15, 0.1),
+    "dusk": ((0.0, 0.0, 0.0), (0.26, 0.3, 0.42), (0.42, 0.36, 0.42), (0.12, 0.16, 0.3), 0.05, 0.25)}
+
+
 def draw_weather(rng: Rng, is_query: bool) -> Weather:
     """Index: bright or hazy forenoons.  Queries: overcast, low evening sun, or dusk; another camera."""
-    kind = rng.choice(["overcast", "evening", "dusk"], p=[0.35, 0.3, 0.35]) if is_query else rng.choice(["day", "hazy"])
-    sun, ambient, horizon, zenith, clouds, lit = {
-        "day": ((1.3, 1.24, 1.12), (0.6, 0.63, 0.7), (0.75, 0.82, 0.9), (0.35, 0.5, 0.8), 0.2, 0.0),
-        "hazy": ((0.5, 0.48, 0.44), (0.75, 0.77, 0.8), (0.8, 0.82, 0.86), (0.6, 0.66, 0.78), 0.1, 0.0),
-        "overcast": ((0.05, 0.05, 0.05), (0.8, 0.82, 0.85), (0.74, 0.76, 0.8), (0.6, 0.63, 0.7), 0.1, 0.05),
-        "evening": ((0.8, 0.6, 0.4), (0.6, 0.6, 0.66), (0.85, 0.7, 0.55), (0.35, 0.44, 0.65), 0.25, 0.1),
-        "dusk": ((0.0, 0.0, 0.0), (0.26, 0.3, 0.42), (0.42, 0.36, 0.42), (0.12, 0.16, 0.3), 0.08, 0.25)}[kind]
-    azimuth = rng.uniform(-2.4, -1.8) if not is_query else rng.uniform(0.5, 2.6)
-    height = rng.uniform(0.8, 1.0) if kind != "evening" else rng.uniform(0.2, 0.45)
+    if is_query:
+        kind = rng.choice(["overcast", "evening", "dusk"], p=[0.35, 0.3, 0.35])
+        azimuth, height = rng.uniform(0.5, 2.6), rng.uniform(0.2, 0.45)
+        stops, warm, grain_size = rng.normal(-0.1, 0.2), rng.normal(0, 0.08), rng.uniform(0.008, 0.025)
+    else:
+        kind = rng.choice(["day", "hazy"])
+        azimuth, height = rng.uniform(-2.4, -1.8), rng.uniform(0.8, 1.0)
+        stops, warm, grain_size = rng.normal(0, 0.08), rng.normal(0, 0.02), 0.006
     to_sun = np.array([math.cos(azimuth) * math.cos(height), math.sin(azimuth) * math.cos(height),
                        -math.sin(height)])
-    warm = rng.normal(0, 0.08 if is_query else 0.02)
-    return Weather(np.array(sun), to_sun, np.array(ambient), np.array(horizon), np.array(zenith), clouds, lit,
-                   2 ** rng.normal(-0.1 if is_query else 0, 0.2 if is_query else 0.08),
-                   np.array([1 + warm, 1, 1 - warm]), rng.uniform(0.008, 0.025) if is_query else 0.006)
+    sun, ambient, horizon, zenith = (np.array(color) for color in SKIES[kind][:4])
+    clouds, lit_windows = SKIES[kind][4:]
+    return Weather(sun, to_sun, ambient, horizon, zenith, clouds, lit_windows, 2**stops,
+                   np.array([1 + warm, 1, 1 - warm]), grain_size)
 
 
 def photograph(street: Street, atlas: Atlas, shot: Shot, size: Size, rng: Rng) -> Image.Image:
@@ -839,7 +863,8 @@ def photograph(street: Street, atlas: Atlas, shot: Shot, size: Size, rng: Rng) -
         plane = ray[:, :2] / (up + 0.15)[:, None] * 0.25
         grid = (plane - 2 * torch.round(plane / 2))[None, None]
         cloud = F.grid_sample(field, grid, align_corners=False, padding_mode="border")[0, 0, 0]
-        return horizon + (zenith - horizon) * up[:, None]**0.6 + weather.clouds * cloud.clamp(0, 2)[:, None] * 0.6
+        clear = horizon + (zenith - horizon) * up[:, None] ** 0.6
+        return clear + weather.clouds * cloud.clamp(0, 2)[:, None]
 
     width, height = size.town_px
     focal = width / 2 / math.tan(math.radians(37.5))
@@ -946,7 +971,8 @@ def hang(room: Room, at: tuple[float, float, float], width: float, height: float
         left, right = (x + sign * proud, y + sign * width / 2), (x + sign * proud, y - sign * width / 2)
     else:
         left, right = (x - sign * width / 2, y + sign * proud), (x + sign * width / 2, y + sign * proud)
-    room.quads.append(upright(left, right, z - height / 2, z + height / 2, texture, glow=glow, occludes=False))
+    top, bottom = z - height / 2, z + height / 2
+    room.quads.append(upright(left, right, top, bottom, texture, glow=glow, occludes=False))
 
 
 def shell(room: Room, x: tuple[float, float], y: tuple[float, float], high: float, floor: tuple[int, float],
@@ -969,7 +995,8 @@ def panel_light(room: Room, x: float, y: float, high: float, size: tuple[float, 
     room.lamps.append(Lamp((x, y, -high + 0.03), size, tuple(power * t for t in tint)))
 
 
-def paint_tiles(rng: Rng, px: int, count: int, color: np.ndarray, joint: float, speckle: float) -> np.ndarray:
+def paint_tiles(rng: Rng, px: int, count: int, color: np.ndarray, joint: float,
+                speckle: float) -> np.ndarray:
     """count x count floor tiles in px pixels, speckled; repeating it repeats them exactly."""
     image = canvas(px, px, color)
     pitch = px // count
@@ -1000,7 +1027,7 @@ def paint_door(rng: Rng, color: np.ndarray, window: bool) -> np.ndarray:
     """A door in its frame, 176 x 352 pixels."""
     image = canvas(176, 352, color * 0.6)
     box(image, 12, 12, 152, 340, color)
-    image[..., :3] *= (1 + 0.03 * noise(rng, 176, 352, 1.0)[:, :1] + 0.02 * noise(rng, 176, 352, 0.8))[..., None]
+    image[..., :3] *= (1 + 0.035 * noise(rng, 176, 352, 0.9))[..., None]
     for x, y, w, h in ((30, 190, 50, 130), (96, 190, 50, 130)):
         box(image, x, y, w, h, color * 0.82)
         box(image, x + 4, y + 4, w - 4, h - 4, color * 1.05)
@@ -1018,7 +1045,8 @@ def paint_door(rng: Rng, color: np.ndarray, window: bool) -> np.ndarray:
 
 def paint_picture(rng: Rng, width: int, height: int) -> np.ndarray:
     """A framed picture that exists once: hills, a sun, blots."""
-    sky, land = hsv(paint_hue(rng), rng.uniform(0.2, 0.6), 0.85), hsv(paint_hue(rng), rng.uniform(0.3, 0.8), 0.5)
+    sky = hsv(paint_hue(rng), rng.uniform(0.2, 0.6), 0.85)
+    land = hsv(paint_hue(rng), rng.uniform(0.3, 0.8), 0.5)
     image = canvas(width, height, sky)
     y, x = np.mgrid[:height, :width]
     for depth in range(3):
@@ -1039,7 +1067,8 @@ def paint_picture(rng: Rng, width: int, height: int) -> np.ndarray:
 def paint_sign(text: str, width: int, height: int, color: np.ndarray, ink: float = 0.95) -> np.ndarray:
     """A sign with large letters."""
     image = canvas(width, height, color)
-    box(image, 3, 3, width - 6, 2, ink), box(image, 3, height - 5, width - 6, 2, ink)
+    for y in (3, height - 5):
+        box(image, 3, y, width - 6, 2, ink)
     write(image, text, width * 0.1, height * 0.2, width * 0.8, height * 0.6, np.full(3, ink))
     return image
 
@@ -1059,19 +1088,20 @@ def paint_wood(rng: Rng, width: int, height: int, color: np.ndarray, boards: int
 def paint_shelf(rng: Rng, width: int, height: int, rows: int) -> np.ndarray:
     """Shelves of books and folders."""
     image = canvas(width, height, (0.12, 0.1, 0.08))
-    pitch = height / rows
+    pitch, wood = height / rows, hsv(0.08, 0.4, 0.45)
     for row in range(rows):
         x = 6.0
         while x < width - 14:
             w, h = rng.uniform(5, 15), pitch * rng.uniform(0.55, 0.85)
-            if rng.random() < 0.9:
+            if rng.random() < 0.9:  # else a gap
                 y = (row + 1) * pitch - h
                 color = hsv(paint_hue(rng), rng.uniform(0, 0.7), rng.uniform(0.2, 0.8))
                 box(image, x, y, w - 1, h, color)
                 box(image, x + 1, y + h * 0.15, w - 3, h * 0.12, 0.8)
             x += w
-        box(image, 0, (row + 1) * pitch - 5, width, 5, hsv(0.08, 0.4, 0.45))
-    box(image, 0, 0, 6, height, hsv(0.08, 0.4, 0.45)), box(image, width - 6, 0, 6, height, hsv(0.08, 0.4, 0.45))
+        box(image, 0, (row + 1) * pitch - 5, width, 5, wood)
+    for x in (0, width - 6):
+        box(image, x, 0, 6, height, wood)
     return image
 
 
@@ -1100,19 +1130,22 @@ def corridor(room: Room, rng: Rng) -> None:
     panels = room.paint(paint_tiles(rng, 240, 2, np.full(3, 0.8), 0.6, 0.05))
     plaster = room.paint(paint_plaster(rng, 512, 448, hsv(0.14, 0.08, 0.8), hsv(0.5, 0.25, 0.5)))
     shell(room, (0, long), (-half, half), high, (floor, 1.2), (panels, 1.2), plaster, 3.2)
-    door, double = room.paint(paint_door(rng, hsv(0.55, 0.3, 0.6), True)), room.paint(paint_door(rng, hsv(0.09, 0.5, 0.55), False))
+    door = room.paint(paint_door(rng, hsv(0.55, 0.3, 0.6), True))
+    double = room.paint(paint_door(rng, hsv(0.09, 0.5, 0.55), False))
     for i in range(6):
         x = 1.6 + 3.2 * i
         hang(room, (x, -half, -1.08), 1.05, 2.16, "+y", door)
         hang(room, (x, half, -1.08), 1.05, 2.16, "-y", door if i % 2 else double)
         panel_light(room, x, 0, high, (1.2, 0.3), 1.5)
         if i in (0, 2, 3, 5):
-            hang(room, (x + 0.8, -half, -1.6), 0.26, 0.17, "+y", room.paint(paint_sign(f"{104 + i}", 96, 64, hsv(0.6, 0.6, 0.35))))
-    for x in (0, long):
-        hang(room, (x, 0, -1.08), 1.9, 2.16, "+x" if x == 0 else "-x", double)
-        hang(room, (x, 0.2, -2.42), 0.7, 0.28, "+x" if x == 0 else "-x", room.paint(paint_sign("EXIT", 140, 56, hsv(0.38, 0.9, 0.45))))
-    for x, side in ((3.3, 1), (8.1, -1), (13.0, 1)):
-        hang(room, (x, side * half, -1.55), 0.8, 0.6, "-y" if side > 0 else "+y", room.paint(paint_picture(rng, 192, 144)))
+            number = room.paint(paint_sign(f"{104 + i}", 96, 64, hsv(0.6, 0.6, 0.35)))
+            hang(room, (x + 0.8, -half, -1.6), 0.26, 0.17, "+y", number)
+    way_out = room.paint(paint_sign("EXIT", 140, 56, hsv(0.38, 0.9, 0.45)))
+    for x, facing in ((0, "+x"), (long, "-x")):
+        hang(room, (x, 0, -1.08), 1.9, 2.16, facing, double)
+        hang(room, (x, 0.2, -2.42), 0.7, 0.28, facing, way_out)
+    for x, y, facing in ((3.3, half, "-y"), (8.1, -half, "+y"), (13.0, half, "-y")):
+        hang(room, (x, y, -1.55), 0.8, 0.6, facing, room.paint(paint_picture(rng, 192, 144)))
     stain = room.paint(paint_stain(rng))
     for x, y in ((5.0, 0.4), (11.7, -0.5)):
         flat(room, (x, x + 0.7), (y - 0.3, y + 0.3), -0.004, stain, cutout=True, occludes=False)
@@ -1120,7 +1153,8 @@ def corridor(room: Room, rng: Rng) -> None:
     block(room, (6.3, 7.7), (half - 0.45, half), (-0.45, -0.36), wood)
     for x in (6.4, 7.5):
         block(room, (x, x + 0.1), (half - 0.4, half - 0.05), (-0.36, 0), wood)
-    block(room, (14.2, 14.9), (-half, -half + 0.4), (-1.1, 0), room.paint(paint_wood(rng, 96, 128, hsv(0.6, 0.1, 0.7), 3, 0.025)))
+    cabinet = room.paint(paint_wood(rng, 96, 128, hsv(0.6, 0.1, 0.7), 3, 0.025))
+    block(room, (14.2, 14.9), (-half, -half + 0.4), (-1.1, 0), cabinet)
     room.way += [(1.2, 0.2, -1.5, 8, -4, 6), (4.5, -0.4, -1.3, -22, 2, -14), (7.5, 0.0, -1.7, 18, -8, 10),
                  (10.0, 0.3, -1.4, 30, 0, 20), (12.2, -0.2, -1.6, -10, -5, -8)]
 
@@ -1158,7 +1192,8 @@ def office(room: Room, rng: Rng) -> None:
     hang(room, (0, 5.6, -1.05), 1.0, 2.1, "+x", door)
     board = canvas(320, 200, 0.9)
     for _ in range(14):
-        box(board, rng.uniform(12, 220), rng.uniform(12, 180), rng.uniform(15, 80), 3, hsv(paint_hue(rng), 0.8, 0.5))
+        x, y, w = rng.uniform(12, 220), rng.uniform(12, 180), rng.uniform(15, 80)
+        box(board, x, y, w, 3, hsv(paint_hue(rng), 0.8, 0.5))
     for part in (np.s_[:5], np.s_[-5:], np.s_[:, :5], np.s_[:, -5:]):
         board[part][..., :3] = 0.4
     hang(room, (0, 2.6, -1.5), 2.0, 1.25, "+x", room.paint(board))
@@ -1168,8 +1203,9 @@ def office(room: Room, rng: Rng) -> None:
     for x in (2.4, 6.0):
         for y in (1.8, 4.8):
             panel_light(room, x, y, high, (1.2, 0.6), 1.6)
-    room.way += [(1.2, 5.6, -1.5, -45, -5, -8), (1.4, 3.3, -1.35, -20, -10, 12), (4.4, 3.4, -1.7, 25, -6, 18),
-                 (7.4, 3.3, -1.4, 110, -4, -10), (7.0, 5.6, -1.6, 190, -8, -16), (4.6, 5.8, -1.5, 230, -10, 6)]
+    room.way += [(1.2, 5.6, -1.5, -45, -5, -8), (1.4, 3.3, -1.35, -20, -10, 12),
+                 (4.4, 3.4, -1.7, 25, -6, 18), (7.4, 3.3, -1.4, 110, -4, -10),
+                 (7.0, 5.6, -1.6, 190, -8, -16), (4.6, 5.8, -1.5, 230, -10, 6)]
 
 
 def hall(room: Room, rng: Rng) -> None:
@@ -1241,8 +1277,10 @@ def storage(room: Room, rng: Rng) -> None:
                               kinds[rng.integers(3)])
                     at += w + 0.12
     for i, y in enumerate((1.95, 5.2)):
-        hang(room, (x1, y, -2.6), 1.0, 0.6, "-x", room.paint(paint_sign(f"AISLE {i + 1}", 200, 120, hsv(0.13, 0.9, 0.75), 0.1)))
-        hang(room, (0, y, -2.4), 0.8, 0.5, "+x", room.paint(paint_sign("AB"[i] + "17", 160, 100, hsv(0.0, 0.8, 0.5))))
+        aisle = room.paint(paint_sign(f"AISLE {i + 1}", 200, 120, hsv(0.13, 0.9, 0.75), 0.1))
+        gate = room.paint(paint_sign("AB"[i] + "17", 160, 100, hsv(0.0, 0.8, 0.5)))
+        hang(room, (x1, y, -2.6), 1.0, 0.6, "-x", aisle)
+        hang(room, (0, y, -2.4), 0.8, 0.5, "+x", gate)
         for x in (2.2, 6.0, 9.8):
             panel_light(room, x, y, high, (0.25, 1.4), 1.6, (0.92, 1.0, 1.0))
     hang(room, (x1, 5.2, -1.1), 1.4, 2.2, "-x", room.paint(paint_door(rng, hsv(0.3, 0.3, 0.4), False)))
@@ -1252,8 +1290,9 @@ def storage(room: Room, rng: Rng) -> None:
     stain = room.paint(paint_stain(rng))
     for x, y in ((3.4, 1.5), (6.6, 2.3), (9.2, 5.0)):
         flat(room, (x, x + 0.9), (y, y + 0.8), -0.004, stain, cutout=True, occludes=False)
-    room.way += [(0.8, 2.0, -1.5, 5, -4, 8), (4.0, 1.8, -1.7, 25, -8, -14), (6.6, 2.3, -1.4, -20, 0, 16),
-                 (9.2, 1.9, -1.6, 15, -6, 22), (11.2, 2.6, -1.7, 80, -6, -6), (11.0, 4.6, -1.5, 150, -4, -18)]
+    room.way += [(0.8, 2.0, -1.5, 5, -4, 8), (4.0, 1.8, -1.7, 25, -8, -14),
+                 (6.6, 2.3, -1.4, -20, 0, 16), (9.2, 1.9, -1.6, 15, -6, 22),
+                 (11.2, 2.6, -1.7, 80, -6, -6), (11.0, 4.6, -1.5, 150, -4, -18)]
 
 
 def bake_light(room: Room) -> Atlas:
@@ -1435,7 +1474,8 @@ def render_sample(root: Path | None = None, seed: int = 0, workers: int | None =
     the disk is full or not writable.
     """
     root = Path(root) if root is not None else Path(__file__).resolve().parent / "sample"
-    if root.exists() and not (root.is_dir() and (not any(root.iterdir()) or (root / "sample.json").exists())):
+    ours = root.is_dir() and ((root / "sample.json").exists() or not any(root.iterdir()))
+    if root.exists() and not ours:
         raise ValueError(f"{root} is there already and is not a rendered sample; name an empty folder")
     try:
         root.parent.mkdir(parents=True, exist_ok=True)
@@ -1464,7 +1504,7 @@ def render_sample(root: Path | None = None, seed: int = 0, workers: int | None =
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Render the built-in sample in the assignment's layout.")
-    parser.add_argument("--output", type=Path, help="folder to render into (default: sample/ beside this file)")
+    parser.add_argument("--output", type=Path, help="where to (default: sample/ beside this file)")
     parser.add_argument("--seed", type=int, default=0, help="another seed, another town (default 0)")
     args = parser.parse_args(argv)
     try:
