@@ -11,28 +11,21 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from localization.hypotheses import MATCH_RATIO, SAMPSON_PX, Bearing, index_norm
 from localization.matching import View
 from localization.relative_pose import (
-    RelativePose,
-    essential_ransac,
     intersect_directions,
-    query_in_world,
     scale_from_other_views,
     weighted_mean_pose,
 )
 from localization.scoring import Evidence, epipolar_scores
 
-ESSENTIAL_IMAGES = 8
-MIN_ESSENTIAL_INLIERS = 15
 MIN_SCALE_INLIERS = 5
-THRESHOLD_PX = 2.0
-MATCH_RATIO = 0.9
 MEAN_IMAGES = 3
 # With less parallax the direction of a relative pose means nothing.
 MIN_PARALLAX_DEG = 0.5
 # Directions this ill-conditioned are parallel.
 MAX_CONDITION = 1e4
-ITERATIONS = 1000
 
 
 @dataclass(frozen=True)
@@ -47,21 +40,10 @@ class Guess:
     sigma_deg: float
 
 
-@dataclass(frozen=True)
-class _Bearing:
-    """The query as one index view sees it: world rotation, unit direction from the view, and the relative pose."""
-
-    view: int
-    R_world_from_cam: Tensor
-    direction: Tensor
-    relative: RelativePose
-
-
 def fall_back(
-    evidence: Evidence, views: list[View], order: list[int], similarity: list[float], generator: torch.Generator
+    evidence: Evidence, views: list[View], bearings: list[Bearing], order: list[int], similarity: list[float]
 ) -> Guess:
     """The best answer without points. order: index views by retrieval, best first, with their similarity."""
-    bearings = _bearings(evidence, views, generator)
     return (
         _scaled(evidence, views, bearings)
         or _intersected(evidence.focal_px, views, bearings)
@@ -70,35 +52,7 @@ def fall_back(
     )
 
 
-def _bearings(evidence: Evidence, views: list[View], generator: torch.Generator) -> list[_Bearing]:
-    """Relative poses with the index views of most matches, most inliers first."""
-    distinct = evidence.ratio <= MATCH_RATIO
-    count = torch.bincount(evidence.view[distinct], minlength=len(views))
-    found = []
-    for i in count.topk(min(ESSENTIAL_IMAGES, len(views))).indices.tolist():
-        rows = torch.nonzero(distinct & (evidence.view == i))[:, 0]
-        relative = essential_ransac(
-            _index_norm(evidence, views, rows),
-            evidence.xy_norm[rows],
-            THRESHOLD_PX / evidence.focal_px,
-            generator=generator,
-            iterations=ITERATIONS,
-        )
-        if relative is not None and int(relative.inliers.sum()) >= MIN_ESSENTIAL_INLIERS:
-            R, direction = query_in_world(views[i].R_world_from_cam, relative.R_b_from_a, relative.t_b_from_a)
-            found.append(_Bearing(i, R, direction, relative))
-    return sorted(found, key=lambda b: -int(b.relative.inliers.sum()))
-
-
-def _index_norm(evidence: Evidence, views: list[View], rows: Tensor) -> Tensor:
-    """Normalized coordinates (n, 2) in their index images of some rows of the evidence."""
-    focal = torch.tensor([[v.camera.fx, v.camera.fy] for v in views], dtype=torch.float64, device=rows.device)
-    center = torch.tensor([[v.camera.cx, v.camera.cy] for v in views], dtype=torch.float64, device=rows.device)
-    view = evidence.view[rows]
-    return (evidence.index_px[rows] - center[view]) / focal[view]
-
-
-def _scaled(evidence: Evidence, views: list[View], bearings: list[_Bearing]) -> Guess | None:
+def _scaled(evidence: Evidence, views: list[View], bearings: list[Bearing]) -> Guess | None:
     """E5+1: the bearing and scale that explain the query best; None if matches with other views give no scale."""
     guesses = []
     for b in bearings:
@@ -113,8 +67,8 @@ def _scaled(evidence: Evidence, views: list[View], bearings: list[_Bearing]) -> 
             evidence.xy_norm[rows],
             torch.stack([v.R_world_from_cam for v in views])[others],
             torch.stack([v.c_world for v in views])[others],
-            _index_norm(evidence, views, rows),
-            THRESHOLD_PX / evidence.focal_px,
+            index_norm(evidence, views, rows),
+            SAMPSON_PX / evidence.focal_px,
         )
         if scale is not None and int(scale.inliers.sum()) >= MIN_SCALE_INLIERS and math.isfinite(scale.scale):
             center = views[b.view].c_world + scale.scale * b.direction
@@ -129,12 +83,12 @@ def _scaled(evidence: Evidence, views: list[View], bearings: list[_Bearing]) -> 
     return guesses[int(scores.argmax())]
 
 
-def _rotation_sigma_deg(focal_px: float, bearing: _Bearing) -> float:
+def _rotation_sigma_deg(focal_px: float, bearing: Bearing) -> float:
     """A rough standard deviation of a relative rotation: no formula, ten pixels over the root of the inliers."""
     return max(0.2, math.degrees(10 / focal_px) / math.sqrt(int(bearing.relative.inliers.sum())))
 
 
-def _intersected(focal_px: float, views: list[View], bearings: list[_Bearing]) -> Guess | None:
+def _intersected(focal_px: float, views: list[View], bearings: list[Bearing]) -> Guess | None:
     """Where the directions from at least two index views meet; None if there are fewer or they are parallel."""
     good = [b for b in bearings if b.relative.parallax_deg >= MIN_PARALLAX_DEG]
     if len(good) < 2:
@@ -153,7 +107,7 @@ def _intersected(focal_px: float, views: list[View], bearings: list[_Bearing]) -
     return Guess(good[0].R_world_from_cam, center, "directions", int(good[0].relative.inliers.sum()), sigma_m, sigma_deg)
 
 
-def _rotated(views: list[View], bearings: list[_Bearing]) -> Guess | None:
+def _rotated(views: list[View], bearings: list[Bearing]) -> Guess | None:
     """The rotation from the best relative pose, at the place of its index view."""
     if not bearings:
         return None

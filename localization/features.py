@@ -40,6 +40,9 @@ CELL_SAMPLES = 4  # gradient samples along a side of a cell
 CELL_BINS = 8  # orientations in a cell
 CLIP = 0.2  # of the L2 norm, for an entry of the descriptor
 
+LIGHT_CELL_PX = 16  # side of the squares whose mean intensity tells how a place is lit
+DARKEST = 0.02  # intensities below count as this
+
 CHUNK_KEYPOINTS = 512  # keypoints whose gradient patches are in memory together (about 15 MB each)
 
 
@@ -54,6 +57,7 @@ class Features:
         clockwise on the screen (as OpenCV's `angle`).
     response: (n,) float32, |D| at the refined extremum for intensities in 0..1.
     descriptors: (n, 128) float32, RootSIFT with L2 norm 1, ordered by row, column, orientation.
+    log_light: (n,) float32, logarithm of the mean intensity of the LIGHT_CELL_PX around.
     """
 
     xy_px: Tensor
@@ -61,6 +65,7 @@ class Features:
     angle_rad: Tensor
     response: Tensor
     descriptors: Tensor
+    log_light: Tensor
 
     def __len__(self) -> int:
         return len(self.xy_px)
@@ -117,20 +122,30 @@ def extract_features(
         _descriptors, fields, keypoints, angle.new_zeros(0, CELLS * CELLS * CELL_BINS), angle
     )
     zoom = 0.5 * 2.0**keypoints.octave
+    xy_px = torch.stack([keypoints.x, keypoints.y], 1) * zoom[:, None]
     return Features(
-        xy_px=torch.stack([keypoints.x, keypoints.y], 1) * zoom[:, None],
+        xy_px=xy_px,
         scale_px=keypoints.sigma * zoom,
         angle_rad=angle,
         response=keypoints.response,
         descriptors=descriptors,
+        log_light=_log_light(grey.float(), xy_px),
     )
 
 
 def _no_features(device: torch.device) -> Features:
     none = torch.zeros(0, device=device)
-    return Features(
-        none.reshape(0, 2), none, none, none, none.reshape(0, CELLS * CELLS * CELL_BINS)
-    )
+    descriptors = none.reshape(0, CELLS * CELLS * CELL_BINS)
+    return Features(none.reshape(0, 2), none, none, none, descriptors, none)
+
+
+def _log_light(grey: Tensor, xy_px: Tensor) -> Tensor:
+    """Logarithm of the mean intensity around pixels (n, 2) of an (H, W) image, between cell means."""
+    cells = F.avg_pool2d(grey[None, None], LIGHT_CELL_PX, ceil_mode=True, count_include_pad=False)
+    covered = xy_px.new_tensor([cells.shape[3], cells.shape[2]]) * LIGHT_CELL_PX
+    grid = (2 * (xy_px + 0.5) / covered - 1)[None, None]
+    light = F.grid_sample(cells, grid, align_corners=False, padding_mode="border")
+    return light[0, 0, 0].clamp_min(DARKEST).log()
 
 
 # ---------------------------------------------------------------------------------------------

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from localization.absolute_pose import draw_samples, p3p, refine_pose, score_poses, squared_errors
-from localization.scoring import Evidence
+from localization.matching import View
+from localization.relative_pose import RelativePose, essential_ransac, query_in_world
+from localization.scoring import SAMPSON_PX, Evidence, epipolar_scores
 
 POOLED_RATIOS = (0.8, 0.9, 0.97)
 POOLED_MODES, POOLED_SAMPLES = 4, 1000
@@ -19,6 +21,11 @@ IMAGE_MODES, IMAGE_SAMPLES = 3, 500
 THRESHOLD_PX = 4.0
 MIN_MATCHES = 5
 REFINE_STEPS = 8
+ESSENTIAL_IMAGES, ESSENTIAL_SAMPLES = 8, 1000
+MIN_ESSENTIAL_INLIERS = 15
+MATCH_RATIO = 0.9
+# Baselines tried, as shares of a typical distance of the scene.
+SCALES = torch.logspace(-2.3, -0.22, 24, dtype=torch.float64)
 # A mode takes what lies within so many thresholds out of the next search.
 _REMOVAL_FACTOR = 2.0
 
@@ -132,3 +139,58 @@ def _refined(evidence: Evidence, seeds: list[tuple[_Search, Tensor, Tensor]]) ->
     R = refined.R_cam_from_world
     center = -(R.transpose(1, 2) @ refined.t_cam[..., None])[..., 0]
     return Hypotheses(R, center, [search.name for search, _, _ in seeds])
+
+
+@dataclass(frozen=True)
+class Bearing:
+    """The query as one index view sees it: world rotation, unit direction from the view, and the relative pose."""
+
+    view: int
+    R_world_from_cam: Tensor
+    direction: Tensor
+    relative: RelativePose
+
+
+def bearings(evidence: Evidence, views: list[View], generator: torch.Generator) -> list[Bearing]:
+    """Relative poses with the index views of most matches, most inliers first."""
+    distinct = evidence.ratio <= MATCH_RATIO
+    count = torch.bincount(evidence.view[distinct], minlength=len(views))
+    found = []
+    for i in count.topk(min(ESSENTIAL_IMAGES, len(views))).indices.tolist():
+        rows = torch.nonzero(distinct & (evidence.view == i))[:, 0]
+        relative = essential_ransac(
+            index_norm(evidence, views, rows),
+            evidence.xy_norm[rows],
+            SAMPSON_PX / evidence.focal_px,
+            generator=generator,
+            iterations=ESSENTIAL_SAMPLES,
+        )
+        if relative is not None and int(relative.inliers.sum()) >= MIN_ESSENTIAL_INLIERS:
+            R, direction = query_in_world(views[i].R_world_from_cam, relative.R_b_from_a, relative.t_b_from_a)
+            found.append(Bearing(i, R, direction, relative))
+    return sorted(found, key=lambda b: -int(b.relative.inliers.sum()))
+
+
+def index_norm(evidence: Evidence, views: list[View], rows: Tensor) -> Tensor:
+    """Normalized coordinates (n, 2) in their index images of some rows of the evidence."""
+    focal = torch.tensor([[v.camera.fx, v.camera.fy] for v in views], dtype=torch.float64, device=rows.device)
+    center = torch.tensor([[v.camera.cx, v.camera.cy] for v in views], dtype=torch.float64, device=rows.device)
+    view = evidence.view[rows]
+    return (evidence.index_px[rows] - center[view]) / focal[view]
+
+
+def essential_hypotheses(
+    evidence: Evidence, views: list[View], seen_from: list[Bearing], typical_m: float
+) -> Hypotheses:
+    """Of each bearing the hypothesis at the baseline that explains the query best; typical_m: see SCALES.
+
+    These need no points, and so are right where points are spoiled: few, or all from short baselines.
+    """
+    found = []
+    for bearing in seen_from:
+        scales = SCALES.to(bearing.direction) * typical_m
+        center = views[bearing.view].c_world + scales[:, None] * bearing.direction
+        R = bearing.R_world_from_cam.T.expand(len(scales), 3, 3)
+        best = int(epipolar_scores(evidence, R, center).argmax())
+        found.append(Hypotheses(R[best][None], center[best][None], ["essential"]))
+    return joined(found, evidence.point.device)

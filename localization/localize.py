@@ -10,18 +10,18 @@ import math
 import os
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from localization.absolute_pose import pose_deviation
 from localization.fallback import fall_back
-from localization.hypotheses import Hypotheses, point_hypotheses
+from localization.hypotheses import Hypotheses, bearings, essential_hypotheses, point_hypotheses
 from localization.matching import View, epipolar_mask, mutual_matches
 from localization.refinement import PointMap, Refined, guided_refinement, point_map, search_again
 from localization.scoring import Evidence, epipolar_scores, gather_evidence
-from localization.tracks import polish
+from localization.tracks import Polished, polish
 from localization.triangulation import Points, triangulate_views
 
 __all__ = ["Estimate", "View", "localize", "share_world"]
@@ -36,6 +36,12 @@ POLISHED = 4
 SAME_MODE, SAME_MODE_DEG = 0.03, 2.0
 # Queries at least this confident serve as index views for the others.
 SURE = 0.35
+# Inliers at which chance is out by 63 %.
+TYPICAL_INLIERS = 30
+# How much more than an answer from points one without must score.
+CLEARLY_MORE = 1.3
+# Below this many inliers an answer is not taken from points alone.
+MANY_INLIERS = 40
 # What a pose without points deserves, by its method.
 FALLBACK_CONFIDENCE = {"essential": 0.1, "directions": 0.05, "rotation": 0.02, "retrieval": 0.0}
 # share_world: pairs tried, distinct matches a pair needs, the share that must fit, pairs that must prove it.
@@ -98,7 +104,7 @@ def localize(
     for done, number in enumerate(unsure):
         order = orders[number] + added
         again = _locate(query_views[number], index, order, likeness[number], _generator(seed, number))
-        if again.confidence > estimates[number].confidence:
+        if again.confidence >= SURE:
             estimates[number] = again
         report("unsure queries", done + 1, len(unsure))
     return estimates
@@ -106,25 +112,30 @@ def localize(
 
 @dataclass(frozen=True)
 class _Index:
-    """Posed views, the points of their keypoints, all points in one map, and how near two poses of one mode are."""
+    """Posed views, the points of their keypoints, all points in one map, their typical distance."""
 
     views: list[View]
     points: list[Points]
     map: PointMap
-    same_m: float
+    typical_m: float
 
     @classmethod
     def build(cls, views: list[View], progress: Callable[[int, int], None]) -> "_Index":
         points = triangulate_views(views, progress=progress)
         everything = point_map(views, points)
         typical_m = float(everything.distance_m.median()) if len(everything.distance_m) else 0.0
-        return cls(views, points, everything, SAME_MODE * typical_m)
+        return cls(views, points, everything, typical_m)
+
+    @property
+    def same_m(self) -> float:
+        """How near two poses of one mode are."""
+        return SAME_MODE * self.typical_m
 
     def extended(self, more: list[View]) -> "_Index":
         """With further posed views, whose points are triangulated from all; the old points stay."""
         views = self.views + more
         points = self.points + triangulate_views(views, range(len(self.views), len(views)))
-        return _Index(views, points, point_map(views, points), self.same_m)
+        return _Index(views, points, point_map(views, points), self.typical_m)
 
 
 def _generator(seed: int, number: int) -> torch.Generator:
@@ -143,13 +154,18 @@ def _locate(
     """The pose of one query from the index views in `order` (similarity: of the first of them)."""
     matches = {i: mutual_matches(query.features, index.views[i].features) for i in order}
     evidence = gather_evidence(query, index.views, index.points, matches)
-    hypotheses = point_hypotheses(evidence, order, generator)
-    refined = _refine_best(query, index, evidence, hypotheses, generator)
-    estimate = _chosen(query, index, order, evidence, refined)
-    if estimate is None:
-        guess = fall_back(evidence, index.views, order, similarity, generator)
-        estimate = Estimate(**vars(guess), confidence=FALLBACK_CONFIDENCE[guess.method])
-    return estimate
+    refined = _refine_best(query, index, evidence, point_hypotheses(evidence, order, generator), generator)
+    answer = _choose(query, index, order, evidence, refined)
+    if answer and answer.estimate.confidence >= SURE and answer.estimate.inliers >= MANY_INLIERS:
+        return answer.estimate
+    seen_from = bearings(evidence, index.views, generator)
+    more = essential_hypotheses(evidence, index.views, seen_from, index.typical_m)
+    other = _choose(query, index, order, evidence, _refine_best(query, index, evidence, more, generator))
+    answer = _better(answer, other)
+    if answer:
+        return answer.estimate
+    guess = fall_back(evidence, index.views, seen_from, order, similarity)
+    return Estimate(**vars(guess), confidence=FALLBACK_CONFIDENCE[guess.method])
 
 
 def _refine_best(
@@ -184,34 +200,67 @@ def _near(R: Tensor, c: Tensor, R_one: Tensor, c_one: Tensor, same_m: float) -> 
     return ((c - c_one).norm(dim=1) <= same_m) & (cosine >= math.cos(math.radians(SAME_MODE_DEG)))
 
 
-def _chosen(
+@dataclass(frozen=True)
+class _Answer:
+    """An estimate and the score that chose it."""
+
+    estimate: Estimate
+    score: float
+
+
+def _choose(
     query: View, index: _Index, order: list[int], evidence: Evidence, refined: list[Refined]
-) -> Estimate | None:
-    """The estimate from the refined hypotheses; None if there is none that can be polished.
+) -> _Answer | None:
+    """The answer from the refined hypotheses; None if there is none that can be polished.
 
     In each of the best modes the pose with most keypoints is polished; among the polished, whose errors are those of
     the matches, the score is sharp enough to choose.
     """
-    polished = []
-    if refined:
-        R, c = torch.stack([r.R_cam_from_world for r in refined]), torch.stack([r.c_world for r in refined])
-        for i in _distinct(R, c, epipolar_scores(evidence, R, c), index.same_m, POLISHED):
-            mode = [r for r, near in zip(refined, _near(R, c, R[i], c[i], index.same_m).tolist()) if near]
-            start = max(mode, key=lambda r: r.found)
-            polished.append(
-                polish(query, index.views, order, index.map, evidence, start.R_cam_from_world, start.c_world)
-            )
-    polished = [p for p in polished if p]
+    polished = _polish_modes(query, index, order, evidence, refined)
     if not polished:
         return None
     R, c = torch.stack([p.R_cam_from_world for p in polished]), torch.stack([p.c_world for p in polished])
     scores = epipolar_scores(evidence, R, c, polished=True)
     best = int(scores.argmax())
     rivals = scores[~_near(R, c, R[best], c[best], 2 * index.same_m)]
-    confidence = 1 - float(rivals.max()) / max(float(scores[best]), 1e-9) if len(rivals) else 1.0
-    pose = polished[best]
+    pose, score = polished[best], float(scores[best])
+    confidence = _confidence(score, float(rivals.max()) if len(rivals) else 0.0, pose.tracks)
     sigma_m, sigma_deg = (float(v) for v in pose_deviation(pose.covariance))
-    return Estimate(pose.R_cam_from_world.T, pose.c_world, "pnp", pose.tracks, sigma_m, sigma_deg, confidence)
+    R_world = pose.R_cam_from_world.T
+    return _Answer(Estimate(R_world, pose.c_world, "pnp", pose.tracks, sigma_m, sigma_deg, confidence), score)
+
+
+def _polish_modes(
+    query: View, index: _Index, order: list[int], evidence: Evidence, refined: list[Refined]
+) -> list[Polished]:
+    """Of each of the best POLISHED modes the pose with most keypoints found, polished."""
+    if not refined:
+        return []
+    R, c = torch.stack([r.R_cam_from_world for r in refined]), torch.stack([r.c_world for r in refined])
+    polished = []
+    for i in _distinct(R, c, epipolar_scores(evidence, R, c), index.same_m, POLISHED):
+        near = _near(R, c, R[i], c[i], index.same_m).tolist()
+        start = max((r for r, same in zip(refined, near) if same), key=lambda r: r.found)
+        pose = (start.R_cam_from_world, start.c_world)
+        polished.append(polish(query, index.views, order, index.map, evidence, *pose))
+    return [p for p in polished if p]
+
+
+def _confidence(score: float, rival: float, inliers: int) -> float:
+    """0..1: how far the best rival mode stays behind, times how unlikely so many inliers are by chance."""
+    margin = max(0.0, 1 - rival / max(score, 1e-9))
+    return margin * (1 - math.exp(-inliers / TYPICAL_INLIERS))
+
+
+def _better(with_points: _Answer | None, without: _Answer | None) -> _Answer | None:
+    """The answer of hypotheses without points only where it explains clearly more."""
+    if with_points is None or without is None:
+        return with_points or without
+    if without.score <= CLEARLY_MORE * with_points.score:
+        return with_points
+    confidence = _confidence(without.score, with_points.score, without.estimate.inliers)
+    estimate = replace(without.estimate, confidence=min(without.estimate.confidence, confidence))
+    return replace(without, estimate=estimate)
 
 
 def share_world(pairs: Iterable[tuple[View, View]]) -> bool:

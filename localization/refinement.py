@@ -27,6 +27,8 @@ GUIDED_SIMILARITY = 0.75
 FOUND_PX = 2.0
 PREDICTED_PX = 4.0
 _DRIFT_PX = 8.0
+# Pairs of descriptors compared at once: what stays in the processor's cache is five times as fast.
+_PAIRS = 4096
 
 
 @dataclass(frozen=True)
@@ -113,17 +115,21 @@ class Candidates:
 
 def near_candidates(points: PointMap, query: View, xy_px: Tensor, radius_px: float) -> Candidates:
     """All pairs within radius_px of the projections xy_px (P, 2), not too unlike."""
-    # Only keypoints in the same upright strip are looked at: a tenth of all pairs, or less.
+    # Keypoints sorted by rows of the radius' height, then by x: those near a projection lie in three short runs.
     xy, keypoints = xy_px.float(), query.features.xy_px
-    x, by_x = keypoints[:, 0].sort()
-    first = torch.searchsorted(x, (xy[:, 0] - radius_px).contiguous())
-    count = torch.searchsorted(x, (xy[:, 0] + radius_px).contiguous(), right=True) - first
-    point = torch.arange(len(xy), device=xy.device).repeat_interleave(count)
-    place = torch.arange(len(point), device=xy.device) - (count.cumsum(0) - count)[point]
-    keypoint = by_x[first[point] + place]
+    row_length = query.camera.width + 4 * radius_px  # more than any x, so that rows do not run into each other
+    place_of, by_place = (torch.floor(keypoints[:, 1] / radius_px).double() * row_length + keypoints[:, 0]).sort()
+    rows = torch.floor(xy[:, 1:] / radius_px) + torch.arange(-1, 2, device=xy.device)
+    middle = rows.double() * row_length + xy[:, :1]
+    first = torch.searchsorted(place_of, middle - radius_px).flatten()
+    count = torch.searchsorted(place_of, middle + radius_px, right=True).flatten() - first
+    run = torch.arange(len(first), device=xy.device).repeat_interleave(count)
+    within = torch.arange(len(run), device=xy.device) - (count.cumsum(0) - count)[run]
+    point, keypoint = run // 3, by_place[first[run] + within]
     near = (xy[point] - keypoints[keypoint]).norm(dim=1) <= radius_px
     point, keypoint = point[near], keypoint[near]
-    similarity = (points.descriptor[point] * query.features.descriptors[keypoint]).sum(1)
+    pairs = zip(point.split(_PAIRS), keypoint.split(_PAIRS))
+    similarity = torch.cat([(points.descriptor[p] * query.features.descriptors[k]).sum(1) for p, k in pairs])
     alike = similarity >= GUIDED_SIMILARITY
     return Candidates(point[alike], keypoint[alike], similarity[alike])
 

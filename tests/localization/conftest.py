@@ -53,7 +53,8 @@ class World:
         descriptors = unit(torch.cat([descriptors, torch.randn(clutter, 128, **draw)]))
         n = len(xy)
         features = Features(
-            xy.float(), torch.full((n,), 2.0), torch.zeros(n), torch.linspace(1, 0.5, n), descriptors.float()
+            xy.float(), torch.full((n,), 2.0), torch.zeros(n), torch.linspace(1, 0.5, n), descriptors.float(),
+            torch.zeros(n),
         )
         view = View(features, camera, R, c)
         view.seen = seen

@@ -119,7 +119,7 @@ def test_rows_without_a_pose_are_left_out(random_world, random_poses):
 
 
 def test_without_keypoints(random_world, random_poses):
-    none = Features(torch.zeros(0, 2), *(torch.zeros(0) for _ in range(3)), torch.zeros(0, 128))
+    none = Features(torch.zeros(0, 2), *(torch.zeros(0) for _ in range(3)), torch.zeros(0, 128), torch.zeros(0))
     views = [View(none, TRUE) for _ in range(8)]
     found = calibrate(views, written(random_poses(8, 1), OPENCV), TRUE, True)
     assert found.convention == TARTANAIR and found.pairs == 0

@@ -60,6 +60,7 @@ def opencv(image: np.ndarray, max_keypoints: int = 2500) -> Features:
         angle_rad=torch.tensor([math.radians(k.angle) for k in keypoints]),
         response=torch.tensor([k.response for k in keypoints]),
         descriptors=torch.from_numpy(roots),
+        log_light=torch.zeros(len(keypoints)),
     )
 
 

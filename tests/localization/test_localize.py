@@ -107,7 +107,7 @@ def test_degenerate_inputs_are_answered(random_world, random_poses, look_at):
     world = random_world(8)
     poses = random_poses(5, 9)
     a, b, c, _d, query = (world.view(*pose) for pose in poses)
-    nothing = Features(torch.zeros(0, 2), *(torch.zeros(0) for _ in range(3)), torch.zeros(0, 128))
+    nothing = Features(torch.zeros(0, 2), *(torch.zeros(0) for _ in range(3)), torch.zeros(0, 128), torch.zeros(0))
     bare = View(nothing, CAMERA, *poses[0])
     one = Features(*(v[:1] for v in vars(a.features).values()))
     turned = [world.view(rotation_from_vector(torch.tensor([0.0, 0.1 * i, 0.0]).double()) @ poses[0][0], poses[0][1]) for i in range(4)]
