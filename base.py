@@ -3,11 +3,13 @@
     python base.py                                   # dataset/, or the built-in sample if it is empty
     python base.py --dataset DIR --epochs 5 --seed 1 # other data in the assignment's layout
     python base.py --epochs 0                        # evaluate the initialized model, no training
+    python base.py --resume                          # go on where a stopped run saved last
 """
 
 import argparse
 import copy
 import json
+import shlex
 import sys
 import time
 from collections.abc import Callable
@@ -39,12 +41,24 @@ from model import (
     half_precision,
     initialize_netvlad,
     refuse,
+    warn,
 )
 from reporting import figures, handin, report
 from reporting.screen import phase, versions
-from train import MARGIN, cache_trunk, split_by_place, train, validate
+from train import (
+    MARGIN,
+    NEGATIVES,
+    TupleLoader,
+    cache_trunk,
+    draw_random,
+    split_by_place,
+    train,
+    validate,
+)
 
 KMEANS_IMAGES = 500
+LAST = "checkpoints/last.pth"  # what --resume goes on from
+ANY_TIME = {"output", "device", "workers", "resume"}  # settings that may differ when resuming
 
 
 def read_list(list_file: Path | str, root_dir: Path | str, inside_first: bool = False) -> list[Path]:
@@ -145,14 +159,10 @@ class LoadDataset(Dataset):
 
     def draw(self, i: int) -> tuple[int, int]:
         """Rows in the index list of a positive and a negative for query i."""
-        distance = np.linalg.norm(self.utm_index - self.utm_query[i], axis=1)
-        near = np.flatnonzero(distance < self.threshold)
-        far = np.flatnonzero(distance > 10 * self.threshold)
-        near = near if len(near) else [distance.argmin()]
-        far = far if len(far) else [distance.argmax()]
-        generator = None if self.seed is None else torch.Generator().manual_seed(self.seed + i)
-        p, n = torch.rand(2, generator=generator, dtype=torch.float64).tolist()
-        return int(near[int(p * len(near))]), int(far[int(n * len(far))])
+        fresh = int(torch.randint(2**62, ())) if self.seed is None else [self.seed, i]
+        rng = np.random.default_rng(fresh)
+        p, n = draw_random(self.utm_query[i], self.utm_index, self.threshold, 1, rng)
+        return p, int(n[0])
 
     def __getitem__(self, i: int) -> tuple:
         p, n = self.draw(i)
@@ -232,6 +242,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     option("--batch-size", type=_positive, default=8, help="triplets a step (default: 8)")
     option("--margin", type=float, default=MARGIN, help="of the ranking loss (default: %(default)s)")
     option("--clusters", type=_positive, default=16, help="of NetVLAD (default: %(default)s)")
+    option("--mining", choices=["hard", "random"], default="hard", help="of negatives (default: hard)")
     option("--train-from", choices=TRAIN_FROM, default="conv5", help="first trained part (default: conv5)")
     option(
         "--weights", default="imagenet",
@@ -241,7 +252,43 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     option("--workers", type=_count, default=0, help="processes that read images (default: none)")
     option("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"], help="default: auto")
     option("--limit", type=_positive, help="use this many queries of each list, to try things out")
-    return parser.parse_args(argv)
+    option("--resume", action="store_true", help="go on with the run that stopped in --output")
+    parser.set_defaults(saved=None)
+    args = parser.parse_args(argv)
+    return take_up(parser, args, argv) if args.resume else args
+
+
+def take_up(
+    parser: argparse.ArgumentParser, args: argparse.Namespace, argv: list[str] | None
+) -> argparse.Namespace:
+    """The settings of the run that stopped in args.output, as `args.saved` all that it saved.
+
+    Raises InputError if nothing was saved there, or argv names another value for a setting.
+    """
+    file = args.output / LAST
+    if not file.is_file():
+        raise InputError(f"there is no {file} to resume from: run without --resume.")
+    try:
+        saved = torch.load(file, map_location="cpu", weights_only=True)
+        parser.set_defaults(**saved["settings"])
+    except Exception as error:  # zip, pickle and torch each raise their own for a damaged file
+        raise InputError(f"{file} is no checkpoint of base.py: run without --resume.") from error
+    args = parser.parse_args(argv)
+    for name, value in settings_of(args).items():
+        if name not in ANY_TIME and value != saved["settings"][name]:
+            flag = "--" + name.replace("_", "-")
+            raise InputError(
+                f"{flag} is {value} but was {saved['settings'][name]} in the run to resume: leave "
+                f"{flag} out, or run without --resume."
+            )
+    args.saved = saved
+    return args
+
+
+def settings_of(args: argparse.Namespace) -> dict:
+    """The command line's values, paths as text."""
+    settings = {k: v for k, v in vars(args).items() if k != "saved"}
+    return {k: str(v) if isinstance(v, Path) else v for k, v in settings.items()}
 
 
 def _count(text: str) -> int:
@@ -288,9 +335,26 @@ def image_seconds(model: NetVLADModel, images: torch.Tensor, device: torch.devic
     return (time.perf_counter() - began) / len(images)
 
 
+def build(args: argparse.Namespace) -> NetVLADModel:
+    """The model a run begins with, or the untrained one of the run that is resumed."""
+    resumed = args.saved["model"] if args.saved else None
+    file = None if args.weights in ("imagenet", "none") or resumed else args.weights
+    model = NetVLADModel(
+        args.clusters, pretrained=args.weights == "imagenet" and not resumed, weights=file,
+        train_from=args.train_from,
+    )  # fmt: skip
+    if resumed:
+        model.load_state_dict(resumed)
+        model.netvlad.initialized = args.saved["clustered"]
+        model.weights_origin = args.saved["origin"]
+        for warning in args.saved["warnings"]:
+            warn(warning)
+    return model
+
+
 def initialize(
-    model: NetVLADModel, data: LoadDataset, seed: int, workers: int, device: torch.device,
-    seconds: dict[str, float],
+    model: NetVLADModel, data: LoadDataset, args: argparse.Namespace, device: torch.device,
+    seconds: dict[str, float], save: Callable[[], None],
 ) -> None:  # fmt: skip
     """Calibrate random weights, cache the frozen trunk's outputs in `data`, cluster descriptors."""
     if not model.trunk_initialized:
@@ -298,22 +362,25 @@ def initialize(
             rows = np.linspace(0, len(data.index) - 1, min(CALIBRATION_IMAGES, len(data.index)))
             images = torch.stack([data.index[int(row)][0] for row in rows])
             calibrate_trunk(model, images.to(device))
+        save()
     start = model.first_trained
     if start:
         with phase("frozen trunk, once per training image", seconds):
-            options = {"device": device, "workers": workers}
+            options = {"device": device, "workers": args.workers}
             data.cached = (
                 cache_trunk(model, data.queries, desc="queries", **options),
                 cache_trunk(model, data.index, desc="index images", **options),
             )
-    with phase("k-means", seconds):
-        rows = np.linspace(0, len(data.index) - 1, min(KMEANS_IMAGES, len(data.index))).astype(int)
-        source = data.cached[1] if start else None
-        batches = (
-            torch.stack([data.index[row][0] for row in part] if source is None else [source[row] for row in part])
-            for part in np.array_split(rows, max(1, len(rows) // 16))
-        )
-        initialize_netvlad(model, batches, device, start=start, seed=seed)
+    if not model.netvlad.initialized:
+        with phase("k-means", seconds):
+            rows = np.linspace(0, len(data.index) - 1, min(KMEANS_IMAGES, len(data.index))).astype(int)
+            source = data.cached[1] if start else None
+            batches = (
+                torch.stack([data.index[row][0] if source is None else source[row] for row in part])
+                for part in np.array_split(rows, max(1, len(rows) // 16))
+            )
+            initialize_netvlad(model, batches, device, start=start, seed=args.seed)
+        save()
 
 
 def gallery(data: LoadDataset, result: Recall) -> list[figures.GalleryRow]:
@@ -351,32 +418,51 @@ def run(args: argparse.Namespace) -> None:
     parts, dropped = split_by_place(data.utm_query, data.utm_index, data.threshold, args.seed)
     print(f"Training queries by place: {', '.join(f'{len(r)} {n}' for n, r in parts.items())}, {dropped} dropped.")
 
-    file = None if args.weights in ("imagenet", "none") else args.weights
-    model = NetVLADModel(
-        args.clusters, pretrained=args.weights == "imagenet", weights=file, train_from=args.train_from
-    )
+    model = build(args)
     announce(args, model, splits, -(-len(parts["train"]) // args.batch_size), device)
-    initialize(model, data, args.seed, args.workers, device, seconds)
+    untrained: dict = {}
+
+    def save(training: dict | None = None) -> None:
+        """Write what --resume needs, and the log."""
+        if training is None:
+            untrained.update(
+                model={k: v.cpu().clone() for k, v in model.state_dict().items()},
+                clustered=model.netvlad.initialized, origin=model.weights_origin,
+                warnings=list(WARNINGS), settings=settings_of(args),
+            )  # fmt: skip
+        with blame_input():
+            last = {**untrained, "training": training}
+            handin.write_whole(args.output / LAST, lambda path: torch.save(last, path))
+            if training and training["history"]:
+                write_log(args.output / "train_log.csv", training["history"])
+
+    if args.saved:
+        untrained = {k: v for k, v in args.saved.items() if k != "training"}
+    initialize(model, data, args, device, seconds, save)
     print(f"VGG16 weights: {model.weights_origin}.")
     initial = copy.deepcopy(model)
 
     start = model.first_trained
     fixed = copy.copy(data)
     fixed.seed = args.seed
-    loaders = {
+    held_out = {
         name: DataLoader(
-            Subset(data if name == "train" else fixed, rows.tolist()), args.batch_size,
-            shuffle=name == "train", num_workers=0 if start else args.workers,
-            generator=torch.Generator().manual_seed(args.seed),
+            Subset(fixed, parts[name].tolist()), args.batch_size,
+            num_workers=0 if start else args.workers,
         )
-        for name, rows in parts.items()
+        for name in ("val", "test")
     }  # fmt: skip
+    tuples = TupleLoader(
+        data, parts["train"], np.concatenate([parts["val"], parts["test"]]), device,
+        batch_size=args.batch_size, seed=args.seed, start=start, mining=args.mining,
+        negatives=NEGATIVES if args.mining == "hard" else 1, margin=args.margin,
+    )  # fmt: skip
     with phase("training", seconds):
         history = train(
-            model, loaders["train"], loaders["val"], device, args.epochs, args.lr,
-            margin=args.margin, start=start,
+            model, tuples, held_out["val"], device, args.epochs, args.lr, margin=args.margin,
+            start=start, state=args.saved and args.saved["training"], save=save,
         )  # fmt: skip
-        test_loss = validate(model, loaders["test"], device, margin=args.margin, start=start)
+        test_loss = validate(model, held_out["test"], device, margin=args.margin, start=start)
     print(f"Test loss {test_loss:.4f}")
     checkpoint = args.output / "checkpoints" / "netvlad_final.pth"
     with blame_input():
@@ -397,12 +483,11 @@ def run(args: argparse.Namespace) -> None:
             recall[name] = result.section
             rows = rows or gallery(held_out, result)
 
-    settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
     sizes = {f"{n}_{kind}": len(getattr(d, a)) for n, d in splits.items() for kind, a in (("queries", "queries"), ("index", "index"))}
     section = {
         "data": {"name": "built-in sample" if is_sample else root.resolve().name, "root": str(root),
                  "is_sample": is_sample, **sizes, "remarks": remarks},
-        "settings": settings, "clusters": args.clusters, "seed": args.seed, "device": str(device),
+        "settings": settings_of(args), "clusters": args.clusters, "seed": args.seed, "device": str(device),
         "weights": {"origin": model.weights_origin, "pretrained": not model.weights_origin.startswith("random")},
         "split": {**{name: len(r) for name, r in parts.items()}, "dropped": dropped},
         "epochs": history, "test_loss": test_loss, "recall": recall, "phases": seconds,
@@ -410,6 +495,13 @@ def run(args: argparse.Namespace) -> None:
     }  # fmt: skip
     with blame_input():
         finish(args.output, checkpoint, section, rows)
+
+
+def write_log(file: Path, history: list[dict]) -> None:
+    """train_log.csv: a line an epoch."""
+    lines = [",".join(history[0]), *(",".join(str(v) for v in record.values()) for record in history)]
+    text = "\n".join(lines) + "\n"
+    handin.write_whole(file, lambda path: path.write_text(text, encoding="utf-8"))
 
 
 def finish(output: Path, checkpoint: Path, section: dict, rows: list[figures.GalleryRow]) -> None:
@@ -434,12 +526,27 @@ def finish(output: Path, checkpoint: Path, section: dict, rows: list[figures.Gal
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run tasks 1-3; 0, or 2 for bad input."""
+    """Run tasks 1-3; 0, 2 for bad input, 130 when interrupted."""
+    args = None
     try:
-        run(parse(argv))
+        args = parse(argv)
+        run(args)
     except InputError as error:
         return refuse("base.py", error)
+    except torch.cuda.OutOfMemoryError:
+        sentence = f"the GPU's memory is too small: lower --batch-size (now {args.batch_size})."
+        return refuse("base.py", InputError(sentence))
+    except KeyboardInterrupt:
+        print("\n" + how_to_resume(args), file=sys.stderr)
+        return 130
     return 0
+
+
+def how_to_resume(args: argparse.Namespace | None) -> str:
+    """What to type after an interruption."""
+    if args is None or not (args.output / LAST).is_file():
+        return "Interrupted before anything was saved: start again."
+    return f"Interrupted. To go on: python base.py --resume --output {shlex.quote(str(args.output))}"
 
 
 if __name__ == "__main__":
