@@ -8,7 +8,6 @@
 
 import argparse
 import copy
-import json
 import shlex
 import sys
 import time
@@ -20,10 +19,10 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from dataset import LISTS, locate
+from dataset.lists import read_list, read_truth
 from eval import (
     IMAGE_SIZE,
     TRANSFORM,
-    Recall,
     load_image,
     measure_recall,
     positives_within,
@@ -31,6 +30,7 @@ from eval import (
 )
 from model import (
     CALIBRATION_IMAGES,
+    PRECISIONS,
     TRAIN_FROM,
     WARNINGS,
     InputError,
@@ -38,13 +38,12 @@ from model import (
     blame_input,
     calibrate_trunk,
     choose_device,
-    half_precision,
     initialize_netvlad,
     refuse,
     warn,
 )
 from reporting import figures, handin, report
-from reporting.screen import phase, versions
+from reporting.screen import phase, print_recall_table, versions
 from train import (
     MARGIN,
     NEGATIVES,
@@ -61,49 +60,6 @@ LAST = "checkpoints/last.pth"  # what --resume goes on from
 ANY_TIME = {"output", "device", "workers", "resume"}  # settings that may differ when resuming
 
 
-def read_list(list_file: Path | str, root_dir: Path | str, inside_first: bool = False) -> list[Path]:
-    """The image paths of a list, one a line. InputError for a missing or empty list.
-
-    A line is tried as it stands, then under `root_dir`, then under it without its leading
-    `dataset/`; `inside_first` tries the last first.
-    """
-    try:
-        lines = Path(list_file).read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"the list {list_file} cannot be read ({error}): unpack it there.") from None
-    lines = [line.strip() for line in lines if line.strip()]
-    if not lines:
-        raise InputError(f"the list {list_file} is empty: it must name one image a line.")
-    return [_resolve(line, Path(root_dir), inside_first) for line in lines]
-
-
-def _resolve(line: str, root_dir: Path, inside_first: bool) -> Path:
-    inside = root_dir / line.removeprefix("./").removeprefix("dataset/")
-    places = [Path(line), root_dir / line, inside]
-    places = [inside, *places] if inside_first else places
-    return next((place for place in places if place.is_file()), inside)
-
-
-def read_truth(gt_npz: Path | str) -> tuple[np.ndarray, np.ndarray, float]:
-    """utmQ (nq, 2), utmDb (nd, 2) in meters, posDistThr. InputError for a missing file or key."""
-    try:
-        with np.load(gt_npz) as file:
-            missing = [key for key in ("utmQ", "utmDb", "posDistThr") if key not in file]
-            if missing:
-                raise InputError(f"{gt_npz} has no {', '.join(missing)}: take the assignment's file.")
-            query, index = (np.asarray(file[key], dtype=np.float64) for key in ("utmQ", "utmDb"))
-            threshold = float(file["posDistThr"])
-    except InputError:
-        raise
-    except FileNotFoundError:
-        raise InputError(f"{gt_npz} is missing: unpack the assignment's gt/ there.") from None
-    except Exception as error:  # zip, pickle and numpy each raise their own for a damaged file
-        raise InputError(f"{gt_npz} cannot be read ({error}): take the assignment's file.") from error
-    if query.ndim != 2 or index.ndim != 2 or query.shape[1] != 2 or index.shape[1] != 2:
-        raise InputError(f"{gt_npz}: utmQ and utmDb must be (n, 2), not {query.shape}, {index.shape}.")
-    return query, index, threshold
-
-
 class ImageListDataset(Dataset):
     """The images of a list file: item (image, index, path). See read_list for where they are looked for.
 
@@ -114,7 +70,8 @@ class ImageListDataset(Dataset):
         self, list_file: Path | str, root_dir: Path | str, transform: Callable | None = None, *,
         inside_first: bool = False,
     ) -> None:  # fmt: skip
-        self.paths = read_list(list_file, root_dir, inside_first)
+        with blame_input():
+            self.paths = read_list(list_file, root_dir, inside_first)
         self.transform = transform
 
     def __len__(self) -> int:
@@ -141,7 +98,8 @@ class LoadDataset(Dataset):
     ) -> None:  # fmt: skip
         self.queries = ImageListDataset(query_file, root_dir, transform, inside_first=inside_first)
         self.index = ImageListDataset(db_file, root_dir, transform, inside_first=inside_first)
-        self.utm_query, self.utm_index, self.threshold = read_truth(gt_npz)
+        with blame_input():
+            self.utm_query, self.utm_index, self.threshold = read_truth(gt_npz)
         for name, list_file, images, rows in (
             ("utmQ", query_file, self.queries, self.utm_query),
             ("utmDb", db_file, self.index, self.utm_index),
@@ -250,6 +208,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )  # fmt: skip
     option("--seed", type=int, default=42, help="of everything random (default: %(default)s)")
     option("--workers", type=_count, default=0, help="processes that read images (default: none)")
+    option("--precision", default="auto", choices=PRECISIONS, help="auto: bf16 where it is fast")
     option("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"], help="default: auto")
     option("--limit", type=_positive, help="use this many queries of each list, to try things out")
     option("--resume", action="store_true", help="go on with the run that stopped in --output")
@@ -304,23 +263,23 @@ def _positive(text: str) -> int:
 
 
 def announce(
-    args: argparse.Namespace, model: NetVLADModel, splits: dict[str, LoadDataset], steps: int,
-    device: torch.device,
+    args: argparse.Namespace, model: NetVLADModel, data: LoadDataset,
+    splits: dict[str, LoadDataset], tuples: int, device: torch.device,
 ) -> None:  # fmt: skip
     """Print what is about to be done, with the minutes it will take, from the speed measured here."""
-    images = {name: len(data.queries) + len(data.index) for name, data in splits.items()}
-    for name, data in splits.items():
-        print(f"{name:6s}{len(data.queries):6d} queries {len(data.index):6d} index images")
+    for name, split in {"train": data, **splits}.items():
+        print(f"{name:6s}{len(split):6d} queries {len(split.index):6d} index images")
     probe = torch.zeros(8, 3, IMAGE_SIZE, IMAGE_SIZE)
     speed = [image_seconds(model, probe, device) for _ in range(2)][-1]
     head = model.trunk_share(model.first_trained)
-    triplet_images = 3 * steps * args.batch_size * args.epochs
-    cost = images["train"] * (1 - head) * (model.first_trained > 0)
-    cost += sum(images[name] for name in splits if name != "train") * (1 + head)
-    cost += triplet_images * 3 * head
+    cost = (len(data) + len(data.index)) * (1 - head) * (model.first_trained > 0)
+    cost += sum(len(split) + len(split.index) for split in splits.values()) * (1 + head)
+    trained = 3 * tuples * (2 + NEGATIVES[args.mining])
+    cost += args.epochs * head * (trained + len(data) + len(data.index))
     print(
-        f"{args.epochs} epochs of {steps} steps on {device}; {1 / speed:.1f} images a second through the "
-        f"trunk: about {cost * speed / 60 + 0.3:.1f} minutes; 60 MB on disk in {args.output}."
+        f"{args.epochs} epochs of {tuples} tuples on {device}; {1 / speed:.1f} images a second "
+        f"through the trunk: at most about {cost * speed / 60 + 0.3:.1f} minutes; 240 MB on disk in "
+        f"{args.output}."
     )
 
 
@@ -330,7 +289,7 @@ def image_seconds(model: NetVLADModel, images: torch.Tensor, device: torch.devic
     model.to(device, memory_format=torch.channels_last)
     images = images.to(device).contiguous(memory_format=torch.channels_last)
     began = time.perf_counter()
-    with half_precision(device):
+    with model.autocast(device):
         float(model.trunk(images).float().sum())
     return (time.perf_counter() - began) / len(images)
 
@@ -343,6 +302,7 @@ def build(args: argparse.Namespace) -> NetVLADModel:
         args.clusters, pretrained=args.weights == "imagenet" and not resumed, weights=file,
         train_from=args.train_from,
     )  # fmt: skip
+    model.precision = args.precision
     if resumed:
         model.load_state_dict(resumed)
         model.netvlad.initialized = args.saved["clustered"]
@@ -366,7 +326,7 @@ def initialize(
     start = model.first_trained
     if start:
         with phase("frozen trunk, once per training image", seconds):
-            options = {"device": device, "workers": args.workers}
+            options = {"device": device, "workers": args.workers, "folder": args.output}
             data.cached = (
                 cache_trunk(model, data.queries, desc="queries", **options),
                 cache_trunk(model, data.index, desc="index images", **options),
@@ -383,20 +343,57 @@ def initialize(
         save()
 
 
-def gallery(data: LoadDataset, result: Recall) -> list[figures.GalleryRow]:
-    """A few queries with their top 5, for the picture: right at once, right by rank 10 only, wrong."""
-    listed = result.ranking.shape[1]
-    ranks = [int(hit) + 1 if hit < listed else None for hit in result.hits]
-    rows = []
-    for query in figures.choose_gallery(ranks):
-        top = result.ranking[query][:5]
-        distance = np.linalg.norm(data.utm_index[top] - data.utm_query[query], axis=1)
-        matches = [
-            (data.index.paths[i], float(s), float(d), bool(i in result.positives[query]))
-            for i, s, d in zip(top, result.similarity[query], distance)
-        ]
-        rows.append(figures.GalleryRow(data.queries.paths[query], matches, ranks[query]))
-    return rows
+def saver(args: argparse.Namespace, model: NetVLADModel) -> Callable[[dict | None], None]:
+    """A function that writes what --resume needs: the untrained model, or the state of its training.
+
+    What an earlier run left is removed, unless it is the run that is resumed.
+    """
+    file = args.output / LAST
+    untrained = {k: v for k, v in (args.saved or {}).items() if k != "training"}
+
+    def save(training: dict | None = None) -> None:
+        if training is None:
+            untrained.update(
+                model={name: value.cpu().clone() for name, value in model.state_dict().items()},
+                clustered=model.netvlad.initialized, origin=model.weights_origin,
+                warnings=list(WARNINGS), settings=settings_of(args),
+            )  # fmt: skip
+        with blame_input():
+            state = {**untrained, "training": training}
+            handin.write_whole(file, lambda path: torch.save(state, path))
+            if training and training["history"]:
+                handin.write_log(args.output, training["history"])
+
+    if not args.saved:
+        file.unlink(missing_ok=True)
+    return save
+
+
+def learn(
+    args: argparse.Namespace, model: NetVLADModel, data: LoadDataset, parts: dict[str, np.ndarray],
+    device: torch.device, save: Callable[[dict], None],
+) -> tuple[list[dict], float]:  # fmt: skip
+    """Train the initialized model; what happened in each epoch, and the loss on the test part."""
+    tuples = TupleLoader(
+        data, parts["train"], np.concatenate([parts["val"], parts["test"]]), device,
+        batch_size=args.batch_size, seed=args.seed, start=model.first_trained, mining=args.mining,
+        margin=args.margin,
+    )  # fmt: skip
+    fixed = copy.copy(data)
+    fixed.seed = args.seed
+    val, test = (
+        DataLoader(
+            Subset(fixed, parts[name].tolist()), args.batch_size,
+            num_workers=args.workers if data.cached is None else 0,
+        )
+        for name in ("val", "test")
+    )  # fmt: skip
+    options = {"margin": args.margin, "start": model.first_trained}
+    history = train(
+        model, tuples, val, device, args.epochs, args.lr, save=save,
+        state=args.saved and args.saved["training"], **options,
+    )  # fmt: skip
+    return history, validate(model, test, device, **options)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -408,117 +405,67 @@ def run(args: argparse.Namespace) -> None:
         handin.write_whole(args.output / ".writable", lambda path: path.touch())
         (args.output / ".writable").unlink()
     root, is_sample = find_dataset(args.dataset)
-    splits = {
-        name: data for name in ("train", "val", "test") if (data := read_split(root, name, args.limit))
-    }
+    read = {name: read_split(root, name, args.limit) for name in ("train", "val", "test")}
+    splits = {name: data for name, data in read.items() if data}
     remarks = look_at(splits)
     for line in remarks:
         print(f"Data: {line}")
-    data = splits["train"]
+    data = splits.pop("train")
     parts, dropped = split_by_place(data.utm_query, data.utm_index, data.threshold, args.seed)
-    print(f"Training queries by place: {', '.join(f'{len(r)} {n}' for n, r in parts.items())}, {dropped} dropped.")
+    sizes = {**{name: len(rows) for name, rows in parts.items()}, "dropped": dropped}
+    print(f"Training queries by place: {', '.join(f'{n} {name}' for name, n in sizes.items())}.")
 
     model = build(args)
-    announce(args, model, splits, -(-len(parts["train"]) // args.batch_size), device)
-    untrained: dict = {}
-
-    def save(training: dict | None = None) -> None:
-        """Write what --resume needs, and the log."""
-        if training is None:
-            untrained.update(
-                model={k: v.cpu().clone() for k, v in model.state_dict().items()},
-                clustered=model.netvlad.initialized, origin=model.weights_origin,
-                warnings=list(WARNINGS), settings=settings_of(args),
-            )  # fmt: skip
-        with blame_input():
-            last = {**untrained, "training": training}
-            handin.write_whole(args.output / LAST, lambda path: torch.save(last, path))
-            if training and training["history"]:
-                write_log(args.output / "train_log.csv", training["history"])
-
-    if args.saved:
-        untrained = {k: v for k, v in args.saved.items() if k != "training"}
+    announce(args, model, data, splits, len(parts["train"]), device)
+    save = saver(args, model)
     initialize(model, data, args, device, seconds, save)
     print(f"VGG16 weights: {model.weights_origin}.")
-    initial = copy.deepcopy(model)
-
-    start = model.first_trained
-    fixed = copy.copy(data)
-    fixed.seed = args.seed
-    held_out = {
-        name: DataLoader(
-            Subset(fixed, parts[name].tolist()), args.batch_size,
-            num_workers=0 if start else args.workers,
-        )
-        for name in ("val", "test")
-    }  # fmt: skip
-    tuples = TupleLoader(
-        data, parts["train"], np.concatenate([parts["val"], parts["test"]]), device,
-        batch_size=args.batch_size, seed=args.seed, start=start, mining=args.mining,
-        negatives=NEGATIVES if args.mining == "hard" else 1, margin=args.margin,
-    )  # fmt: skip
+    models = [copy.deepcopy(model), model] if args.epochs else [model]
     with phase("training", seconds):
-        history = train(
-            model, tuples, held_out["val"], device, args.epochs, args.lr, margin=args.margin,
-            start=start, state=args.saved and args.saved["training"], save=save,
-        )  # fmt: skip
-        test_loss = validate(model, held_out["test"], device, margin=args.margin, start=start)
+        history, test_loss = learn(args, model, data, parts, device, save)
     print(f"Test loss {test_loss:.4f}")
-    checkpoint = args.output / "checkpoints" / "netvlad_final.pth"
+    checkpoint = args.output / handin.CHECKPOINT
     with blame_input():
         handin.write_whole(checkpoint, lambda path: torch.save(model.state_dict(), path))
-    data.cached = fixed.cached = None
+    data.cached = None
 
     recall, rows = {}, []
     with phase("recall", seconds):
-        models = [initial, model] if args.epochs else [model]
-        for name in [name for name in splits if name != "train"]:
-            held_out = splits[name]
+        for name, split in splits.items():
+            places = (split.utm_query, split.utm_index)
             result = measure_recall(
-                models, held_out.queries, held_out.index, held_out.utm_query, held_out.utm_index,
-                held_out.threshold, device, workers=args.workers, seed=args.seed, desc=name,
+                models, split.queries, split.index, *places, split.threshold, device,
+                workers=args.workers, seed=args.seed, desc=name,
             )  # fmt: skip
             print(f"{name} lists, trained {args.epochs} epochs:")
             print_recall(result.hits, [1, 5, 10])
             recall[name] = result.section
-            rows = rows or gallery(held_out, result)
+            paths = (split.queries.paths, split.index.paths)
+            rows = rows or figures.gallery_rows(*paths, *places, result)
 
-    sizes = {f"{n}_{kind}": len(getattr(d, a)) for n, d in splits.items() for kind, a in (("queries", "queries"), ("index", "index"))}
+    counts = {f"{name}_{kind}": len(getattr(d, kind))
+              for name, d in read.items() if d for kind in ("queries", "index")}  # fmt: skip
+    origin = model.weights_origin
     section = {
         "data": {"name": "built-in sample" if is_sample else root.resolve().name, "root": str(root),
-                 "is_sample": is_sample, **sizes, "remarks": remarks},
-        "settings": settings_of(args), "clusters": args.clusters, "seed": args.seed, "device": str(device),
-        "weights": {"origin": model.weights_origin, "pretrained": not model.weights_origin.startswith("random")},
-        "split": {**{name: len(r) for name, r in parts.items()}, "dropped": dropped},
-        "epochs": history, "test_loss": test_loss, "recall": recall, "phases": seconds,
-        "versions": versions(), "warnings": WARNINGS,
+                 "is_sample": is_sample, **counts, "remarks": remarks},
+        "weights": {"origin": origin, "pretrained": not origin.startswith("random")},
+        "settings": settings_of(args), "clusters": args.clusters, "seed": args.seed,
+        "device": str(device), "split": sizes, "epochs": history, "test_loss": test_loss,
+        "recall": recall, "phases": seconds, "versions": versions(), "warnings": WARNINGS,
     }  # fmt: skip
     with blame_input():
         finish(args.output, checkpoint, section, rows)
 
 
-def write_log(file: Path, history: list[dict]) -> None:
-    """train_log.csv: a line an epoch."""
-    lines = [",".join(history[0]), *(",".join(str(v) for v in record.values()) for record in history)]
-    text = "\n".join(lines) + "\n"
-    handin.write_whole(file, lambda path: path.write_text(text, encoding="utf-8"))
-
-
 def finish(output: Path, checkpoint: Path, section: dict, rows: list[figures.GalleryRow]) -> None:
     """Write metrics, description of the checkpoint, picture, report and the copies of the code."""
-    described = {k: section[k] for k in ("weights", "data", "seed", "clusters", "versions", "settings")}
-    described = {"sha256": handin.file_sha256(checkpoint), **described}
-    text = json.dumps(described, indent=2, ensure_ascii=False)
-    handin.write_whole(checkpoint.with_suffix(".json"), lambda path: path.write_text(text, encoding="utf-8"))
-    metrics = handin.update_metrics(output, "base", section, described["sha256"])
+    sha256 = handin.describe_checkpoint(checkpoint, section)
+    metrics = handin.update_metrics(output, "base", section, sha256)
     figures.recall_picture(output / "task3_result.png", metrics["base"], rows)
     report.write_report(output)
     handin.copy_code(Path(__file__).resolve().parent, output)
-    print(f"\n{'':10s}{'R@1':>8s}{'R@5':>8s}{'R@10':>8s}   (%)")
-    for name, recall in section["recall"].items():
-        for kind in ("trained", "untrained", "chance"):
-            values = "".join(f"{100 * recall[kind][k - 1]:8.1f}" for k in (1, 5, 10))
-            print(f"{name:4s} {kind:10s}{values}")
+    print_recall_table(section["recall"])
     print(f"Weights: {section['weights']['origin']}. Data: {section['data']['name']}.")
     print(f"Written: {checkpoint}, {output / 'task3_result.png'}, {output / 'report' / 'report.md'}.")
     for line in handin.missing(output):

@@ -25,7 +25,6 @@ from model import (
     InputError,
     NetVLADModel,
     choose_device,
-    half_precision,
     load_checkpoint,
     refuse,
 )
@@ -72,7 +71,7 @@ def embed(
     with tqdm(total=len(dataset), desc=desc, unit="image", leave=False) as bar:
         for images, numbers, names in loader:
             images = images.to(device).contiguous(memory_format=torch.channels_last)
-            with torch.inference_mode(), half_precision(device):
+            with torch.inference_mode(), models[0].autocast(device):
                 trunk = models[0].trunk[:shared](images)
                 for model, part in zip(models, parts):
                     part.append(model(trunk, shared).float().cpu())

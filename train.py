@@ -11,9 +11,12 @@ Works when copied out alone together with model.py and eval.py.
 """
 
 import math
+import shutil
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -29,7 +32,6 @@ from model import (
     InputError,
     NetVLADModel,
     calibrate_trunk,
-    half_precision,
     initialize_netvlad,
     warn,
 )
@@ -38,13 +40,14 @@ MARGIN = 0.1
 WARM_UP = 0.1  # share of the steps in which the rate climbs to its peak
 SAVE_SECONDS = 60
 CACHE_BATCH = 16
+CACHE_BYTES = 2 * 2**30  # most of a trunk cache in memory
 EMBED_BATCH = 32
 PARTS = {"train": 0.8, "val": 0.1, "test": 0.1}
 SPLIT_DIRECTIONS = 12
 STUCK = 0.995  # share of violating triplets
 COLLAPSED = 0.05  # distance of the loss from the margin, as a share of it
 
-NEGATIVES = 5  # a tuple
+NEGATIVES = {"hard": 5, "random": 1}  # a tuple
 POSITIVE_RADIUS = 0.4  # potential positives lie within this share of posDistThr
 POOL = 1000  # random index images among which hard negatives are looked for
 REMEMBERED = 10  # hardest negatives of a query that join its next pool
@@ -79,7 +82,7 @@ def triplet_losses(
     q, p, n = (part.to(device, non_blocking=True) for part in batch)
     negatives = n if n.dim() == 5 else n[:, None]
     images = torch.cat([q, p, negatives.flatten(0, 1)])
-    with half_precision(device):
+    with model.autocast(device):
         descriptors = model(images.contiguous(memory_format=torch.channels_last), start)
     q_d, p_d, n_d = descriptors.split([len(q), len(p), negatives.shape[0] * negatives.shape[1]])
     return ranking_loss(q_d, p_d, n_d.unflatten(0, negatives.shape[:2]), margin, squared)
@@ -153,13 +156,14 @@ class TupleLoader:
     def __init__(
         self, data: Dataset, rows: np.ndarray, held_out: np.ndarray, device: torch.device, *,
         batch_size: int = 8, seed: int = 0, start: int = 0, mining: str = "hard",
-        negatives: int = NEGATIVES, margin: float = MARGIN, squared: bool = False,
+        negatives: int | None = None, margin: float = MARGIN, squared: bool = False,
     ) -> None:  # fmt: skip
-        if mining not in ("random", "hard"):
+        if mining not in NEGATIVES:
             raise ValueError(f"mining must be 'random' or 'hard', not {mining!r}")
         self.data, self.rows, self.held_out, self.device = data, rows, held_out, device
         self.batch_size, self.seed, self.start, self.mining = batch_size, seed, start, mining
-        self.count, self.margin, self.squared = negatives, margin, squared
+        self.count = NEGATIVES[mining] if negatives is None else negatives
+        self.margin, self.squared = margin, squared
         radius = POSITIVE_RADIUS * data.threshold
         self.positives = positives_within(data.utm_query, data.utm_index, radius)
         self.remembered = np.full((len(data.utm_query), REMEMBERED), -1)
@@ -260,7 +264,7 @@ class TupleLoader:
         chunks = [rows[i : i + EMBED_BATCH] for i in range(0, len(rows), EMBED_BATCH)]
         for chunk in tqdm(chunks, desc=f"descriptors of {kind}", unit="batch", leave=False):
             x = self.get(kind, chunk).to(self.device).contiguous(memory_format=torch.channels_last)
-            with half_precision(self.device):
+            with model.autocast(self.device):
                 parts.append(model(x, self.start).float().cpu())
         model.train()
         return torch.cat(parts).numpy()
@@ -529,28 +533,48 @@ def _images(loader: Iterable) -> Iterator[Tensor]:
 
 @torch.no_grad()
 def cache_trunk(
-    model: NetVLADModel, dataset: Dataset, device: torch.device, *, workers: int = 0, desc: str
-) -> Tensor:
+    model: NetVLADModel, dataset: Dataset, device: torch.device, *, workers: int = 0,
+    folder: Path | str = ".", desc: str,
+) -> Tensor:  # fmt: skip
     """Outputs of the frozen trunk[:first_trained], computed once for each image of `dataset`.
 
-    dataset: items (image, …). -> (n, C, h, w) bfloat16 on the CPU; 0.2 MB an image at 224 x 224 and
-    conv5.
+    dataset: items (image, …). -> (n, C, h, w) on the CPU, bfloat16 unless the model's precision is
+    float32; 0.2 MB an image at 224 x 224 and conv5. More than CACHE_BYTES go to a file in `folder`.
     """
     frozen = model.to(device, memory_format=torch.channels_last).trunk[: model.first_trained].eval()
+    dtype = torch.float32 if model.precision == "float32" else torch.bfloat16
     loader = DataLoader(dataset, CACHE_BATCH, num_workers=workers)
     outputs: Tensor | None = None
     done = 0
     with tqdm(total=len(dataset), desc=desc, unit="image", leave=False) as bar:
         for images, *_ in loader:
             images = images.to(device).contiguous(memory_format=torch.channels_last)
-            with half_precision(device):
-                part = frozen(images).to("cpu", torch.bfloat16)
+            with model.autocast(device):
+                part = frozen(images).to("cpu", dtype)
             if outputs is None:
-                outputs = torch.empty(len(dataset), *part.shape[1:], dtype=torch.bfloat16)
+                outputs = _room((len(dataset), *part.shape[1:]), dtype, Path(folder))
             outputs[done : done + len(part)] = part
             done += len(part)
             bar.update(len(part))
     return outputs
+
+
+def _room(shape: tuple[int, ...], dtype: torch.dtype, folder: Path) -> Tensor:
+    """An empty tensor; beyond CACHE_BYTES a nameless file in `folder`, mapped into memory."""
+    size = math.prod(shape) * dtype.itemsize
+    if size <= CACHE_BYTES:
+        return torch.empty(shape, dtype=dtype)
+    free = shutil.disk_usage(folder).free
+    what = f"the frozen trunk's outputs for {shape[0]} images take {size / 1e9:.1f} GB"
+    if size > free:
+        raise InputError(
+            f"{what} but {folder} has only {free / 1e9:.1f} GB free: name another --output, or train "
+            "fewer layers (--train-from)."
+        )
+    tqdm.write(f"{what}: they go to a memory-mapped file in {folder}, removed at the end.")
+    plain = np.float32 if dtype == torch.float32 else np.int16  # numpy has no bfloat16
+    with tempfile.TemporaryFile(dir=folder) as file:
+        return torch.from_numpy(np.memmap(file, plain, "w+", shape=shape)).view(dtype)
 
 
 def split_by_place(

@@ -11,6 +11,7 @@ import train as training
 from model import WARNINGS, InputError, NetVLADModel, half_precision
 from train import (
     TupleLoader,
+    cache_trunk,
     centralize_gradients,
     diagnose,
     draw_random,
@@ -118,6 +119,41 @@ def test_a_loaded_model_is_not_initialized_again():
     fresh = NetVLADModel(4, pretrained=False)
     train(fresh, triplets(1, 3, 32), [], "cpu", epochs=0)
     assert fresh.netvlad.initialized
+
+
+def test_a_large_trunk_cache_is_a_file_and_one_too_large_is_refused(tmp_path, monkeypatch, capsys):
+    torch.manual_seed(0)
+    model = NetVLADModel(4, pretrained=False)
+    images = [(image, i) for i, image in enumerate(torch.randn(20, 3, 32, 32))]
+    there = {"device": torch.device("cpu"), "desc": "", "folder": tmp_path}
+    in_memory = cache_trunk(model, images, **there)
+    monkeypatch.setattr(training, "CACHE_BYTES", 1000)
+    for precision, kind in (("float32", torch.float32), ("auto", torch.bfloat16)):
+        model.precision = precision
+        mapped = cache_trunk(model, images, **there)
+        assert mapped.shape == (20, 512, 2, 2) and mapped.dtype == kind
+    assert torch.equal(in_memory, mapped)
+    assert "take 0.0 GB: they go to a memory-mapped file" in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(InputError, match="for 4000000000 images take .* GB free: name another"):
+        training._room((4 * 10**9, 512, 14, 14), torch.bfloat16, tmp_path)
+
+
+def test_precisions_agree_and_float32_computes_in_it():
+    torch.manual_seed(0)
+    model = NetVLADModel(4, pretrained=False)
+    image = torch.rand(2, 3, 64, 64)
+    train(model, [(image, image, image)], [], "cpu", epochs=0)
+    seen = {}
+    for precision in ("float32", "bf16"):
+        model.precision = precision
+        with torch.no_grad(), model.autocast("cpu"):
+            computed = model.trunk(image).dtype
+            assert computed == (torch.float32 if precision == "float32" else torch.bfloat16)
+            seen[precision] = model(image)
+            # Half-precision inputs, as a cache holds them, suit either.
+            assert model(model.trunk[:24](image).bfloat16(), 24).dtype == torch.float32
+    assert 0.95 < float((seen["float32"] * seen["bf16"]).sum(1).min()) < 1 - 1e-7
 
 
 # ---------------------------------------------------------------- mining
