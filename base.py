@@ -4,18 +4,22 @@
     python base.py --dataset DIR --epochs 5 --seed 1 # other data in the assignment's layout
     python base.py --epochs 0                        # evaluate the initialized model, no training
     python base.py --resume                          # go on where a stopped run saved last
+    torchrun --nproc_per_node=2 base.py              # data-parallel, on GPUs or processors
 """
 
 import argparse
 import copy
+import os
 import shlex
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from dataset import LISTS, locate
@@ -27,6 +31,7 @@ from eval import (
     measure_recall,
     positives_within,
     print_recall,
+    rank_and_world,
 )
 from model import (
     CALIBRATION_IMAGES,
@@ -352,6 +357,8 @@ def saver(args: argparse.Namespace, model: NetVLADModel) -> Callable[[dict | Non
     untrained = {k: v for k, v in (args.saved or {}).items() if k != "training"}
 
     def save(training: dict | None = None) -> None:
+        if rank_and_world()[0] > 0:
+            return
         if training is None:
             untrained.update(
                 model={name: value.cpu().clone() for name, value in model.state_dict().items()},
@@ -364,7 +371,7 @@ def saver(args: argparse.Namespace, model: NetVLADModel) -> Callable[[dict | Non
             if training and training["history"]:
                 handin.write_log(args.output, training["history"])
 
-    if not args.saved:
+    if not args.saved and rank_and_world()[0] == 0:
         file.unlink(missing_ok=True)
     return save
 
@@ -396,15 +403,51 @@ def learn(
     return history, validate(model, test, device, **options)
 
 
+def join_processes(device: torch.device) -> torch.device:
+    """Join the processes that torchrun started, if it did; the device of this one."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return device
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return device
+
+
+@contextmanager
+def first_process_first() -> Iterator[None]:
+    """Let the first process do what is inside, which may write files that the others then find."""
+    rank, world = rank_and_world()
+    if rank > 0:
+        dist.barrier()
+    yield
+    if rank == 0 and world > 1:
+        dist.barrier()
+
+
+@contextmanager
+def silent_unless_first() -> Iterator[None]:
+    """Print nothing in any but the first process of torchrun."""
+    if int(os.environ.get("RANK", "0")) == 0:
+        yield
+        return
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+        yield
+
+
 def run(args: argparse.Namespace) -> None:
     """All of tasks 1-3; raises InputError for bad input."""
     torch.manual_seed(args.seed)
     seconds: dict[str, float] = {}
-    device = choose_device(args.device)
-    with blame_input():
-        handin.write_whole(args.output / ".writable", lambda path: path.touch())
-        (args.output / ".writable").unlink()
-    root, is_sample = find_dataset(args.dataset)
+    device = join_processes(choose_device(args.device))
+    first = rank_and_world()[0] == 0
+    with first_process_first():
+        if first:
+            with blame_input():
+                handin.write_whole(args.output / ".writable", lambda path: path.touch())
+                (args.output / ".writable").unlink()
+        root, is_sample = find_dataset(args.dataset)
     read = {name: read_split(root, name, args.limit) for name in ("train", "val", "test")}
     splits = {name: data for name, data in read.items() if data}
     remarks = look_at(splits)
@@ -415,7 +458,8 @@ def run(args: argparse.Namespace) -> None:
     sizes = {**{name: len(rows) for name, rows in parts.items()}, "dropped": dropped}
     print(f"Training queries by place: {', '.join(f'{n} {name}' for name, n in sizes.items())}.")
 
-    model = build(args)
+    with first_process_first():
+        model = build(args)
     announce(args, model, data, splits, len(parts["train"]), device)
     save = saver(args, model)
     initialize(model, data, args, device, seconds, save)
@@ -425,8 +469,9 @@ def run(args: argparse.Namespace) -> None:
         history, test_loss = learn(args, model, data, parts, device, save)
     print(f"Test loss {test_loss:.4f}")
     checkpoint = args.output / handin.CHECKPOINT
-    with blame_input():
-        handin.write_whole(checkpoint, lambda path: torch.save(model.state_dict(), path))
+    if first:
+        with blame_input():
+            handin.write_whole(checkpoint, lambda path: torch.save(model.state_dict(), path))
     data.cached = None
 
     recall, rows = {}, []
@@ -443,6 +488,8 @@ def run(args: argparse.Namespace) -> None:
             paths = (split.queries.paths, split.index.paths)
             rows = rows or figures.gallery_rows(*paths, *places, result)
 
+    if not first:
+        return
     counts = {f"{name}_{kind}": len(getattr(d, kind))
               for name, d in read.items() if d for kind in ("queries", "index")}  # fmt: skip
     origin = model.weights_origin
@@ -477,7 +524,8 @@ def main(argv: list[str] | None = None) -> int:
     args = None
     try:
         args = parse(argv)
-        run(args)
+        with silent_unless_first():
+            run(args)
     except InputError as error:
         return refuse("base.py", error)
     except torch.cuda.OutOfMemoryError:
@@ -486,6 +534,9 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\n" + how_to_resume(args), file=sys.stderr)
         return 130
+    finally:
+        if dist.is_available() and dist.is_initialized():
+            dist.destroy_process_group()
     return 0
 
 

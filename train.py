@@ -20,11 +20,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from eval import positives_within
+from eval import all_batches, own_batches, positives_within, rank_and_world
 from model import (
     CALIBRATION_IMAGES,
     DESCRIPTORS_PER_IMAGE,
@@ -142,6 +143,12 @@ def violates(
     return positive + margin > negatives
 
 
+def _own_share(tuples: Tuples) -> Tuples:
+    """Those of a step's tuples that this process trains on."""
+    rank, world = rank_and_world()
+    return Tuples(*(array[rank::world] for array in vars(tuples).values()))
+
+
 class TupleLoader:
     """The batches (q, p, n) of an epoch, each n (B, N, …), for `train`.
 
@@ -183,13 +190,17 @@ class TupleLoader:
             if step == first:
                 queries = order[step * self.batch_size :][: self.window_steps * self.batch_size]
                 self.window = self.draw(model, queries, number, step)
-            yield self.fetch(self.in_step(step))
+            yield self.fetch(_own_share(self.in_step(step)))
 
     def in_step(self, step: int) -> Tuples:
         """The tuples that `step` trains on."""
         w, begin = self.window, step % self.window_steps * self.batch_size
         used = begin + np.flatnonzero(w.used[begin : begin + self.batch_size])
         return Tuples(w.queries[used], w.positives[used], w.negatives[used], w.used[used])
+
+    def size(self, step: int) -> int:
+        """Tuples that all processes together train on in `step`."""
+        return len(self.in_step(step).queries)
 
     def fetch(self, tuples: Tuples) -> list[Tensor]:
         """Images or cached outputs of tuples."""
@@ -234,6 +245,9 @@ class TupleLoader:
                     found.used[i] = True
                 else:
                     self.mine(found, i, similarity[i], rng)
+        if rank_and_world()[1] > 1:  # another kind of processor may round otherwise
+            for array in (found.positives, found.negatives, found.used, self.remembered):
+                array[:] = from_first(torch.from_numpy(array), self.device).numpy()
         return found
 
     def mine(
@@ -260,12 +274,15 @@ class TupleLoader:
     def embed(self, model: NetVLADModel, kind: str, rows: np.ndarray) -> np.ndarray:
         """Descriptors (n, D) of rows of a list, in batches whose bounds depend on n alone."""
         model.eval()
-        parts = []
-        chunks = [rows[i : i + EMBED_BATCH] for i in range(0, len(rows), EMBED_BATCH)]
-        for chunk in tqdm(chunks, desc=f"descriptors of {kind}", unit="batch", leave=False):
-            x = self.get(kind, chunk).to(self.device).contiguous(memory_format=torch.channels_last)
-            with model.autocast(self.device):
-                parts.append(model(x, self.start).float().cpu())
+
+        def descriptors() -> Iterator[Tensor]:
+            batches = own_batches(len(rows), EMBED_BATCH)
+            for batch in tqdm(batches, desc=f"descriptors, {kind}", unit="batch", leave=False):
+                x = self.get(kind, rows[batch]).to(self.device)
+                with model.autocast(self.device):
+                    yield model(x.contiguous(memory_format=torch.channels_last), self.start).float()
+
+        parts = [part.cpu() for part in all_batches(descriptors(), len(rows), EMBED_BATCH)]
         model.train()
         return torch.cat(parts).numpy()
 
@@ -302,7 +319,7 @@ class TupleLoader:
 
 # ---------------------------------------------------------------- loop
 
-TOTALS = ("loss", "violating", "triplets", "tuples", "seconds")  # of the epoch so far
+TOTALS = ("loss", "violating", "triplets", "tuples", "seconds")  # of an epoch so far
 
 
 def train(
@@ -336,6 +353,8 @@ def train(
     if not model.netvlad.initialized:
         initialize_from_loader(model, train_loader, device, start)
     mined = train_loader if isinstance(train_loader, TupleLoader) else None
+    if rank_and_world()[1] > 1:
+        model.load_state_dict({k: from_first(v, device) for k, v in model.state_dict().items()})
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.Adam(trained.values(), lr=lr)
     run = {"epoch": 1, "step": 0, "totals": dict.fromkeys(TOTALS, 0.0), "history": [], "best": {}}
@@ -351,7 +370,7 @@ def train(
         now = time.perf_counter()
         run["totals"]["seconds"] += now - clock
         clock = now
-        if save and mined:
+        if save and mined and rank_and_world()[0] == 0:
             parts = {"optimizer": optimizer.state_dict(), "loader": mined.state_dict()}
             save({**run, **parts, "weights": weights_of(trained)})
 
@@ -362,18 +381,22 @@ def train(
         batches = mined.epoch(model, epoch, run["step"]) if mined else train_loader
         bar = {"desc": f"epoch {epoch}/{epochs}", "total": steps, "initial": run["step"]}
         for batch in tqdm(batches, **bar, unit="batch", leave=False):
-            if batch:
-                loss = triplet_losses(model, batch, device, margin, squared, start)
-                if not loss.isfinite().all():
-                    raise InputError(_no_number(epoch, run["step"], mined))
+            # Every process enters a step that any has tuples for, with none of its own if need be.
+            tuples = mined.size(run["step"]) if mined else len(batch[0])
+            if tuples:
                 share = (epoch - 1 + (run["step"] + 0.5) / steps) / epochs if steps else WARM_UP
                 for group in optimizer.param_groups:
                     group["lr"] = lr * rate_factor(share)
                 optimizer.zero_grad()
-                loss.mean().backward()
+                loss = torch.zeros(0, 1, device=device)
+                if batch:
+                    loss = triplet_losses(model, batch, device, margin, squared, start)
+                    if not loss.isfinite().all():
+                        raise InputError(_no_number(epoch, run["step"], mined))
+                    (loss.sum() / (tuples * loss.shape[1])).backward()
+                _count(totals, sum_over_processes(list(trained.values()), loss.detach()))
                 centralize_gradients(trained.values())
                 optimizer.step()
-                _add(totals, loss.detach())
             run["step"] += 1
             if time.perf_counter() - clock > SAVE_SECONDS:
                 checkpoint()
@@ -400,12 +423,38 @@ def train(
     return run["history"]
 
 
-def _add(totals: dict[str, float], loss: Tensor) -> None:
-    """Count a batch's losses (B, N)."""
-    totals["loss"] += float(loss.sum())
-    totals["violating"] += int((loss > 0).sum())
-    totals["triplets"] += loss.numel()
-    totals["tuples"] += len(loss)
+def _count(totals: dict[str, float], counts: Tensor) -> None:
+    """Add a step's counts to the epoch's, in the order of TOTALS."""
+    for name, count in zip(TOTALS, counts.tolist()):
+        totals[name] += count
+
+
+def sum_over_processes(parameters: list[Tensor], loss: Tensor) -> Tensor:
+    """Sum gradients over the processes, in place, in one message with what is counted.
+
+    loss: this process's (B, N). -> sum of losses, violating triplets, triplets, tuples of all.
+    """
+    counts = torch.tensor([0, 0, loss.numel(), len(loss)], dtype=torch.float32, device=loss.device)
+    counts[0], counts[1] = loss.sum(), (loss > 0).sum()
+    if rank_and_world()[1] == 1:
+        return counts
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    gradients = [parameter.grad for parameter in parameters]
+    message = torch.cat([*(g.flatten() for g in gradients), counts])
+    dist.all_reduce(message)
+    *sums, counts = message.split([*(g.numel() for g in gradients), len(counts)])
+    for gradient, total in zip(gradients, sums):
+        gradient.copy_(total.view_as(gradient))
+    return counts
+
+
+def from_first(tensor: Tensor, device: torch.device) -> Tensor:
+    """`tensor` as the first process has it, on the CPU."""
+    there = tensor.to(device)
+    dist.broadcast(there, 0)
+    return there.cpu()
 
 
 def _no_number(epoch: int, step: int, loader: TupleLoader | None) -> str:
@@ -498,10 +547,17 @@ def validate(
     device = torch.device(device)
     model.to(device, memory_format=torch.channels_last).eval()
     batches = tqdm(loader, desc="validation", unit="batch", leave=False)
-    losses = [
-        triplet_losses(model, batch, device, margin, squared, start).mean(dim=1) for batch in batches
-    ]
-    return float(torch.cat(losses).mean()) if losses else math.nan
+    rank, world = rank_and_world()
+    total = torch.zeros(2, dtype=torch.float64)
+    for number, batch in enumerate(batches):
+        if number % world == rank:
+            loss = triplet_losses(model, batch, device, margin, squared, start).mean(dim=1)
+            total += torch.tensor([float(loss.double().sum()), len(loss)])
+    if world > 1:
+        shared = total.to(device)
+        dist.all_reduce(shared)
+        total = shared.cpu()
+    return float(total[0] / total[1]) if total[1] else math.nan
 
 
 def initialize_from_loader(
@@ -543,14 +599,19 @@ def cache_trunk(
     """
     frozen = model.to(device, memory_format=torch.channels_last).trunk[: model.first_trained].eval()
     dtype = torch.float32 if model.precision == "float32" else torch.bfloat16
-    loader = DataLoader(dataset, CACHE_BATCH, num_workers=workers)
-    outputs: Tensor | None = None
-    done = 0
-    with tqdm(total=len(dataset), desc=desc, unit="image", leave=False) as bar:
+    batches = own_batches(len(dataset), CACHE_BATCH)
+    loader = DataLoader(dataset, batch_sampler=batches, num_workers=workers)
+
+    def parts() -> Iterator[Tensor]:
         for images, *_ in loader:
             images = images.to(device).contiguous(memory_format=torch.channels_last)
             with model.autocast(device):
-                part = frozen(images).to("cpu", dtype)
+                yield frozen(images).to(dtype).contiguous()
+
+    outputs: Tensor | None = None
+    done = 0
+    with tqdm(total=len(dataset), desc=desc, unit="image", leave=False) as bar:
+        for part in all_batches(parts(), len(dataset), CACHE_BATCH):
             if outputs is None:
                 outputs = _room((len(dataset), *part.shape[1:]), dtype, Path(folder))
             outputs[done : done + len(part)] = part

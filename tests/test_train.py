@@ -1,6 +1,9 @@
 """Ranking loss by hand and against PyTorch, mining, the loop and its resuming, the split by place."""
 
 import copy
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -338,6 +341,53 @@ def test_the_rate_climbs_then_falls_to_nothing():
     factors = np.array([rate_factor(share) for share in shares])
     assert factors[0] == factors[-1] == 0 and factors.argmax() == 10 and factors.max() > 0.97
     assert (np.diff(factors[:11]) > 0).all() and (np.diff(factors[10:]) < 0).all()
+
+
+# ---------------------------------------------------------------- several processes
+
+PROCESS = """
+import sys, torch
+import torch.distributed as dist
+from tests.test_train import a_model, loader, places
+from train import train
+rank, folder = int(sys.argv[1]), sys.argv[2]
+dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+results = {}
+for mining in ("random", "hard"):
+    data, model = places(8), a_model(seed=rank)  # process 0's weights are what counts
+    model.precision = "float32"
+    tuples = loader(data, margin=0.5, mining=mining, batch_size=3)
+    fetched, fetch = [], tuples.fetch
+    tuples.fetch = lambda t: fetched.append(t.queries.tolist()) or fetch(t)
+    history = train(model, tuples, [], "cpu", epochs=2, margin=0.5, start=24)
+    weights = model.state_dict()["trunk.28.weight"]
+    results[mining] = {"history": history, "fetched": fetched, "weights": weights}
+torch.save(results, f"{folder}/{rank}.pth")
+"""
+
+
+def test_two_processes_train_as_one_does_on_items_of_their_own(tmp_path):
+    command = [sys.executable, "-c", PROCESS]
+    root = Path(training.__file__).parent
+    both = [subprocess.Popen([*command, str(rank), str(tmp_path)], cwd=root) for rank in (0, 1)]
+    assert [process.wait(timeout=300) for process in both] == [0, 0]
+    results = [torch.load(tmp_path / f"{rank}.pth") for rank in (0, 1)]
+    for mining in ("random", "hard"):
+        one = a_model()
+        one.precision = "float32"
+        tuples = loader(places(8), margin=0.5, mining=mining, batch_size=3)
+        history = train(one, tuples, [], "cpu", epochs=2, margin=0.5, start=24)
+        first, second = (result[mining] for result in results)
+        assert torch.equal(first["weights"], second["weights"])
+        torch.testing.assert_close(first["weights"], one.state_dict()["trunk.28.weight"], atol=1e-4, rtol=0)
+        for mine, theirs in zip(history, first["history"]):
+            assert mine["train_loss"] == pytest.approx(theirs["train_loss"], abs=1e-4)
+            assert mine["skipped"] == theirs["skipped"]
+        seen = [query for a, b in zip(first["fetched"], second["fetched"]) for query in a + b]
+        for a, b in zip(first["fetched"], second["fetched"]):
+            assert not set(a) & set(b)
+        if mining == "random":
+            assert sorted(seen) == sorted(2 * list(range(7)))
 
 
 # ---------------------------------------------------------------- split by place
