@@ -452,7 +452,7 @@ def sum_over_processes(parameters: list[Tensor], loss: Tensor) -> Tensor:
 
 def from_first(tensor: Tensor, device: torch.device) -> Tensor:
     """`tensor` as the first process has it, on the CPU."""
-    there = tensor.to(device)
+    there = tensor.to(device).contiguous()
     dist.broadcast(there, 0)
     return there.cpu()
 

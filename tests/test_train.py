@@ -278,6 +278,17 @@ def epochs_of(data: SimpleNamespace, save=None, state=None, **options) -> tuple[
     return model, history
 
 
+def test_descriptors_are_made_anew_for_each_window_of_queries(monkeypatch):
+    monkeypatch.setattr(training, "REFRESH_QUERIES", 4)
+    tuples, model = loader(places(12), margin=10.0), a_model()
+    windows = []
+    for _ in tuples.epoch(model, 1):
+        if not windows or tuples.window is not windows[-1]:
+            windows.append(tuples.window)
+    assert [len(window.queries) for window in windows] == [4, 4, 3]
+    assert sorted(q for window in windows for q in window.queries) == list(range(11))
+
+
 @pytest.mark.parametrize("mining", ["hard", "random"])
 def test_a_run_goes_on_from_any_step_to_the_same_weights(mining, monkeypatch):
     monkeypatch.setattr(training, "SAVE_SECONDS", 0)  # a checkpoint after every step
