@@ -35,6 +35,7 @@ from eval import (
 )
 from model import (
     CALIBRATION_IMAGES,
+    DAMAGED,
     PRECISIONS,
     TRAIN_FROM,
     WARNINGS,
@@ -62,6 +63,7 @@ from train import (
 
 KMEANS_IMAGES = 500
 LAST = "checkpoints/last.pth"  # what --resume goes on from
+SAVED = {"settings", "images", "model", "clustered", "origin", "warnings", "training"}  # its keys
 ANY_TIME = {"output", "device", "workers", "resume"}  # settings that may differ when resuming
 
 
@@ -234,9 +236,12 @@ def take_up(
         raise InputError(f"there is no {file} to resume from: run without --resume.")
     try:
         saved = torch.load(file, map_location="cpu", weights_only=True)
-        parser.set_defaults(**saved["settings"])
-    except Exception as error:  # zip, pickle and torch each raise their own for a damaged file
-        raise InputError(f"{file} is no checkpoint of base.py: run without --resume.") from error
+        complete = isinstance(saved, dict) and saved.keys() >= SAVED
+    except DAMAGED:
+        complete = False
+    if not complete:
+        raise InputError(f"{file} is no checkpoint of base.py: run without --resume.")
+    parser.set_defaults(**saved["settings"])
     args = parser.parse_args(argv)
     for name, value in settings_of(args).items():
         if name not in ANY_TIME and value != saved["settings"][name]:
@@ -348,12 +353,21 @@ def initialize(
         save()
 
 
-def saver(args: argparse.Namespace, model: NetVLADModel) -> Callable[[dict | None], None]:
+def saver(
+    args: argparse.Namespace, model: NetVLADModel, data: LoadDataset
+) -> Callable[[dict | None], None]:
     """A function that writes what --resume needs: the untrained model, or the state of its training.
 
-    What an earlier run left is removed, unless it is the run that is resumed.
+    What an earlier run left is removed, unless it is the run that is resumed; InputError if that one
+    had other training images.
     """
     file = args.output / LAST
+    images = [len(data.queries), len(data.index)]
+    if args.saved and args.saved["images"] != images:
+        raise InputError(
+            f"the run to resume had {args.saved['images']} training queries and index images, now "
+            f"there are {images}: bring back its data, or run without --resume."
+        )
     untrained = {k: v for k, v in (args.saved or {}).items() if k != "training"}
 
     def save(training: dict | None = None) -> None:
@@ -362,7 +376,7 @@ def saver(args: argparse.Namespace, model: NetVLADModel) -> Callable[[dict | Non
         if training is None:
             untrained.update(
                 model={name: value.cpu().clone() for name, value in model.state_dict().items()},
-                clustered=model.netvlad.initialized, origin=model.weights_origin,
+                clustered=model.netvlad.initialized, images=images, origin=model.weights_origin,
                 warnings=list(WARNINGS), settings=settings_of(args),
             )  # fmt: skip
         with blame_input():
@@ -461,7 +475,7 @@ def run(args: argparse.Namespace) -> None:
     with first_process_first():
         model = build(args)
     announce(args, model, data, splits, len(parts["train"]), device)
-    save = saver(args, model)
+    save = saver(args, model, data)
     initialize(model, data, args, device, seconds, save)
     print(f"VGG16 weights: {model.weights_origin}.")
     models = [copy.deepcopy(model), model] if args.epochs else [model]

@@ -29,6 +29,8 @@ PRECISIONS = ("auto", "bf16", "float32")
 # Index in `trunk` of the first trained module, by the name used on the command line.
 TRAIN_FROM = {"conv1": 0, "conv2": 5, "conv3": 10, "conv4": 17, "conv5": 24, "netvlad": 29}
 DOWNLOAD_STALL_S = 20
+# What torch.load raises for a file that is damaged or of another kind.
+DAMAGED = (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError)
 CALIBRATION_IMAGES = 48
 CALIBRATION_CHUNK = 8
 KMEANS_DESCRIPTORS = 50_000
@@ -232,7 +234,7 @@ def _read_state_dict(path: Path) -> dict[str, Tensor]:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise InputError(f"{path} does not exist: run base.py first or name another file.") from None
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
+    except DAMAGED as error:
         raise InputError(
             f"{path} cannot be read as a PyTorch state dict (damaged, cut short or another kind of "
             f"file; {type(error).__name__}): make it anew with base.py or name another file."

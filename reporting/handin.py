@@ -69,7 +69,8 @@ def describe_checkpoint(checkpoint: Path, section: dict) -> str:
     text = json.dumps(
         {"sha256": sha256, **{key: section[key] for key in keys}}, indent=2, ensure_ascii=False
     )
-    write_whole(checkpoint.with_suffix(".json"), lambda part: _write_bytes(part, text.encode("utf-8", "backslashreplace")))
+    content = text.encode("utf-8", "backslashreplace")
+    write_whole(checkpoint.with_suffix(".json"), lambda part: _write_bytes(part, content))
     return sha256
 
 

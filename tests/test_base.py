@@ -131,6 +131,17 @@ def test_killed_then_resumed_ends_with_the_weights_of_an_unbroken_run(tmp_path):
     last = torch.load(outputs[0] / base.LAST, weights_only=True)
     assert last["training"]["epoch"] == 2
 
+    lists = tmp_path / "data" / "query_train.txt", tmp_path / "data" / "gt/pitts30k_train.npz"
+    kept = [file.read_bytes() for file in lists]
+    lists[0].write_text(lists[0].read_text().split("\n", 1)[1])
+    truth = np.load(lists[1])
+    np.savez(lists[1], utmQ=truth["utmQ"][1:], utmDb=truth["utmDb"], posDistThr=25)
+    refused = start("--resume", "--output", outputs[0])
+    assert "had [6, 12] training queries and index images" in refused.communicate()[1]
+    assert refused.returncode == 2
+    for file, content in zip(lists, kept):
+        file.write_bytes(content)
+
     resumed = start("--resume", "--output", outputs[0])
     said, complaints = resumed.communicate()
     assert resumed.returncode == 0, complaints
@@ -165,7 +176,7 @@ def saved_run(output: Path, **settings) -> None:
     """A last.pth as a run with these settings leaves it."""
     settings = base.settings_of(base.parse(["--output", str(output)])) | settings
     (output / "checkpoints").mkdir(parents=True)
-    torch.save({"settings": settings}, output / base.LAST)
+    torch.save(dict.fromkeys(base.SAVED) | {"settings": settings}, output / base.LAST)
 
 
 def test_resuming_takes_the_settings_of_the_run_and_refuses_others(tmp_path):
@@ -178,9 +189,14 @@ def test_resuming_takes_the_settings_of_the_run_and_refuses_others(tmp_path):
     assert base.parse([*output, "--lr", "3e-4", "--workers", "2"]).workers == 2
     with pytest.raises(InputError, match="--batch-size is 4 but was 2 in the run to resume"):
         base.parse([*output, "--batch-size", "4"])
-    (tmp_path / base.LAST).write_bytes(b"PK cut short")
-    with pytest.raises(InputError, match=r"last\.pth is no checkpoint of base\.py"):
-        base.parse(output)
+    for damage in ("cut", "foreign"):
+        if damage == "cut":
+            whole = (tmp_path / base.LAST).read_bytes()
+            (tmp_path / base.LAST).write_bytes(whole[: len(whole) // 2])
+        else:
+            torch.save({"settings": {}}, tmp_path / base.LAST)
+        with pytest.raises(InputError, match=r"last\.pth is no checkpoint of base\.py"):
+            base.parse(output)
 
 
 def test_out_of_gpu_memory_names_the_flag(tmp_path, monkeypatch, capsys):
