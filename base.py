@@ -3,32 +3,40 @@
     python base.py                                   # dataset/, or the built-in sample if it is empty
     python base.py --dataset DIR --epochs 5 --seed 1 # other data in the assignment's layout
     python base.py --epochs 0                        # evaluate the initialized model, no training
+    python base.py --resume                          # go on where a stopped run saved last
+    torchrun --nproc_per_node=2 base.py              # data-parallel, on GPUs or processors
 """
 
 import argparse
 import copy
-import json
+import os
+import shlex
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from dataset import LISTS, locate
+from dataset.lists import read_list, read_truth
 from eval import (
     IMAGE_SIZE,
     TRANSFORM,
-    Recall,
     load_image,
     measure_recall,
     positives_within,
     print_recall,
+    rank_and_world,
 )
 from model import (
     CALIBRATION_IMAGES,
+    DAMAGED,
+    PRECISIONS,
     TRAIN_FROM,
     WARNINGS,
     InputError,
@@ -36,58 +44,27 @@ from model import (
     blame_input,
     calibrate_trunk,
     choose_device,
-    half_precision,
     initialize_netvlad,
     refuse,
+    warn,
 )
 from reporting import figures, handin, report
-from reporting.screen import phase, versions
-from train import MARGIN, cache_trunk, split_by_place, train, validate
+from reporting.screen import phase, print_recall_table, versions
+from train import (
+    MARGIN,
+    NEGATIVES,
+    TupleLoader,
+    cache_trunk,
+    draw_random,
+    split_by_place,
+    train,
+    validate,
+)
 
 KMEANS_IMAGES = 500
-
-
-def read_list(list_file: Path | str, root_dir: Path | str, inside_first: bool = False) -> list[Path]:
-    """The image paths of a list, one a line. InputError for a missing or empty list.
-
-    A line is tried as it stands, then under `root_dir`, then under it without its leading
-    `dataset/`; `inside_first` tries the last first.
-    """
-    try:
-        lines = Path(list_file).read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"the list {list_file} cannot be read ({error}): unpack it there.") from None
-    lines = [line.strip() for line in lines if line.strip()]
-    if not lines:
-        raise InputError(f"the list {list_file} is empty: it must name one image a line.")
-    return [_resolve(line, Path(root_dir), inside_first) for line in lines]
-
-
-def _resolve(line: str, root_dir: Path, inside_first: bool) -> Path:
-    inside = root_dir / line.removeprefix("./").removeprefix("dataset/")
-    places = [Path(line), root_dir / line, inside]
-    places = [inside, *places] if inside_first else places
-    return next((place for place in places if place.is_file()), inside)
-
-
-def read_truth(gt_npz: Path | str) -> tuple[np.ndarray, np.ndarray, float]:
-    """utmQ (nq, 2), utmDb (nd, 2) in meters, posDistThr. InputError for a missing file or key."""
-    try:
-        with np.load(gt_npz) as file:
-            missing = [key for key in ("utmQ", "utmDb", "posDistThr") if key not in file]
-            if missing:
-                raise InputError(f"{gt_npz} has no {', '.join(missing)}: take the assignment's file.")
-            query, index = (np.asarray(file[key], dtype=np.float64) for key in ("utmQ", "utmDb"))
-            threshold = float(file["posDistThr"])
-    except InputError:
-        raise
-    except FileNotFoundError:
-        raise InputError(f"{gt_npz} is missing: unpack the assignment's gt/ there.") from None
-    except Exception as error:  # zip, pickle and numpy each raise their own for a damaged file
-        raise InputError(f"{gt_npz} cannot be read ({error}): take the assignment's file.") from error
-    if query.ndim != 2 or index.ndim != 2 or query.shape[1] != 2 or index.shape[1] != 2:
-        raise InputError(f"{gt_npz}: utmQ and utmDb must be (n, 2), not {query.shape}, {index.shape}.")
-    return query, index, threshold
+LAST = "checkpoints/last.pth"  # what --resume goes on from
+SAVED = {"settings", "images", "model", "clustered", "origin", "warnings", "training"}  # its keys
+ANY_TIME = {"output", "device", "workers", "resume"}  # settings that may differ when resuming
 
 
 class ImageListDataset(Dataset):
@@ -100,7 +77,8 @@ class ImageListDataset(Dataset):
         self, list_file: Path | str, root_dir: Path | str, transform: Callable | None = None, *,
         inside_first: bool = False,
     ) -> None:  # fmt: skip
-        self.paths = read_list(list_file, root_dir, inside_first)
+        with blame_input():
+            self.paths = read_list(list_file, root_dir, inside_first)
         self.transform = transform
 
     def __len__(self) -> int:
@@ -127,7 +105,8 @@ class LoadDataset(Dataset):
     ) -> None:  # fmt: skip
         self.queries = ImageListDataset(query_file, root_dir, transform, inside_first=inside_first)
         self.index = ImageListDataset(db_file, root_dir, transform, inside_first=inside_first)
-        self.utm_query, self.utm_index, self.threshold = read_truth(gt_npz)
+        with blame_input():
+            self.utm_query, self.utm_index, self.threshold = read_truth(gt_npz)
         for name, list_file, images, rows in (
             ("utmQ", query_file, self.queries, self.utm_query),
             ("utmDb", db_file, self.index, self.utm_index),
@@ -145,14 +124,10 @@ class LoadDataset(Dataset):
 
     def draw(self, i: int) -> tuple[int, int]:
         """Rows in the index list of a positive and a negative for query i."""
-        distance = np.linalg.norm(self.utm_index - self.utm_query[i], axis=1)
-        near = np.flatnonzero(distance < self.threshold)
-        far = np.flatnonzero(distance > 10 * self.threshold)
-        near = near if len(near) else [distance.argmin()]
-        far = far if len(far) else [distance.argmax()]
-        generator = None if self.seed is None else torch.Generator().manual_seed(self.seed + i)
-        p, n = torch.rand(2, generator=generator, dtype=torch.float64).tolist()
-        return int(near[int(p * len(near))]), int(far[int(n * len(far))])
+        fresh = int(torch.randint(2**62, ())) if self.seed is None else [self.seed, i]
+        rng = np.random.default_rng(fresh)
+        p, n = draw_random(self.utm_query[i], self.utm_index, self.threshold, 1, rng)
+        return p, int(n[0])
 
     def __getitem__(self, i: int) -> tuple:
         p, n = self.draw(i)
@@ -232,6 +207,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     option("--batch-size", type=_positive, default=8, help="triplets a step (default: 8)")
     option("--margin", type=float, default=MARGIN, help="of the ranking loss (default: %(default)s)")
     option("--clusters", type=_positive, default=16, help="of NetVLAD (default: %(default)s)")
+    option("--mining", choices=["hard", "random"], default="hard", help="of negatives (default: hard)")
     option("--train-from", choices=TRAIN_FROM, default="conv5", help="first trained part (default: conv5)")
     option(
         "--weights", default="imagenet",
@@ -239,9 +215,49 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )  # fmt: skip
     option("--seed", type=int, default=42, help="of everything random (default: %(default)s)")
     option("--workers", type=_count, default=0, help="processes that read images (default: none)")
+    option("--precision", default="auto", choices=PRECISIONS, help="auto: bf16 where it is fast")
     option("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"], help="default: auto")
     option("--limit", type=_positive, help="use this many queries of each list, to try things out")
-    return parser.parse_args(argv)
+    option("--resume", action="store_true", help="go on with the run that stopped in --output")
+    parser.set_defaults(saved=None)
+    args = parser.parse_args(argv)
+    return take_up(parser, args, argv) if args.resume else args
+
+
+def take_up(
+    parser: argparse.ArgumentParser, args: argparse.Namespace, argv: list[str] | None
+) -> argparse.Namespace:
+    """The settings of the run that stopped in args.output, as `args.saved` all that it saved.
+
+    Raises InputError if nothing was saved there, or argv names another value for a setting.
+    """
+    file = args.output / LAST
+    if not file.is_file():
+        raise InputError(f"there is no {file} to resume from: run without --resume.")
+    try:
+        saved = torch.load(file, map_location="cpu", weights_only=True)
+        complete = isinstance(saved, dict) and saved.keys() >= SAVED
+    except DAMAGED:
+        complete = False
+    if not complete:
+        raise InputError(f"{file} is no checkpoint of base.py: run without --resume.")
+    parser.set_defaults(**saved["settings"])
+    args = parser.parse_args(argv)
+    for name, value in settings_of(args).items():
+        if name not in ANY_TIME and value != saved["settings"][name]:
+            flag = "--" + name.replace("_", "-")
+            raise InputError(
+                f"{flag} is {value} but was {saved['settings'][name]} in the run to resume: leave "
+                f"{flag} out, or run without --resume."
+            )
+    args.saved = saved
+    return args
+
+
+def settings_of(args: argparse.Namespace) -> dict:
+    """The command line's values, paths as text."""
+    settings = {k: v for k, v in vars(args).items() if k != "saved"}
+    return {k: str(v) if isinstance(v, Path) else v for k, v in settings.items()}
 
 
 def _count(text: str) -> int:
@@ -257,23 +273,23 @@ def _positive(text: str) -> int:
 
 
 def announce(
-    args: argparse.Namespace, model: NetVLADModel, splits: dict[str, LoadDataset], steps: int,
-    device: torch.device,
+    args: argparse.Namespace, model: NetVLADModel, data: LoadDataset,
+    splits: dict[str, LoadDataset], tuples: int, device: torch.device,
 ) -> None:  # fmt: skip
     """Print what is about to be done, with the minutes it will take, from the speed measured here."""
-    images = {name: len(data.queries) + len(data.index) for name, data in splits.items()}
-    for name, data in splits.items():
-        print(f"{name:6s}{len(data.queries):6d} queries {len(data.index):6d} index images")
+    for name, split in {"train": data, **splits}.items():
+        print(f"{name:6s}{len(split):6d} queries {len(split.index):6d} index images")
     probe = torch.zeros(8, 3, IMAGE_SIZE, IMAGE_SIZE)
     speed = [image_seconds(model, probe, device) for _ in range(2)][-1]
     head = model.trunk_share(model.first_trained)
-    triplet_images = 3 * steps * args.batch_size * args.epochs
-    cost = images["train"] * (1 - head) * (model.first_trained > 0)
-    cost += sum(images[name] for name in splits if name != "train") * (1 + head)
-    cost += triplet_images * 3 * head
+    cost = (len(data) + len(data.index)) * (1 - head) * (model.first_trained > 0)
+    cost += sum(len(split) + len(split.index) for split in splits.values()) * (1 + head)
+    trained = 3 * tuples * (2 + NEGATIVES[args.mining])
+    cost += args.epochs * head * (trained + len(data) + len(data.index))
     print(
-        f"{args.epochs} epochs of {steps} steps on {device}; {1 / speed:.1f} images a second through the "
-        f"trunk: about {cost * speed / 60 + 0.3:.1f} minutes; 60 MB on disk in {args.output}."
+        f"{args.epochs} epochs of {tuples} tuples on {device}; {1 / speed:.1f} images a second "
+        f"through the trunk: at most about {cost * speed / 60 + 0.3:.1f} minutes; 240 MB on disk in "
+        f"{args.output}."
     )
 
 
@@ -283,14 +299,32 @@ def image_seconds(model: NetVLADModel, images: torch.Tensor, device: torch.devic
     model.to(device, memory_format=torch.channels_last)
     images = images.to(device).contiguous(memory_format=torch.channels_last)
     began = time.perf_counter()
-    with half_precision(device):
+    with model.autocast(device):
         float(model.trunk(images).float().sum())
     return (time.perf_counter() - began) / len(images)
 
 
+def build(args: argparse.Namespace) -> NetVLADModel:
+    """The model a run begins with, or the untrained one of the run that is resumed."""
+    resumed = args.saved["model"] if args.saved else None
+    file = None if args.weights in ("imagenet", "none") or resumed else args.weights
+    model = NetVLADModel(
+        args.clusters, pretrained=args.weights == "imagenet" and not resumed, weights=file,
+        train_from=args.train_from,
+    )  # fmt: skip
+    model.precision = args.precision
+    if resumed:
+        model.load_state_dict(resumed)
+        model.netvlad.initialized = args.saved["clustered"]
+        model.weights_origin = args.saved["origin"]
+        for warning in args.saved["warnings"]:
+            warn(warning)
+    return model
+
+
 def initialize(
-    model: NetVLADModel, data: LoadDataset, seed: int, workers: int, device: torch.device,
-    seconds: dict[str, float],
+    model: NetVLADModel, data: LoadDataset, args: argparse.Namespace, device: torch.device,
+    seconds: dict[str, float], save: Callable[[], None],
 ) -> None:  # fmt: skip
     """Calibrate random weights, cache the frozen trunk's outputs in `data`, cluster descriptors."""
     if not model.trunk_initialized:
@@ -298,115 +332,188 @@ def initialize(
             rows = np.linspace(0, len(data.index) - 1, min(CALIBRATION_IMAGES, len(data.index)))
             images = torch.stack([data.index[int(row)][0] for row in rows])
             calibrate_trunk(model, images.to(device))
+        save()
     start = model.first_trained
     if start:
         with phase("frozen trunk, once per training image", seconds):
-            options = {"device": device, "workers": workers}
+            options = {"device": device, "workers": args.workers, "folder": args.output}
             data.cached = (
                 cache_trunk(model, data.queries, desc="queries", **options),
                 cache_trunk(model, data.index, desc="index images", **options),
             )
-    with phase("k-means", seconds):
-        rows = np.linspace(0, len(data.index) - 1, min(KMEANS_IMAGES, len(data.index))).astype(int)
-        source = data.cached[1] if start else None
-        batches = (
-            torch.stack([data.index[row][0] for row in part] if source is None else [source[row] for row in part])
-            for part in np.array_split(rows, max(1, len(rows) // 16))
+    if not model.netvlad.initialized:
+        with phase("k-means", seconds):
+            rows = np.linspace(0, len(data.index) - 1, min(KMEANS_IMAGES, len(data.index))).astype(int)
+            source = data.cached[1] if start else None
+            batches = (
+                torch.stack([data.index[row][0] if source is None else source[row] for row in part])
+                for part in np.array_split(rows, max(1, len(rows) // 16))
+            )
+            initialize_netvlad(model, batches, device, start=start, seed=args.seed)
+        save()
+
+
+def saver(
+    args: argparse.Namespace, model: NetVLADModel, data: LoadDataset
+) -> Callable[[dict | None], None]:
+    """A function that writes what --resume needs: the untrained model, or the state of its training.
+
+    What an earlier run left is removed, unless it is the run that is resumed; InputError if that one
+    had other training images.
+    """
+    file = args.output / LAST
+    images = [len(data.queries), len(data.index)]
+    if args.saved and args.saved["images"] != images:
+        raise InputError(
+            f"the run to resume had {args.saved['images']} training queries and index images, now "
+            f"there are {images}: bring back its data, or run without --resume."
         )
-        initialize_netvlad(model, batches, device, start=start, seed=seed)
+    untrained = {k: v for k, v in (args.saved or {}).items() if k != "training"}
+
+    def save(training: dict | None = None) -> None:
+        if rank_and_world()[0] > 0:
+            return
+        if training is None:
+            untrained.update(
+                model={name: value.cpu().clone() for name, value in model.state_dict().items()},
+                clustered=model.netvlad.initialized, images=images, origin=model.weights_origin,
+                warnings=list(WARNINGS), settings=settings_of(args),
+            )  # fmt: skip
+        with blame_input():
+            state = {**untrained, "training": training}
+            handin.write_whole(file, lambda path: torch.save(state, path))
+            if training and training["history"]:
+                handin.write_log(args.output, training["history"])
+
+    if not args.saved and rank_and_world()[0] == 0:
+        file.unlink(missing_ok=True)
+    return save
 
 
-def gallery(data: LoadDataset, result: Recall) -> list[figures.GalleryRow]:
-    """A few queries with their top 5, for the picture: right at once, right by rank 10 only, wrong."""
-    listed = result.ranking.shape[1]
-    ranks = [int(hit) + 1 if hit < listed else None for hit in result.hits]
-    rows = []
-    for query in figures.choose_gallery(ranks):
-        top = result.ranking[query][:5]
-        distance = np.linalg.norm(data.utm_index[top] - data.utm_query[query], axis=1)
-        matches = [
-            (data.index.paths[i], float(s), float(d), bool(i in result.positives[query]))
-            for i, s, d in zip(top, result.similarity[query], distance)
-        ]
-        rows.append(figures.GalleryRow(data.queries.paths[query], matches, ranks[query]))
-    return rows
+def learn(
+    args: argparse.Namespace, model: NetVLADModel, data: LoadDataset, parts: dict[str, np.ndarray],
+    device: torch.device, save: Callable[[dict], None],
+) -> tuple[list[dict], float]:  # fmt: skip
+    """Train the initialized model; what happened in each epoch, and the loss on the test part."""
+    tuples = TupleLoader(
+        data, parts["train"], np.concatenate([parts["val"], parts["test"]]), device,
+        batch_size=args.batch_size, seed=args.seed, start=model.first_trained, mining=args.mining,
+        margin=args.margin,
+    )  # fmt: skip
+    fixed = copy.copy(data)
+    fixed.seed = args.seed
+    val, test = (
+        DataLoader(
+            Subset(fixed, parts[name].tolist()), args.batch_size,
+            num_workers=args.workers if data.cached is None else 0,
+        )
+        for name in ("val", "test")
+    )  # fmt: skip
+    options = {"margin": args.margin, "start": model.first_trained}
+    history = train(
+        model, tuples, val, device, args.epochs, args.lr, save=save,
+        state=args.saved and args.saved["training"], **options,
+    )  # fmt: skip
+    return history, validate(model, test, device, **options)
+
+
+def join_processes(device: torch.device) -> torch.device:
+    """Join the processes that torchrun started, if it did; the device of this one."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return device
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return device
+
+
+@contextmanager
+def first_process_first() -> Iterator[None]:
+    """Let the first process do what is inside, which may write files that the others then find."""
+    rank, world = rank_and_world()
+    if rank > 0:
+        dist.barrier()
+    yield
+    if rank == 0 and world > 1:
+        dist.barrier()
+
+
+@contextmanager
+def silent_unless_first() -> Iterator[None]:
+    """Print nothing in any but the first process of torchrun."""
+    if int(os.environ.get("RANK", "0")) == 0:
+        yield
+        return
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+        yield
 
 
 def run(args: argparse.Namespace) -> None:
     """All of tasks 1-3; raises InputError for bad input."""
     torch.manual_seed(args.seed)
     seconds: dict[str, float] = {}
-    device = choose_device(args.device)
-    with blame_input():
-        handin.write_whole(args.output / ".writable", lambda path: path.touch())
-        (args.output / ".writable").unlink()
-    root, is_sample = find_dataset(args.dataset)
-    splits = {
-        name: data for name in ("train", "val", "test") if (data := read_split(root, name, args.limit))
-    }
+    device = join_processes(choose_device(args.device))
+    first = rank_and_world()[0] == 0
+    with first_process_first():
+        if first:
+            with blame_input():
+                handin.write_whole(args.output / ".writable", lambda path: path.touch())
+                (args.output / ".writable").unlink()
+        root, is_sample = find_dataset(args.dataset)
+    read = {name: read_split(root, name, args.limit) for name in ("train", "val", "test")}
+    splits = {name: data for name, data in read.items() if data}
     remarks = look_at(splits)
     for line in remarks:
         print(f"Data: {line}")
-    data = splits["train"]
+    data = splits.pop("train")
     parts, dropped = split_by_place(data.utm_query, data.utm_index, data.threshold, args.seed)
-    print(f"Training queries by place: {', '.join(f'{len(r)} {n}' for n, r in parts.items())}, {dropped} dropped.")
+    sizes = {**{name: len(rows) for name, rows in parts.items()}, "dropped": dropped}
+    print(f"Training queries by place: {', '.join(f'{n} {name}' for name, n in sizes.items())}.")
 
-    file = None if args.weights in ("imagenet", "none") else args.weights
-    model = NetVLADModel(
-        args.clusters, pretrained=args.weights == "imagenet", weights=file, train_from=args.train_from
-    )
-    announce(args, model, splits, -(-len(parts["train"]) // args.batch_size), device)
-    initialize(model, data, args.seed, args.workers, device, seconds)
+    with first_process_first():
+        model = build(args)
+    announce(args, model, data, splits, len(parts["train"]), device)
+    save = saver(args, model, data)
+    initialize(model, data, args, device, seconds, save)
     print(f"VGG16 weights: {model.weights_origin}.")
-    initial = copy.deepcopy(model)
-
-    start = model.first_trained
-    fixed = copy.copy(data)
-    fixed.seed = args.seed
-    loaders = {
-        name: DataLoader(
-            Subset(data if name == "train" else fixed, rows.tolist()), args.batch_size,
-            shuffle=name == "train", num_workers=0 if start else args.workers,
-            generator=torch.Generator().manual_seed(args.seed),
-        )
-        for name, rows in parts.items()
-    }  # fmt: skip
+    models = [copy.deepcopy(model), model] if args.epochs else [model]
     with phase("training", seconds):
-        history = train(
-            model, loaders["train"], loaders["val"], device, args.epochs, args.lr,
-            margin=args.margin, start=start,
-        )  # fmt: skip
-        test_loss = validate(model, loaders["test"], device, margin=args.margin, start=start)
+        history, test_loss = learn(args, model, data, parts, device, save)
     print(f"Test loss {test_loss:.4f}")
-    checkpoint = args.output / "checkpoints" / "netvlad_final.pth"
-    with blame_input():
-        handin.write_whole(checkpoint, lambda path: torch.save(model.state_dict(), path))
-    data.cached = fixed.cached = None
+    checkpoint = args.output / handin.CHECKPOINT
+    if first:
+        with blame_input():
+            handin.write_whole(checkpoint, lambda path: torch.save(model.state_dict(), path))
+    data.cached = None
 
     recall, rows = {}, []
     with phase("recall", seconds):
-        models = [initial, model] if args.epochs else [model]
-        for name in [name for name in splits if name != "train"]:
-            held_out = splits[name]
+        for name, split in splits.items():
+            places = (split.utm_query, split.utm_index)
             result = measure_recall(
-                models, held_out.queries, held_out.index, held_out.utm_query, held_out.utm_index,
-                held_out.threshold, device, workers=args.workers, seed=args.seed, desc=name,
+                models, split.queries, split.index, *places, split.threshold, device,
+                workers=args.workers, seed=args.seed, desc=name,
             )  # fmt: skip
             print(f"{name} lists, trained {args.epochs} epochs:")
             print_recall(result.hits, [1, 5, 10])
             recall[name] = result.section
-            rows = rows or gallery(held_out, result)
+            paths = (split.queries.paths, split.index.paths)
+            rows = rows or figures.gallery_rows(*paths, *places, result)
 
-    settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
-    sizes = {f"{n}_{kind}": len(getattr(d, a)) for n, d in splits.items() for kind, a in (("queries", "queries"), ("index", "index"))}
+    if not first:
+        return
+    counts = {f"{name}_{kind}": len(getattr(d, kind))
+              for name, d in read.items() if d for kind in ("queries", "index")}  # fmt: skip
+    origin = model.weights_origin
     section = {
         "data": {"name": "built-in sample" if is_sample else root.resolve().name, "root": str(root),
-                 "is_sample": is_sample, **sizes, "remarks": remarks},
-        "settings": settings, "clusters": args.clusters, "seed": args.seed, "device": str(device),
-        "weights": {"origin": model.weights_origin, "pretrained": not model.weights_origin.startswith("random")},
-        "split": {**{name: len(r) for name, r in parts.items()}, "dropped": dropped},
-        "epochs": history, "test_loss": test_loss, "recall": recall, "phases": seconds,
-        "versions": versions(), "warnings": WARNINGS,
+                 "is_sample": is_sample, **counts, "remarks": remarks},
+        "weights": {"origin": origin, "pretrained": not origin.startswith("random")},
+        "settings": settings_of(args), "clusters": args.clusters, "seed": args.seed,
+        "device": str(device), "split": sizes, "epochs": history, "test_loss": test_loss,
+        "recall": recall, "phases": seconds, "versions": versions(), "warnings": WARNINGS,
     }  # fmt: skip
     with blame_input():
         finish(args.output, checkpoint, section, rows)
@@ -414,19 +521,12 @@ def run(args: argparse.Namespace) -> None:
 
 def finish(output: Path, checkpoint: Path, section: dict, rows: list[figures.GalleryRow]) -> None:
     """Write metrics, description of the checkpoint, picture, report and the copies of the code."""
-    described = {k: section[k] for k in ("weights", "data", "seed", "clusters", "versions", "settings")}
-    described = {"sha256": handin.file_sha256(checkpoint), **described}
-    text = json.dumps(described, indent=2, ensure_ascii=False)
-    handin.write_whole(checkpoint.with_suffix(".json"), lambda path: path.write_text(text, encoding="utf-8"))
-    metrics = handin.update_metrics(output, "base", section, described["sha256"])
+    sha256 = handin.describe_checkpoint(checkpoint, section)
+    metrics = handin.update_metrics(output, "base", section, sha256)
     figures.recall_picture(output / "task3_result.png", metrics["base"], rows)
     report.write_report(output)
     handin.copy_code(Path(__file__).resolve().parent, output)
-    print(f"\n{'':10s}{'R@1':>8s}{'R@5':>8s}{'R@10':>8s}   (%)")
-    for name, recall in section["recall"].items():
-        for kind in ("trained", "untrained", "chance"):
-            values = "".join(f"{100 * recall[kind][k - 1]:8.1f}" for k in (1, 5, 10))
-            print(f"{name:4s} {kind:10s}{values}")
+    print_recall_table(section["recall"])
     print(f"Weights: {section['weights']['origin']}. Data: {section['data']['name']}.")
     print(f"Written: {checkpoint}, {output / 'task3_result.png'}, {output / 'report' / 'report.md'}.")
     for line in handin.missing(output):
@@ -434,12 +534,31 @@ def finish(output: Path, checkpoint: Path, section: dict, rows: list[figures.Gal
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run tasks 1-3; 0, or 2 for bad input."""
+    """Run tasks 1-3; 0, 2 for bad input, 130 when interrupted."""
+    args = None
     try:
-        run(parse(argv))
+        args = parse(argv)
+        with silent_unless_first():
+            run(args)
     except InputError as error:
         return refuse("base.py", error)
+    except torch.cuda.OutOfMemoryError:
+        sentence = f"the GPU's memory is too small: lower --batch-size (now {args.batch_size})."
+        return refuse("base.py", InputError(sentence))
+    except KeyboardInterrupt:
+        print("\n" + how_to_resume(args), file=sys.stderr)
+        return 130
+    finally:
+        if dist.is_available() and dist.is_initialized():
+            dist.destroy_process_group()
     return 0
+
+
+def how_to_resume(args: argparse.Namespace | None) -> str:
+    """What to type after an interruption."""
+    if args is None or not (args.output / LAST).is_file():
+        return "Interrupted before anything was saved: start again."
+    return f"Interrupted. To go on: python base.py --resume --output {shlex.quote(str(args.output))}"
 
 
 if __name__ == "__main__":

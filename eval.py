@@ -8,12 +8,13 @@ model.py; only the command line above needs base.py, which reads the lists.
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
@@ -25,7 +26,6 @@ from model import (
     InputError,
     NetVLADModel,
     choose_device,
-    half_precision,
     load_checkpoint,
     refuse,
 )
@@ -52,6 +52,41 @@ def load_image(path: Path | str) -> Image.Image:
         raise InputError(f"the image {path} cannot be read ({error}): replace it.") from None
 
 
+def rank_and_world() -> tuple[int, int]:
+    """The number of this process among those of torchrun, and how many there are; (0, 1) without."""
+    there = dist.is_available() and dist.is_initialized()
+    return (dist.get_rank(), dist.get_world_size()) if there else (0, 1)
+
+
+def own_batches(count: int, size: int) -> list[list[int]]:
+    """The batches of range(count) that this process computes, one for each round of `all_batches`.
+
+    Their bounds do not depend on the number of processes. When the batches run out in the last round,
+    the last one is computed by several.
+    """
+    rank, world = rank_and_world()
+    batches = [list(range(i, min(i + size, count))) for i in range(0, count, size)]
+    return [batches[min(i + rank, len(batches) - 1)] for i in range(0, len(batches), world)]
+
+
+def all_batches(results: Iterable[torch.Tensor], count: int, size: int) -> Iterator[torch.Tensor]:
+    """The results (B, …) for all batches in order, from those that each process has for its own."""
+    _, world = rank_and_world()
+    done = 0
+    for result in results:
+        parts = [result]
+        if world > 1:
+            padded = result.new_zeros(size, *result.shape[1:])
+            padded[: len(result)] = result
+            raw = padded.view(torch.uint8)  # gloo knows no bfloat16
+            raws = [torch.empty_like(raw) for _ in range(world)]
+            dist.all_gather(raws, raw)
+            parts = [part.view(result.dtype) for part in raws]
+        for part in parts:
+            yield part[: max(0, min(size, count - done))]
+            done += size
+
+
 def embed(
     models: Sequence[NetVLADModel], dataset: Dataset, device: torch.device | str,
     batch_size: int = 32, workers: int = 0, desc: str = "embedding",
@@ -65,23 +100,32 @@ def embed(
     for model in models:
         model.to(device, memory_format=torch.channels_last).eval()
     shared = models[0].first_trained if len(models) > 1 else 0
-    parts: list[list[torch.Tensor]] = [[] for _ in models]
-    indices: list[int] = []
-    paths: list[str] = []
-    loader = DataLoader(dataset, batch_size, num_workers=workers)
-    with tqdm(total=len(dataset), desc=desc, unit="image", leave=False) as bar:
-        for images, numbers, names in loader:
+    named: dict[int, tuple[int, str]] = {}
+    batches = own_batches(len(dataset), batch_size)
+    loader = DataLoader(dataset, batch_sampler=batches, num_workers=workers)
+
+    def descriptors() -> Iterator[torch.Tensor]:
+        for rows, (images, numbers, names) in zip(batches, loader):
+            named.update(zip(rows, zip(map(int, numbers), names)))
             images = images.to(device).contiguous(memory_format=torch.channels_last)
-            with torch.inference_mode(), half_precision(device):
+            with torch.inference_mode(), models[0].autocast(device):
                 trunk = models[0].trunk[:shared](images)
-                for model, part in zip(models, parts):
-                    part.append(model(trunk, shared).float().cpu())
-            indices += [int(number) for number in numbers]
-            paths += list(names)
-            bar.update(len(images))
+                yield torch.cat([model(trunk, shared).float() for model in models], dim=1)
+
     width = models[0].netvlad.centers.numel()
-    empty = torch.empty(0, width)
-    return [torch.cat([empty, *part]).numpy() for part in parts], indices, paths
+    found, done = torch.empty(len(models), len(dataset), width), 0
+    with tqdm(total=len(dataset), desc=desc, unit="image", leave=False) as bar:
+        for part in all_batches(descriptors(), len(dataset), batch_size):
+            each = part.unflatten(1, (len(models), width)).transpose(0, 1)
+            found[:, done : done + len(part)] = each.cpu()
+            done += len(part)
+            bar.update(len(part))
+    if rank_and_world()[1] > 1:
+        everyone: list = [None] * rank_and_world()[1]
+        dist.all_gather_object(everyone, named)
+        named = {row: item for items in everyone for row, item in items.items()}
+    indices, paths = zip(*(named[row] for row in range(len(dataset)))) if named else ((), ())
+    return list(found.numpy()), list(indices), list(paths)
 
 
 def compute_embeddings(

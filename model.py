@@ -25,9 +25,12 @@ from tqdm import tqdm
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 TRUNK_CHANNELS = 512
+PRECISIONS = ("auto", "bf16", "float32")
 # Index in `trunk` of the first trained module, by the name used on the command line.
 TRAIN_FROM = {"conv1": 0, "conv2": 5, "conv3": 10, "conv4": 17, "conv5": 24, "netvlad": 29}
 DOWNLOAD_STALL_S = 20
+# What torch.load raises for a file that is damaged or of another kind.
+DAMAGED = (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError)
 CALIBRATION_IMAGES = 48
 CALIBRATION_CHUNK = 8
 KMEANS_DESCRIPTORS = 50_000
@@ -139,7 +142,8 @@ class NetVLADModel(nn.Module):
     train_from: what is trained, "conv1" ... "conv5" or "netvlad"; everything below is frozen.
     Raises InputError if `weights` is not such a file, ValueError for other arguments.
 
-    `weights_origin` says in words where the trunk's weights are from.
+    `weights_origin` says in words where the trunk's weights are from; `precision` (PRECISIONS) is what
+    `autocast` computes in.
     """
 
     def __init__(
@@ -166,11 +170,16 @@ class NetVLADModel(nn.Module):
         elif pretrained:
             self._load_imagenet()
         self.netvlad = NetVLAD(num_clusters, dim)
+        self.precision = "auto"
         self.train_only_from(train_from)
 
     def forward(self, x: Tensor, start: int = 0) -> Tensor:
         """x (N, 3, H, W), or with `start` the outputs of trunk[:start] -> (N, K * 512), rows of norm 1."""
-        return self.netvlad(self.trunk[start:](x))
+        return self.netvlad(self.trunk[start:](x.float()))
+
+    def autocast(self, device: torch.device | str) -> torch.autocast:
+        """The context in which this model computes, on `device`, in its `precision`."""
+        return half_precision(device, self.precision)
 
     def train_only_from(self, name: str) -> None:
         """Freeze everything below `name`; `first_trained` becomes its index in the trunk."""
@@ -225,7 +234,7 @@ def _read_state_dict(path: Path) -> dict[str, Tensor]:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise InputError(f"{path} does not exist: run base.py first or name another file.") from None
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
+    except DAMAGED as error:
         raise InputError(
             f"{path} cannot be read as a PyTorch state dict (damaged, cut short or another kind of "
             f"file; {type(error).__name__}): make it anew with base.py or name another file."
@@ -286,7 +295,7 @@ def calibrate_trunk(model: NetVLADModel, images: Tensor) -> None:
     images = images.contiguous(memory_format=torch.channels_last)
     chunks = list(images.split(CALIBRATION_CHUNK))
     for module in tqdm(model.trunk, desc="calibrating random weights", unit="layer", leave=False):
-        with half_precision(images.device):
+        with model.autocast(images.device):
             chunks = [module(chunk) for chunk in chunks]
         if isinstance(module, nn.Conv2d):
             moments = [(c.float().mean((0, 2, 3)), c.float().square().mean((0, 2, 3))) for c in chunks]
@@ -313,8 +322,8 @@ def initialize_netvlad(
     generator = torch.Generator().manual_seed(seed)
     drawn, total = [], 0
     for batch in batches:
-        with half_precision(device):
-            local = model.trunk[start:](batch.to(device))
+        with model.autocast(device):
+            local = model.trunk[start:](batch.to(device).float())
         local = F.normalize(local.float(), dim=1).flatten(2)
         order = torch.rand(local.shape[0], local.shape[2], generator=generator).argsort(dim=1)
         chosen = order[:, None, :DESCRIPTORS_PER_IMAGE].to(device).expand(-1, local.shape[1], -1)
@@ -374,9 +383,13 @@ def choose_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def half_precision(device: torch.device | str) -> torch.autocast:
-    """Autocast to bfloat16 where the hardware computes in it (GPUs, AVX-512 bf16 or AMX processors)."""
+def half_precision(device: torch.device | str, precision: str = "auto") -> torch.autocast:
+    """Autocast to bfloat16, for precision "bf16", and for "auto" where the hardware computes in it.
+
+    That is on GPUs and on processors with AVX-512 bf16 or AMX.
+    """
     kind = torch.device(device).type
     capabilities = getattr(torch.cpu, "get_capabilities", dict)() if kind == "cpu" else {}
     fast = kind != "cpu" or capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")
-    return torch.autocast(kind, torch.bfloat16, enabled=bool(fast))
+    enabled = precision == "bf16" or (precision == "auto" and bool(fast))
+    return torch.autocast(kind, torch.bfloat16, enabled=enabled)

@@ -53,6 +53,24 @@ def choose_gallery(first_hit_rank: Sequence[int | None], per_kind: int = 2) -> l
     ]
 
 
+def gallery_rows(
+    query_paths: Sequence, index_paths: Sequence, utm_query: np.ndarray, utm_index: np.ndarray, result
+) -> list[GalleryRow]:
+    """A few queries with their top 5. result: eval.Recall; utm_query, utm_index: (n, 2) in meters."""
+    listed = result.ranking.shape[1]
+    ranks = [int(hit) + 1 if hit < listed else None for hit in result.hits]
+    rows = []
+    for query in choose_gallery(ranks):
+        top = result.ranking[query][:5]
+        distance = np.linalg.norm(utm_index[top] - utm_query[query], axis=1)
+        matches = [
+            (index_paths[i], float(s), float(d), bool(i in result.positives[query]))
+            for i, s, d in zip(top, result.similarity[query], distance)
+        ]
+        rows.append(GalleryRow(query_paths[query], matches, ranks[query]))
+    return rows
+
+
 def percent(share: float | None) -> str:
     """0.6512 → "65.1 %"."""
     return "–" if share is None else f"{100 * share:.1f} %"

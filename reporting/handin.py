@@ -14,7 +14,7 @@ from pathlib import Path
 
 SCRIPTS = ("base.py", "model.py", "train.py", "eval.py", "test.py")
 PACKAGES = ("localization", "reporting")
-SAMPLE_FILES = ("dataset/__init__.py", "dataset/sample.py")
+SAMPLE_FILES = ("dataset/__init__.py", "dataset/lists.py", "dataset/sample.py")
 OTHER_FILES = ("requirements.txt", "LICENSE")
 IGNORED_FOLDERS = {"__pycache__", ".cache"}
 
@@ -57,6 +57,28 @@ def file_sha256(path: Path) -> str:
     """SHA-256 of a file's bytes as hexadecimal: what ties results to a checkpoint."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def describe_checkpoint(checkpoint: Path, section: dict) -> str:
+    """Write beside a checkpoint, as .json, what it was made of, from a section of metrics.json.
+
+    -> the checkpoint's hash.
+    """
+    sha256 = file_sha256(checkpoint)
+    keys = ("weights", "data", "seed", "clusters", "versions", "settings")
+    text = json.dumps(
+        {"sha256": sha256, **{key: section[key] for key in keys}}, indent=2, ensure_ascii=False
+    )
+    content = text.encode("utf-8", "backslashreplace")
+    write_whole(checkpoint.with_suffix(".json"), lambda part: _write_bytes(part, content))
+    return sha256
+
+
+def write_log(output: Path, epochs: list[dict]) -> None:
+    """train_log.csv: the numbers of each epoch, a line each."""
+    rows = [epochs[0], *(epoch.values() for epoch in epochs)]
+    text = "".join(",".join(map(str, row)) + "\n" for row in rows)
+    write_whole(output / "train_log.csv", lambda part: _write_bytes(part, text.encode()))
 
 
 def code_files(project: Path) -> list[str]:

@@ -1,9 +1,16 @@
-"""Reading of the assignment's data: lists, truth, limits, what is odd about them."""
+"""Reading of the assignment's data: lists, truth, limits, what is odd about them; resuming."""
 
+import csv
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import base
@@ -91,3 +98,111 @@ def test_absent_test_lists_are_no_error_but_half_of_them_are(tmp_path):
     (tmp_path / "query_test.txt").write_text("dataset/query/train0.jpg\n")
     with pytest.raises(InputError, match="index_test.txt"):
         base.read_split(tmp_path, "test")
+
+
+# ---------------------------------------------------------------- resuming
+
+
+def start(*words: object) -> subprocess.Popen:
+    command = [sys.executable, "base.py", *map(str, words)]
+    return subprocess.Popen(
+        command, cwd=Path(base.__file__).parent, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        text=True, encoding="utf-8", env={**os.environ, "PYTHONIOENCODING": "utf-8"},
+    )  # fmt: skip
+
+
+def wait_for(file: Path, process: subprocess.Popen) -> None:
+    while not file.is_file():
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.01)
+
+
+def test_killed_then_resumed_ends_with_the_weights_of_an_unbroken_run(tmp_path):
+    for split, queries in (("train", 6), ("val", 1)):
+        make_lists(tmp_path / "data", queries, 2 * queries, split)
+    words = ["--dataset", tmp_path / "data", "--weights", "none", "--epochs", 2, "--batch-size", 2,
+             "--clusters", 4]  # fmt: skip
+    outputs = tmp_path / "broken", tmp_path / "whole"
+    killed = start(*words, "--output", outputs[0])
+    wait_for(outputs[0] / "train_log.csv", killed)  # the first epoch is done and saved
+    killed.send_signal(signal.SIGKILL if hasattr(signal, "SIGKILL") else signal.SIGTERM)
+    killed.communicate()
+    assert not (outputs[0] / "checkpoints/netvlad_final.pth").exists()
+    last = torch.load(outputs[0] / base.LAST, weights_only=True)
+    assert last["training"]["epoch"] == 2
+
+    lists = tmp_path / "data" / "query_train.txt", tmp_path / "data" / "gt/pitts30k_train.npz"
+    kept = [file.read_bytes() for file in lists]
+    lists[0].write_text(lists[0].read_text().split("\n", 1)[1])
+    truth = np.load(lists[1])
+    np.savez(lists[1], utmQ=truth["utmQ"][1:], utmDb=truth["utmDb"], posDistThr=25)
+    refused = start("--resume", "--output", outputs[0])
+    assert "had [6, 12] training queries and index images" in refused.communicate()[1]
+    assert refused.returncode == 2
+    for file, content in zip(lists, kept):
+        file.write_bytes(content)
+
+    resumed = start("--resume", "--output", outputs[0])
+    said, complaints = resumed.communicate()
+    assert resumed.returncode == 0, complaints
+    assert "calibrating" not in said and "k-means" not in said and "Epoch 1/2" not in said
+    assert "Epoch 2/2" in said
+    whole = start(*words, "--output", outputs[1])
+    assert whole.wait() == 0, whole.communicate()
+    first, second = (
+        torch.load(output / "checkpoints/netvlad_final.pth", weights_only=True) for output in outputs
+    )
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    logs = [list(csv.DictReader((output / "train_log.csv").open())) for output in outputs]
+    assert [row["epoch"] for row in logs[0]] == ["1", "2"]
+    assert [{**row, "seconds": 0} for row in logs[0]] == [{**row, "seconds": 0} for row in logs[1]]
+
+
+def test_interrupting_ends_with_a_line_on_how_to_go_on(tmp_path):
+    for split, queries in (("train", 6), ("val", 1)):
+        make_lists(tmp_path / "data", queries, 2 * queries, split)
+    output = tmp_path / "o"
+    process = start("--dataset", tmp_path / "data", "--weights", "none", "--output", output)
+    wait_for(output / base.LAST, process)
+    process.send_signal(signal.SIGINT)
+    _, complaints = process.communicate()
+    assert process.returncode == 130
+    assert complaints.splitlines()[-1].endswith(f"python base.py --resume --output {output}")
+    assert "Traceback" not in complaints
+
+
+def saved_run(output: Path, **settings) -> None:
+    """A last.pth as a run with these settings leaves it."""
+    settings = base.settings_of(base.parse(["--output", str(output)])) | settings
+    (output / "checkpoints").mkdir(parents=True)
+    torch.save(dict.fromkeys(base.SAVED) | {"settings": settings}, output / base.LAST)
+
+
+def test_resuming_takes_the_settings_of_the_run_and_refuses_others(tmp_path):
+    output = ["--resume", "--output", str(tmp_path)]
+    with pytest.raises(InputError, match=r"no .*last\.pth to resume from: run without --resume"):
+        base.parse(output)
+    saved_run(tmp_path, lr=3e-4, batch_size=2, dataset="there", train_from="conv4")
+    args = base.parse(output)
+    assert (args.lr, args.batch_size, args.dataset) == (3e-4, 2, Path("there"))
+    assert base.parse([*output, "--lr", "3e-4", "--workers", "2"]).workers == 2
+    with pytest.raises(InputError, match="--batch-size is 4 but was 2 in the run to resume"):
+        base.parse([*output, "--batch-size", "4"])
+    for damage in ("cut", "foreign"):
+        if damage == "cut":
+            whole = (tmp_path / base.LAST).read_bytes()
+            (tmp_path / base.LAST).write_bytes(whole[: len(whole) // 2])
+        else:
+            torch.save({"settings": {}}, tmp_path / base.LAST)
+        with pytest.raises(InputError, match=r"last\.pth is no checkpoint of base\.py"):
+            base.parse(output)
+
+
+def test_out_of_gpu_memory_names_the_flag(tmp_path, monkeypatch, capsys):
+    def full(args):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(base, "run", full)
+    assert base.main(["--output", str(tmp_path), "--batch-size", "64"]) == 2
+    assert "lower --batch-size (now 64)" in capsys.readouterr().err

@@ -1,11 +1,31 @@
-"""Ranking loss by hand and against PyTorch, the loop, the split by place."""
+"""Ranking loss by hand and against PyTorch, mining, the loop and its resuming, the split by place."""
+
+import copy
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-from model import InputError, NetVLADModel, half_precision
-from train import centralize_gradients, ranking_loss, split_by_place, train, validate
+import train as training
+from model import WARNINGS, InputError, NetVLADModel, half_precision
+from train import (
+    TupleLoader,
+    cache_trunk,
+    centralize_gradients,
+    diagnose,
+    draw_random,
+    hardest_negatives,
+    ranking_loss,
+    rate_factor,
+    split_by_place,
+    train,
+    validate,
+    violates,
+)
 
 
 def unit(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -102,6 +122,286 @@ def test_a_loaded_model_is_not_initialized_again():
     fresh = NetVLADModel(4, pretrained=False)
     train(fresh, triplets(1, 3, 32), [], "cpu", epochs=0)
     assert fresh.netvlad.initialized
+
+
+def test_a_large_trunk_cache_is_a_file_and_one_too_large_is_refused(tmp_path, monkeypatch, capsys):
+    torch.manual_seed(0)
+    model = NetVLADModel(4, pretrained=False)
+    images = [(image, i) for i, image in enumerate(torch.randn(20, 3, 32, 32))]
+    there = {"device": torch.device("cpu"), "desc": "", "folder": tmp_path}
+    in_memory = cache_trunk(model, images, **there)
+    monkeypatch.setattr(training, "CACHE_BYTES", 1000)
+    for precision, kind in (("float32", torch.float32), ("auto", torch.bfloat16)):
+        model.precision = precision
+        mapped = cache_trunk(model, images, **there)
+        assert mapped.shape == (20, 512, 2, 2) and mapped.dtype == kind
+    assert torch.equal(in_memory, mapped)
+    assert "take 0.0 GB: they go to a memory-mapped file" in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(InputError, match="for 4000000000 images take .* GB free: name another"):
+        training._room((4 * 10**9, 512, 14, 14), torch.bfloat16, tmp_path)
+
+
+def test_precisions_agree_and_float32_computes_in_it():
+    torch.manual_seed(0)
+    model = NetVLADModel(4, pretrained=False)
+    image = torch.rand(2, 3, 64, 64)
+    train(model, [(image, image, image)], [], "cpu", epochs=0)
+    seen = {}
+    for precision in ("float32", "bf16"):
+        model.precision = precision
+        with torch.no_grad(), model.autocast("cpu"):
+            computed = model.trunk(image).dtype
+            assert computed == (torch.float32 if precision == "float32" else torch.bfloat16)
+            seen[precision] = model(image)
+            # Half-precision inputs, as a cache holds them, suit either.
+            assert model(model.trunk[:24](image).bfloat16(), 24).dtype == torch.float32
+    assert 0.95 < float((seen["float32"] * seen["bf16"]).sum(1).min()) < 1 - 1e-7
+
+
+# ---------------------------------------------------------------- mining
+
+
+def places(count: int = 6, size: int = 2, seed: int = 0) -> SimpleNamespace:
+    """Data of `count` places 1 km apart: a query, index images 4, 8 and 20 m from it."""
+    generator = torch.Generator().manual_seed(seed)
+    looks = torch.randn(count, 512, size, size, generator=generator)
+    noise = torch.randn(4, count, 512, size, size, generator=generator)
+    at = np.arange(count)[:, None] * [1000.0, 0]
+    index = (looks + noise[:3]).transpose(0, 1).flatten(0, 1)
+    away = np.tile([[0, 4.0], [0, 8.0], [0, 20.0]], (count, 1))
+    return SimpleNamespace(
+        utm_query=at, utm_index=np.repeat(at, 3, axis=0) + away, threshold=25.0,
+        cached=(looks + noise[3], index),
+        queries=SimpleNamespace(paths=[f"q{i}" for i in range(count)]),
+        index=SimpleNamespace(paths=[f"i{i}" for i in range(3 * count)]),
+    )  # fmt: skip
+
+
+def a_model(seed: int = 0) -> NetVLADModel:
+    torch.manual_seed(seed)
+    model = NetVLADModel(4, pretrained=False)
+    model.netvlad.initialize(unit(200, 512))
+    return model
+
+
+def loader(data: SimpleNamespace, **options) -> TupleLoader:
+    count = len(data.utm_query)
+    options = {"batch_size": 2, "start": 24, "negatives": 3} | options
+    return TupleLoader(data, np.arange(count - 1), np.array([count - 1]), torch.device("cpu"), **options)
+
+
+def test_mined_tuples_are_those_a_plain_loop_finds():
+    data, model = places(), a_model()
+    data.utm_query[4] += [0, 100]  # nothing within 10 m: its nearest, 80 m away, is the positive
+    tuples = loader(data, margin=10.0)
+    for _ in tuples.epoch(model, 1):
+        pass
+    with torch.no_grad(), half_precision("cpu"):
+        q, d = (model(x.contiguous(memory_format=torch.channels_last), 24) for x in data.cached)
+    similarity = (q.float() @ d.float().T).numpy()
+    assert sorted(tuples.window.queries) == [0, 1, 2, 3, 4]
+    for query, p, n in zip(tuples.window.queries, tuples.window.positives, tuples.window.negatives):
+        near, far = [], []
+        for i in range(18):
+            distance = np.linalg.norm(data.utm_index[i] - data.utm_query[query])
+            near += [i] * int(distance <= 10)
+            far += [i] * int(distance > 25)
+        near = near or [14]
+        assert p == max(near, key=lambda i: similarity[query, i])
+        assert list(n) == sorted(far, key=lambda i: -similarity[query, i])[:3]
+    assert tuples.window.used.all()
+
+
+def test_negatives_come_from_the_pool_and_what_was_hard_before():
+    similarity = np.arange(100) / 100
+    rng = np.random.default_rng(0)
+    rows = hardest_negatives(similarity, np.arange(50), np.array([49, 7]), 5, rng)
+    assert 5 <= len(rows) <= 7 and {49, 7} <= set(rows) <= set(range(50))
+    assert list(rows) == sorted(rows, reverse=True)
+    few = hardest_negatives(similarity, np.array([3, 9]), np.array([], int), 1000, rng)
+    assert list(few) == [9, 3]
+
+
+def test_a_query_without_negatives_is_skipped_and_few_negatives_repeat():
+    data = places(2)
+    tuples = loader(data, margin=10.0, negatives=8)
+    (batch,) = tuples.epoch(a_model(), 1)
+    assert [tuple(part.shape[:2]) for part in batch] == [(1, 512), (1, 512), (1, 8)]
+    assert set(tuples.window.negatives[0]) == {3, 4, 5}
+    data.utm_index[:] = data.utm_query[0]
+    (batch,) = loader(data, margin=10.0).epoch(a_model(), 1)
+    assert batch == []
+
+
+def test_a_tuple_is_used_only_if_its_loss_is_positive():
+    q, p, n = unit(50, 6, seed=1), unit(50, 6, seed=2), unit(50, 3, 6, seed=3)
+    for squared in (False, True):
+        loss = ranking_loss(q, p, n, 0.1, squared)
+        for i in range(50):
+            found = violates(float(q[i] @ p[i]), (n[i] @ q[i]).numpy(), 0.1, squared)
+            assert np.array_equal(found, (loss[i] > 0).numpy())
+
+
+def test_random_tuples_keep_the_distances_of_the_assignment():
+    data = places()
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        p, n = draw_random(data.utm_query[2], data.utm_index, 25.0, 4, rng)
+        assert p in (6, 7, 8) and len(set(n)) == 4 and not {6, 7, 8} & set(n)
+    p, n = draw_random(np.array([500.0, 0]), data.utm_index[:1], 25.0, 2, rng)
+    assert p == 0 and list(n) == [0, 0]
+    p, n = draw_random(np.array([0.0, 0]), data.utm_index[:3], 25.0, 2, rng)
+    assert list(n) == [2, 2]
+
+
+def test_the_held_out_score_is_the_mean_reciprocal_rank():
+    data, model = places(), a_model()
+    tuples = loader(data)
+    tuples.held_out = np.arange(6)
+    index, queries = tuples.embed(model, "index", np.arange(18)), tuples.embed(model, "queries", np.arange(6))
+    expected = []
+    for i, order in enumerate(np.argsort(-queries @ index.T, axis=1)):
+        expected.append(1 / (1 + next(r for r, j in enumerate(order) if j // 3 == i)))
+    assert tuples.score(model) == pytest.approx(np.mean(expected))
+
+
+# ---------------------------------------------------------------- resuming
+
+
+def epochs_of(data: SimpleNamespace, save=None, state=None, **options) -> tuple[NetVLADModel, list]:
+    model = a_model()
+    history = train(
+        model, loader(data, margin=0.5, **options), [], "cpu", epochs=2, margin=0.5, start=24,
+        save=save, state=state,
+    )  # fmt: skip
+    return model, history
+
+
+def test_descriptors_are_made_anew_for_each_window_of_queries(monkeypatch):
+    monkeypatch.setattr(training, "REFRESH_QUERIES", 4)
+    tuples, model = loader(places(12), margin=10.0), a_model()
+    windows = []
+    for _ in tuples.epoch(model, 1):
+        if not windows or tuples.window is not windows[-1]:
+            windows.append(tuples.window)
+    assert [len(window.queries) for window in windows] == [4, 4, 3]
+    assert sorted(q for window in windows for q in window.queries) == list(range(11))
+
+
+@pytest.mark.parametrize("mining", ["hard", "random"])
+def test_a_run_goes_on_from_any_step_to_the_same_weights(mining, monkeypatch):
+    monkeypatch.setattr(training, "SAVE_SECONDS", 0)  # a checkpoint after every step
+    monkeypatch.setattr(training, "REFRESH_QUERIES", 4)  # a window of two steps
+    data, states = places(8), []
+    whole, history = epochs_of(data, lambda state: states.append(copy.deepcopy(state)), mining=mining)
+    assert [(s["epoch"], s["step"]) for s in states] == [
+        (1, 1), (1, 2), (1, 3), (1, 4), (2, 0), (2, 1), (2, 2), (2, 3), (2, 4), (3, 0)
+    ]  # fmt: skip
+    for state in states[1:9:3]:
+        later = []
+        resumed, again = epochs_of(data, later.append, copy.deepcopy(state), mining=mining)
+        done = (state["epoch"] - 1) * 4 + state["step"]
+        assert len([s for s in later if s["step"]]) == 8 - done  # finished steps are not repeated
+        for name, value in whole.state_dict().items():
+            assert torch.equal(value, resumed.state_dict()[name]), name
+        for a, b in zip(history, again):
+            assert a | {"seconds": 0} == pytest.approx(b | {"seconds": 0}, nan_ok=True)
+
+
+def test_the_seed_decides_the_result():
+    data = places(8)
+    weights = [epochs_of(data, seed=s)[0].state_dict()["trunk.28.weight"] for s in (0, 0, 1)]
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
+
+
+def test_the_epoch_that_ranks_best_is_kept_and_ties_go_to_the_lower_loss():
+    parameter = {"w": torch.zeros(1)}
+    best: dict = {}
+    for epoch, (mrr, loss) in enumerate([(0.5, 0.1), (0.7, 0.3), (0.7, 0.2), (0.7, 0.25), (0.6, 0)], 1):
+        parameter["w"].fill_(epoch)
+        training._keep_best(best, {"epoch": epoch, "held_out_mrr": mrr, "val_loss": loss}, parameter)
+    assert best["epoch"] == float(best["weights"]["w"]) == 3
+
+
+def test_a_loss_that_is_no_number_names_the_files():
+    data = places()
+    data.cached[0][:] = float("nan")
+    with pytest.raises(InputError, match=r"epoch 1, batch 1 \(q\d, q\d, i\d+, .*--lr"):
+        epochs_of(data, mining="random")
+    with pytest.raises(InputError, match="not a number in epoch 1, batch 1:"):
+        batch = [torch.full((1, 3, 32, 32), float("nan"))] * 3
+        train(a_model(), [batch], [], "cpu", epochs=1)
+
+
+def test_what_goes_wrong_is_named(capsys):
+    assert "collapsed" in diagnose(0.1002, 1.0, 0.1)
+    assert "every triplet" in diagnose(0.4, 1.0, 0.1)
+    assert "nothing is left" in diagnose(0.0, 0.0, 0.1)
+    assert diagnose(0.09, 0.9, 0.1) is None
+    data = places()
+    data.cached[0][:], data.cached[1][:] = data.cached[0][:1], data.cached[0][:1]  # all look alike
+    epochs_of(data)
+    assert any("epoch 1: the descriptor has collapsed" in text for text in WARNINGS)
+    assert "collapsed" in capsys.readouterr().err
+
+
+def test_the_rate_climbs_then_falls_to_nothing():
+    shares = np.linspace(0, 1, 101)
+    factors = np.array([rate_factor(share) for share in shares])
+    assert factors[0] == factors[-1] == 0 and factors.argmax() == 10 and factors.max() > 0.97
+    assert (np.diff(factors[:11]) > 0).all() and (np.diff(factors[10:]) < 0).all()
+
+
+# ---------------------------------------------------------------- several processes
+
+PROCESS = """
+import sys, torch
+import torch.distributed as dist
+from tests.test_train import a_model, loader, places
+from train import train
+rank, folder = int(sys.argv[1]), sys.argv[2]
+dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+results = {}
+for mining in ("random", "hard"):
+    data, model = places(8), a_model(seed=rank)  # process 0's weights are what counts
+    model.precision = "float32"
+    tuples = loader(data, margin=0.5, mining=mining, batch_size=3)
+    fetched, fetch = [], tuples.fetch
+    tuples.fetch = lambda t: fetched.append(t.queries.tolist()) or fetch(t)
+    history = train(model, tuples, [], "cpu", epochs=2, margin=0.5, start=24)
+    weights = model.state_dict()["trunk.28.weight"]
+    results[mining] = {"history": history, "fetched": fetched, "weights": weights}
+torch.save(results, f"{folder}/{rank}.pth")
+"""
+
+
+def test_two_processes_train_as_one_does_on_items_of_their_own(tmp_path):
+    command = [sys.executable, "-c", PROCESS]
+    root = Path(training.__file__).parent
+    both = [subprocess.Popen([*command, str(rank), str(tmp_path)], cwd=root) for rank in (0, 1)]
+    assert [process.wait(timeout=300) for process in both] == [0, 0]
+    results = [torch.load(tmp_path / f"{rank}.pth") for rank in (0, 1)]
+    for mining in ("random", "hard"):
+        one = a_model()
+        one.precision = "float32"
+        tuples = loader(places(8), margin=0.5, mining=mining, batch_size=3)
+        history = train(one, tuples, [], "cpu", epochs=2, margin=0.5, start=24)
+        first, second = (result[mining] for result in results)
+        assert torch.equal(first["weights"], second["weights"])
+        torch.testing.assert_close(first["weights"], one.state_dict()["trunk.28.weight"], atol=1e-4, rtol=0)
+        for mine, theirs in zip(history, first["history"]):
+            assert mine["train_loss"] == pytest.approx(theirs["train_loss"], abs=1e-4)
+            assert mine["skipped"] == theirs["skipped"]
+        seen = [query for a, b in zip(first["fetched"], second["fetched"]) for query in a + b]
+        for a, b in zip(first["fetched"], second["fetched"]):
+            assert not set(a) & set(b)
+        if mining == "random":
+            assert sorted(seen) == sorted(2 * list(range(7)))
+
+
+# ---------------------------------------------------------------- split by place
 
 
 @pytest.mark.parametrize("seed", range(5))
