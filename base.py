@@ -401,7 +401,7 @@ def run(args: argparse.Namespace) -> None:
     sizes = {f"{n}_{kind}": len(getattr(d, a)) for n, d in splits.items() for kind, a in (("queries", "queries"), ("index", "index"))}
     section = {
         "data": {"name": "built-in sample" if is_sample else root.resolve().name, "root": str(root),
-                 "is_sample": is_sample, **sizes, "remarks": remarks},
+                 "is_sample": is_sample, "posDistThr": data.threshold, **sizes, "remarks": remarks},
         "settings": settings, "clusters": args.clusters, "seed": args.seed, "device": str(device),
         "weights": {"origin": model.weights_origin, "pretrained": not model.weights_origin.startswith("random")},
         "split": {**{name: len(r) for name, r in parts.items()}, "dropped": dropped},

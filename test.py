@@ -46,6 +46,7 @@ from model import (
     warn,
 )
 from reporting import handin, report
+from reporting.poses import PosedFrames, write_pose_pictures
 from reporting.screen import phase, versions
 
 ASSIGNED_SCENES = ("P001", "P002", "P003", "P004")
@@ -402,6 +403,10 @@ def run(args: argparse.Namespace) -> None:
         answer(frames, query, index[b], float(s), estimates.get(query), conventions)
         for query, b, s in zip(queries, best[:, 0], similarity[:, 0])
     ]
+    with phase("pictures", seconds), blame_input():
+        paths, scenes, _ = zip(*frames.frames)
+        posed = PosedFrames(paths, scenes, frames.poses, views, queries, index, conventions)
+        pictures = write_pose_pictures(args.output, posed, rows)
     ours = np.array([[row["error_m"], row["error_deg"]] for row in rows])
     retrieval = np.array([[row["retrieval_m"], row["retrieval_deg"]] for row in rows])
     methods = {}
@@ -413,7 +418,7 @@ def run(args: argparse.Namespace) -> None:
         "seed": args.seed, "scenes": frames.scenes, "queries": len(queries), "index": len(index),
         **summarize(ours), "retrieval": summarize(retrieval), "methods": methods,
         "cameras": {scene: c.as_dict() for scene, c in calibrations.items()},
-        "per_query": rows, "phases": seconds, "device": str(device), "versions": versions(),
+        "per_query": rows, "pictures": pictures, "phases": seconds, "device": str(device), "versions": versions(),
         "settings": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()},
         "warnings": WARNINGS,
     }  # fmt: skip

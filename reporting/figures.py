@@ -62,6 +62,8 @@ def meters(distance_m: float | None) -> str:
     """A distance in the unit one would say it in."""
     if distance_m is None or not math.isfinite(distance_m):
         return "? m"
+    if distance_m < 0.01:
+        return f"{1000 * distance_m:.1f} mm"
     if distance_m < 0.1:
         return f"{100 * distance_m:.1f} cm"
     if distance_m < 1:
@@ -209,7 +211,8 @@ def _training_charts(epochs: Sequence[dict]) -> list[tuple]:
         return []
     numbers = [entry["epoch"] for entry in epochs]
     step = math.ceil(len(numbers) / 10)
-    x_axis = c.Axis(numbers[0], max(numbers[-1], numbers[0] + 1), [
+    beside = 1 if len(numbers) == 1 else 0  # a single epoch stands in the middle
+    x_axis = c.Axis(numbers[0] - beside, numbers[-1] + beside, [
         (number, str(number)) for number in numbers[::step]])
 
     def chart(title: str, lines: Sequence[tuple]) -> list[tuple]:
@@ -377,7 +380,8 @@ def draw_matches(
     """Matches between two images, right ones (inliers) and others, and points seen by the pose.
 
     query_xy, index_xy (n, 2): matched keypoints, px, the center of the top left pixel at (0, 0);
-    inlier_mask (n,) bool; reprojected_xy (m, 2): 3D points projected into the query by its pose.
+    inlier_mask (n,) bool; reprojected_xy (n, 2): the matched 3D points as the query's pose projects
+    them into it, NaN where there is none.
     """
     gap = 16
     sizes = [c.image_size(image) for image in (query_image, index_image)]
@@ -394,23 +398,25 @@ def draw_matches(
     seen = (np.asarray(reprojected_xy, float).reshape(-1, 2) + 0.5) * (photos[0].width / sizes[0][0])
     inside = (seen > 0).all(1) & (seen < [photos[0].width, photos[0].height]).all(1)
     inlier = np.asarray(inlier_mask, bool).reshape(-1)
+    drawn = [_spread(np.flatnonzero(kind), LINES_DRAWN) for kind in (~inlier, inlier)]
     with c.pen(pair, (0, 0, pair.width, pair.height)) as lines:
-        for number in _spread(np.flatnonzero(~inlier), LINES_DRAWN):
+        for number in drawn[0]:
             lines.line([tuple(left[number]), tuple(right[number])], c.WRONG, 1, (5, 5))
             for x, y in (left[number], right[number]):
                 lines.mark("cross", x, y, 5, c.WRONG)
-        for number in _spread(np.flatnonzero(inlier), LINES_DRAWN):
+        for number in drawn[1]:
             lines.line([tuple(left[number]), tuple(right[number])], c.MINT, 1.3)
             for x, y in (left[number], right[number]):
                 lines.mark("circle", x, y, 4, c.MINT)
-        for x, y in seen[inside]:
-            lines.mark("ring", x, y, 6, c.GOLD)
+        for number in drawn[1]:
+            if inside[number]:
+                lines.mark("ring", *seen[number], 7, c.GOLD)
     counts = [
         ("circle", c.MINT, f"inliers: {inlier.sum()}", None),
         ("cross", c.WRONG, f"outliers: {(~inlier).sum()}", (5, 5)),
     ]
-    if len(seen):
-        counts.append(("ring", c.GOLD, f"points projected by the estimated pose: {inside.sum()}", ()))
+    if inside.any():
+        counts.insert(1, ("ring", c.GOLD, "their 3D points, projected by the estimated pose", ()))
     more = max(inlier.sum(), (~inlier).sum()) > LINES_DRAWN
     names = c.beside([
         c.paragraph(f"{word}: {Path(image).name}", photo.width, c.SMALL, color=c.MUTED)
@@ -419,12 +425,12 @@ def draw_matches(
     ], gap)
     blocks = [c.paragraph(caption, INNER, c.HEAD, bold=True), names, pair, c.key(counts, INNER)]
     if more:
-        blocks.append(c.paragraph(f"At most {LINES_DRAWN} lines of each kind are drawn, evenly chosen.",
+        blocks.append(c.paragraph(f"At most {LINES_DRAWN} matches of each kind are drawn, evenly chosen.",
                                   INNER, c.SMALL, color=c.MUTED))
     return c.below(blocks, 12, MARGIN)
 
 
-LINES_DRAWN = 120
+LINES_DRAWN = 60
 
 
 def _spread(numbers: np.ndarray, count: int) -> np.ndarray:
@@ -555,7 +561,7 @@ def _view(
                 if (x_in, y_in) == (x, y):
                     lines.line([(x, y), (x1, y1)], color, 2)
                 lines.mark(mark, x_in, y_in, radius, color)
-                marks.append((x_in, y_in))
+                marks += [(x_in, y_in), (x1, y1)]
     _scale_bar(canvas, scale)
     taken: list[c.Box] = []
     for number, query in enumerate(worst):
@@ -631,9 +637,9 @@ def draw_errors(ours: np.ndarray, retrieval: np.ndarray) -> c.Canvas:
     ]
     charts = [
         _error_chart("Position error", [(name, errors[:, 0], *look) for name, errors, *look in sets],
-                     (0.001, 10), round_length, [(m, round_length(m)) for m in sorted({m for m, _ in POSE_LIMITS})]),
+                     0.0001, round_length, [(m, round_length(m)) for m in sorted({m for m, _ in POSE_LIMITS})]),
         _error_chart("Rotation error", [(name, errors[:, 1], *look) for name, errors, *look in sets],
-                     (0.01, 180), lambda value: f"{value:g}°",
+                     0.001, lambda value: f"{value:g}°",
                      [(d, f"{d}°") for d in sorted({d for _, d in POSE_LIMITS})]),
     ]
     count = int(np.isfinite(sets[0][1]).all(1).sum())
@@ -651,10 +657,10 @@ def draw_errors(ours: np.ndarray, retrieval: np.ndarray) -> c.Canvas:
     ], GAP, MARGIN)
 
 
-def _error_chart(title, sets, usual_range, say, rules) -> c.Canvas:
+def _error_chart(title, sets, least, say, rules) -> c.Canvas:
     """Share of queries below an error, over a logarithmic axis of whole decades."""
     values = np.concatenate([errors[np.isfinite(errors)] for _, errors, *_ in sets])
-    values = np.clip(values, usual_range[0], None)
+    values = np.clip(values, least, None)
     low = 10.0 ** math.floor(math.log10(min([rules[0][0], *values])))
     high = 10.0 ** math.ceil(math.log10(max([rules[-1][0] * 2, *values])))
     decades = range(round(math.log10(low)), round(math.log10(high)) + 1)
