@@ -62,6 +62,8 @@ def meters(distance_m: float | None) -> str:
     """A distance in the unit one would say it in."""
     if distance_m is None or not math.isfinite(distance_m):
         return "? m"
+    if distance_m == 0:
+        return "0 m"
     if distance_m < 0.01:
         return f"{1000 * distance_m:.1f} mm"
     if distance_m < 0.1:
@@ -70,7 +72,7 @@ def meters(distance_m: float | None) -> str:
         return f"{100 * distance_m:.0f} cm"
     if distance_m < 1000:
         return f"{distance_m:.1f} m" if distance_m < 100 else f"{distance_m:.0f} m"
-    return f"{distance_m / 1000:.1f} km"
+    return f"{distance_m / 1000:.1f} km" if distance_m < 1e5 else f"{distance_m / 1000:.0f} km"
 
 
 def round_length(length_m: float) -> str:
@@ -113,13 +115,14 @@ def headline(recall: dict) -> str:
     """The result in a sentence a lists part."""
     sentences = []
     for part, result in recall.items():
-        first = f"{percent(result['trained'][0])} of the {result.get('queries', '?')} {part} queries"
+        one = result.get("queries") == 1
+        whose = f"the {part} query finds its" if one else f"{result.get('queries', '?')} {part} queries find their"
         beside = [
             f"{name} {percent(result[key][0])}"
             for key, name in (("untrained", "untrained"), ("chance", "chance")) if result.get(key)
         ]
         aside = f" ({', '.join(beside)})" if beside else ""
-        sentences.append(f"{first} find their place at the first try{aside}.")
+        sentences.append(f"{percent(result['trained'][0])} of {whose} place at the first try{aside}.")
     return " ".join(sentences)
 
 
@@ -280,7 +283,7 @@ def _gallery_rows(gallery: Sequence[GalleryRow], ranks_searched: int) -> list[c.
     """A row of tiles for each query; the tiles are as high as most of the images need."""
     sizes = [c.image_size(path) for row in gallery
              for path in (row.query_path, *(match[0] for match in row.matches[:MATCHES_SHOWN]))]
-    aspect = float(np.clip(np.median([width / height for width, height in sizes]), 1, 16 / 9))
+    aspect = float(np.clip(np.median([width / height for width, height in sizes]), 3 / 4, 16 / 9))
     return [_gallery_row(row, ranks_searched, aspect) for row in gallery]
 
 
@@ -392,38 +395,29 @@ def draw_matches(
         for image, aspect in zip((query_image, index_image), aspects, strict=True)
     ]
     pair = c.beside(photos, gap)
-    left = (np.asarray(query_xy, float).reshape(-1, 2) + 0.5) * (photos[0].width / sizes[0][0])
-    right = (np.asarray(index_xy, float).reshape(-1, 2) + 0.5) * (photos[1].width / sizes[1][0])
-    right = right + [photos[0].width + gap, 0]
-    seen = (np.asarray(reprojected_xy, float).reshape(-1, 2) + 0.5) * (photos[0].width / sizes[0][0])
-    inside = (seen > 0).all(1) & (seen < [photos[0].width, photos[0].height]).all(1)
+    scales = [photo.width / width for photo, (width, _) in zip(photos, sizes, strict=True)]
+    query_at, index_at, seen_at = (
+        (np.asarray(xy, float).reshape(-1, 2) + 0.5) * scale
+        for xy, scale in ((query_xy, scales[0]), (index_xy, scales[1]), (reprojected_xy, scales[0]))
+    )
+    seen_at[~((seen_at > 0) & (seen_at < [photos[0].width, photos[0].height])).all(1)] = np.nan
     inlier = np.asarray(inlier_mask, bool).reshape(-1)
-    drawn = [_spread(np.flatnonzero(kind), LINES_DRAWN) for kind in (~inlier, inlier)]
-    with c.pen(pair, (0, 0, pair.width, pair.height)) as lines:
-        for number in drawn[0]:
-            lines.line([tuple(left[number]), tuple(right[number])], c.WRONG, 1, (5, 5))
-            for x, y in (left[number], right[number]):
-                lines.mark("cross", x, y, 5, c.WRONG)
-        for number in drawn[1]:
-            lines.line([tuple(left[number]), tuple(right[number])], c.MINT, 1.3)
-            for x, y in (left[number], right[number]):
-                lines.mark("circle", x, y, 4, c.MINT)
-        for number in drawn[1]:
-            if inside[number]:
-                lines.mark("ring", *seen[number], 7, c.GOLD)
+    _match_lines(pair, query_at, index_at + [photos[0].width + gap, 0], seen_at, inlier)
     counts = [
         ("circle", c.MINT, f"inliers: {inlier.sum()}", None),
+        ("ring", c.GOLD, "their 3D points, projected by the estimated pose", ()),
         ("cross", c.WRONG, f"outliers: {(~inlier).sum()}", (5, 5)),
     ]
-    if inside.any():
-        counts.insert(1, ("ring", c.GOLD, "their 3D points, projected by the estimated pose", ()))
     more = max(inlier.sum(), (~inlier).sum()) > LINES_DRAWN
-    names = c.beside([
-        c.paragraph(f"{word}: {Path(image).name}", photo.width, c.SMALL, color=c.MUTED)
-        for word, image, photo in zip(
-            ("query", "index"), (query_image, index_image), photos, strict=True)
-    ], gap)
-    blocks = [c.paragraph(caption, INNER, c.HEAD, bold=True), names, pair, c.key(counts, INNER)]
+    shown = c.blank(INNER, pair.height + c.SMALL * c.LINE_HEIGHT + 12)
+    left_edge = (INNER - pair.width) / 2
+    c.place(shown, pair, left_edge, shown.height - pair.height)
+    for word, image, photo, x in zip(
+        ("query", "index"), (query_image, index_image), photos,
+        (left_edge, left_edge + photos[0].width + gap), strict=True,
+    ):
+        c.draw_text(shown, x, 0, f"{word}: {Path(image).name}", c.SMALL, color=c.MUTED, width=photo.width)
+    blocks = [c.paragraph(caption, INNER, c.HEAD, bold=True), shown, c.key(counts, INNER)]
     if more:
         blocks.append(c.paragraph(f"At most {LINES_DRAWN} matches of each kind are drawn, evenly chosen.",
                                   INNER, c.SMALL, color=c.MUTED))
@@ -431,6 +425,23 @@ def draw_matches(
 
 
 LINES_DRAWN = 60
+
+
+def _match_lines(
+    pair: c.Canvas, query_at: np.ndarray, index_at: np.ndarray, seen_at: np.ndarray, inlier: np.ndarray,
+) -> None:
+    """Draw matches (n, 2) → (n, 2) in px of `pair`, and rings at seen_at of the inliers, where not NaN."""
+    with c.pen(pair, (0, 0, pair.width, pair.height)) as lines:
+        for kind, mark, size, color, width, dash in (
+            (~inlier, "cross", 5, c.WRONG, 1, (5, 5)), (inlier, "circle", 4, c.MINT, 1.3, None)):
+            for number in _spread(np.flatnonzero(kind), LINES_DRAWN):
+                ends = tuple(query_at[number]), tuple(index_at[number])
+                lines.line(ends, color, width, dash)
+                for end in ends:
+                    lines.mark(mark, *end, size, color)
+        for number in _spread(np.flatnonzero(inlier), LINES_DRAWN):
+            if np.isfinite(seen_at[number]).all():
+                lines.mark("ring", *seen_at[number], 7, c.GOLD)
 
 
 def _spread(numbers: np.ndarray, count: int) -> np.ndarray:
