@@ -41,7 +41,7 @@ from model import (
     refuse,
 )
 from reporting import figures, handin, report
-from reporting.screen import phase, versions
+from reporting.screen import aloud, on_screen, phase, versions
 from train import MARGIN, cache_trunk, split_by_place, train, validate
 
 KMEANS_IMAGES = 500
@@ -240,6 +240,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     option("--seed", type=int, default=42, help="of everything random (default: %(default)s)")
     option("--workers", type=_count, default=0, help="processes that read images (default: none)")
     option("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"], help="default: auto")
+    option("--quiet", action="store_true", help="print results and warnings only")
     option("--limit", type=_positive, help="use this many queries of each list, to try things out")
     return parser.parse_args(argv)
 
@@ -408,7 +409,7 @@ def run(args: argparse.Namespace) -> None:
         "epochs": history, "test_loss": test_loss, "recall": recall, "phases": seconds,
         "versions": versions(), "warnings": WARNINGS,
     }  # fmt: skip
-    with blame_input():
+    with blame_input(), aloud():
         finish(args.output, checkpoint, section, rows)
 
 
@@ -435,8 +436,10 @@ def finish(output: Path, checkpoint: Path, section: dict, rows: list[figures.Gal
 
 def main(argv: list[str] | None = None) -> int:
     """Run tasks 1-3; 0, or 2 for bad input."""
+    args = parse(argv)
     try:
-        run(parse(argv))
+        with on_screen(args.quiet):
+            run(args)
     except InputError as error:
         return refuse("base.py", error)
     return 0

@@ -320,6 +320,8 @@ def main(argv: list[str] | None = None) -> int:
     option("--picture", type=Path, metavar="FILE", help="draw the queries and what was found (.png)")
     option("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"], help="default: auto")
     args = parser.parse_args(argv)
+    if hasattr(sys.stdout, "reconfigure"):  # a path in letters that the console lacks is no reason to stop
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         if args.query:
             search_folder(args)

@@ -48,7 +48,7 @@ from model import (
 )
 from reporting import handin, report
 from reporting.poses import PosedFrames, write_pose_pictures
-from reporting.screen import phase, versions
+from reporting.screen import aloud, on_screen, phase, versions
 
 ASSIGNED_SCENES = ("P001", "P002", "P003", "P004")
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg"}
@@ -402,6 +402,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     option("--intrinsics", nargs=4, type=float, metavar=("FX", "FY", "CX", "CY"), help="in pixels, of all scenes (default: intrinsics.txt, or found out)")
     option("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"], help="default: auto")
     option("--query", type=Path, nargs="+", metavar="IMAGE", help="find the poses of these images instead, from all frames of the scenes")
+    option("--quiet", action="store_true", help="print results and warnings only")
     option("--no-cache", action="store_true", help="neither read nor write .cache/")
     return parser.parse_args(argv)
 
@@ -453,7 +454,7 @@ def run(args: argparse.Namespace) -> None:
         for query, b, s in zip(queries, best[:, 0], similarity[:, 0])
     ]
     if args.query:
-        with blame_input():
+        with blame_input(), aloud():
             tell_poses(rows, conventions, args.output / "query_poses.tsv")
         return
     with phase("pictures", seconds), blame_input():
@@ -475,10 +476,10 @@ def run(args: argparse.Namespace) -> None:
         "settings": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()},
         "warnings": WARNINGS,
     }  # fmt: skip
-    with blame_input():
-        finish(args, section)
     mean_m, mean_deg = (float(np.nanmean(column)) if np.isfinite(column).any() else float("nan") for column in ours.T)
-    print(f"Mean Pose Error: {mean_m:.4f}\nMean Rotation Error: {mean_deg:.2f} deg")
+    with blame_input(), aloud():
+        finish(args, section)
+        print(f"Mean Pose Error: {mean_m:.4f}\nMean Rotation Error: {mean_deg:.2f} deg")
 
 
 def finish(args: argparse.Namespace, section: dict) -> None:
@@ -503,8 +504,10 @@ def finish(args: argparse.Namespace, section: dict) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Run task 4; 0, or 2 for bad input."""
+    args = parse(argv)
     try:
-        run(parse(argv))
+        with on_screen(args.quiet):
+            run(args)
     except InputError as error:
         return refuse("test.py", error)
     return 0

@@ -17,6 +17,7 @@ from pathlib import Path
 from PIL import Image, PdfParser
 
 from reporting import handin
+from reporting.screen import on_screen
 
 PROJECT = Path(__file__).resolve().parents[1]
 ASSIGNED_SCENES = ["P001", "P002", "P003", "P004"]
@@ -298,12 +299,18 @@ def pack(output: Path, archive: Path) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Check and pack; 0 when all holds, 1 when something fails, 2 for bad input."""
+    """The command: 0 when all holds, 1 when something fails, 2 for bad input."""
     parser = argparse.ArgumentParser(prog="python -m reporting.handin", description="Check a hand-in as a grader would.")
     parser.add_argument("output", type=Path, nargs="?", default=Path("output"), help="default: %(default)s")
     parser.add_argument("--zip", type=Path, metavar="NAME", help="pack the folder into this file if all holds")
     parser.add_argument("--allow-sample", action="store_true", help="accept results on the built-in sample")
     args = parser.parse_args(argv)
+    with on_screen():
+        return run(args)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the findings, and pack what holds; the exit code."""
     if not args.output.is_dir():
         print(f"reporting.handin: {args.output} is no folder: run base.py, or name its --output.", file=sys.stderr)
         return 2

@@ -21,6 +21,7 @@ PAGE = 1654, 2339  # A4 at 200 dots an inch
 PAGE_DPI = 200
 PAGE_MARGIN = 140
 PAGE_TEXT = 28  # px: 10 points
+NO_SETTINGS = {"query", "quiet"}  # options that change no result
 MIN_BAND = 14  # px: pictures higher than a page are cut in empty bands at least so high
 INK_SEEN = 8  # gray levels: what differs less from paper is blur
 
@@ -236,7 +237,7 @@ def _settings(base: dict, test: dict) -> list[Block]:
     rows = [
         [script, str(flag).replace("_", "-"), _said(value)]
         for script, section in (("base.py", base), ("test.py", test))
-        for flag, value in (section.get("settings") or {}).items()
+        for flag, value in (section.get("settings") or {}).items() if flag not in NO_SETTINGS
     ]
     if origin := (base.get("weights") or {}).get("origin"):
         rows.append(["base.py", "weights in use", origin])

@@ -158,7 +158,7 @@ def room_and_photos(sample, tmp_path_factory) -> tuple[Path, list[Path], np.ndar
 def test_poses_of_new_images_in_a_posed_scene(room_and_photos, checkpoint, tmp_path, capsys):
     camera, photos, truth = room_and_photos
     argv = ["--camera", camera, "--scenes", "room", "--query", *photos, "--checkpoint", checkpoint,
-            "--output", tmp_path / "out", "--no-cache"]  # fmt: skip
+            "--output", tmp_path / "out", "--no-cache", "--quiet"]  # fmt: skip
     assert task4.main([str(word) for word in argv]) == 0
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["query_poses.tsv"]
     lines = (tmp_path / "out/query_poses.tsv").read_text().splitlines()[1:]
@@ -166,7 +166,9 @@ def test_poses_of_new_images_in_a_posed_scene(room_and_photos, checkpoint, tmp_p
         path, *numbers = line.split("\t")[:8]
         meters, degrees = task4.pose_error(np.array(numbers, dtype=float), pose)
         assert path == str(photo) and meters < limit_m and degrees < 0.5
-    assert f"{photos[1]}: in scene room" in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert said.out.startswith(f"{photos[0]}: in scene room") and said.err == ""
+    assert len(said.out.splitlines()) == 3 * len(photos) + 1
 
 
 def test_lens_on_an_image_of_another_size():
