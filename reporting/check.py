@@ -280,13 +280,11 @@ def table(findings: list[Finding]) -> str:
 def pack(output: Path, archive: Path) -> int:
     """Zip what lies in `output`, in a folder of the archive's name; the number of files.
 
-    Caches, hidden files and a rendered sample stay out. ValueError when it cannot be written.
+    ValueError when it cannot be written.
     """
     files = [
         file for file in sorted(output.rglob("*"))
-        if file.is_file() and file.resolve() != archive.resolve()
-        and not file.is_relative_to(output / "dataset" / "sample")
-        and not any(part.startswith(".") or part == "__pycache__" for part in file.relative_to(output).parts)
+        if file.is_file() and file.resolve() != archive.resolve() and _is_packed(file.relative_to(output))
     ]
 
     def write(part: Path) -> None:
@@ -296,6 +294,16 @@ def pack(output: Path, archive: Path) -> int:
 
     handin.write_whole(archive, write)
     return len(files)
+
+
+def _is_packed(file: Path) -> bool:
+    """Whether a file of the folder goes into the archive: no caches, hidden files, rendered sample, and
+    nothing that only resuming a training needs."""
+    if any(part.startswith(".") or part == "__pycache__" for part in file.parts):
+        return False
+    if file.parts[0] == "checkpoints":
+        return file.as_posix() in handin.RESULTS
+    return file.parts[:2] != ("dataset", "sample")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -55,6 +55,10 @@ def phase(name: str, seconds: dict[str, float]) -> Iterator[None]:
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of the packages, for metrics and report."""
+    """Versions of Python and of the packages, and the machine, for metrics and report."""
     packages = {"torch": torch, "torchvision": torchvision, "numpy": numpy, "pillow": PIL}
-    return {"python": platform.python_version(), **{k: v.__version__ for k, v in packages.items()}}
+    machine = f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores"
+    if torch.cuda.is_available():
+        machine += f", {torch.cuda.get_device_name()}"
+    found = {"python": platform.python_version(), **{k: v.__version__ for k, v in packages.items()}}
+    return {**found, "machine": machine}
