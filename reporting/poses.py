@@ -18,6 +18,7 @@ from localization.triangulation import triangulate_views
 from reporting import figures
 
 SHOWN_RATIO = 0.9  # matches less distinct than this are neither drawn nor counted
+PARTNERS = 8  # index images, nearest to the shown one, from which its points are triangulated
 SKETCH = 800  # strongest keypoints by whose matches the index image to show is chosen
 
 
@@ -147,7 +148,9 @@ def _best_explained(query: View, views: Sequence[View]) -> _Shown:
     number = int(np.argmax(fitting))
     view = views[number]
     matches, inlier = _fitting_matches(query, view)
-    (points,) = triangulate_views(list(views), [number])
+    others = [other for other in views if other is not view]
+    others.sort(key=lambda other: float((other.c_world - view.c_world).norm()))
+    (points,) = triangulate_views([view, *others[:PARTNERS]], [0])
     in_camera = (points.position[matches.b] - query.c_world) @ query.R_world_from_cam
     seen = points.valid[matches.b] & (in_camera[:, 2] > 0)
     projected = project(query.camera, in_camera).where(seen[:, None], torch.nan)

@@ -23,6 +23,7 @@ PAGE_MARGIN = 140
 PAGE_TEXT = 28  # px: 10 points
 NO_SETTINGS = {"query", "quiet"}  # options that change no result
 MIN_BAND = 14  # px: pictures higher than a page are cut in empty bands at least so high
+MIN_PART = 100  # px: a lower part of a cut picture is a heading and stays with the next
 INK_SEEN = 8  # gray levels: what differs less from paper is blur
 
 
@@ -515,8 +516,11 @@ def _picture_pieces(path: Path, caption: str, width: int, height: int) -> Iterat
     label = c.paragraph(caption, width, c.SMALL + 4, color=c.MUTED)
     cuts = _empty_bands(image) if image.height + label.height > height else []
     edges = [0, *cuts, image.height]
+    yield _Piece(c.blank(width, 16), with_next=True)
     for top, bottom in itertools.pairwise(edges):
-        yield _Piece(c.Canvas(image.crop((0, top, width, bottom))), 4, with_next=bottom == image.height)
+        band = image.crop((0, top, width, bottom))
+        is_heading = band.height < MIN_PART
+        yield _Piece(c.Canvas(band), 4, with_next=is_heading or bottom == image.height)
     yield _Piece(label, 24)
 
 
