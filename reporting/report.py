@@ -358,7 +358,7 @@ def _flags(settings: dict) -> list[str]:
     """{"batch_size": 8} → ["--batch-size", "8"]; what is off or not set is left out."""
     words = []
     for name, value in settings.items():
-        if value is None or value is False or value == []:
+        if name in NO_SETTINGS or value is None or value is False or value == []:
             continue
         words.append("--" + str(name).lstrip("-").replace("_", "-"))
         if value is not True:

@@ -13,13 +13,14 @@ from localization.matching import View
 from reporting import poses
 
 CAMERA = Camera(320.0, 320.0, 320.0, 240.0, 640, 480)
-SWAPPED = 20  # keypoints of each image that carry another point's descriptor
+SWAPPED = 20  # keypoints of the first image that carry another point's descriptor
 
 
 def make_views(centers: list[list[float]], seed: int = 0) -> list[View]:
-    """Posed views, all looking along z, of 200 points; keypoint k of each image is point k.
+    """Posed views, all looking along z, of 200 points; keypoint k of the first is point k.
 
-    The descriptors of the first SWAPPED keypoints are permuted in the first view: wrong matches.
+    The descriptors of its first SWAPPED keypoints are permuted: wrong matches. The keypoints of the
+    others come in any order.
     """
     generator = torch.Generator().manual_seed(seed)
     draw = {"generator": generator, "dtype": torch.float64}
@@ -27,11 +28,14 @@ def make_views(centers: list[list[float]], seed: int = 0) -> list[View]:
     descriptors = torch.nn.functional.normalize(torch.randn(200, 128, **draw), dim=1).float()
     views = []
     for number, center in enumerate(torch.tensor(centers, dtype=torch.float64)):
-        own = descriptors.clone()
+        own, order = descriptors.clone(), torch.arange(200)
         if number == 0:
             own[:SWAPPED] = own[:SWAPPED].roll(7, 0)
+        else:
+            order = torch.randperm(200, generator=generator)
+        xy_px = project(CAMERA, points - center).float()
         ones = torch.ones(200)
-        features = Features(project(CAMERA, points - center).float(), ones, 0 * ones, ones, own)
+        features = Features(xy_px[order], ones, 0 * ones, ones, own[order])
         views.append(View(features, CAMERA, torch.eye(3, dtype=torch.float64), center))
     return views
 
