@@ -49,7 +49,7 @@ from model import (
     warn,
 )
 from reporting import figures, handin, report
-from reporting.screen import phase, print_recall_table, versions
+from reporting.screen import aloud, on_screen, phase, print_recall_table, versions
 from train import (
     MARGIN,
     NEGATIVES,
@@ -217,6 +217,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     option("--workers", type=_count, default=0, help="processes that read images (default: none)")
     option("--precision", default="auto", choices=PRECISIONS, help="auto: bf16 where it is fast")
     option("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"], help="default: auto")
+    option("--quiet", action="store_true", help="print results and warnings only")
     option("--limit", type=_positive, help="use this many queries of each list, to try things out")
     option("--resume", action="store_true", help="go on with the run that stopped in --output")
     parser.set_defaults(saved=None)
@@ -509,13 +510,13 @@ def run(args: argparse.Namespace) -> None:
     origin = model.weights_origin
     section = {
         "data": {"name": "built-in sample" if is_sample else root.resolve().name, "root": str(root),
-                 "is_sample": is_sample, **counts, "remarks": remarks},
+                 "is_sample": is_sample, "posDistThr": data.threshold, **counts, "remarks": remarks},
         "weights": {"origin": origin, "pretrained": not origin.startswith("random")},
         "settings": settings_of(args), "clusters": args.clusters, "seed": args.seed,
         "device": str(device), "split": sizes, "epochs": history, "test_loss": test_loss,
         "recall": recall, "phases": seconds, "versions": versions(), "warnings": WARNINGS,
     }  # fmt: skip
-    with blame_input():
+    with blame_input(), aloud():
         finish(args.output, checkpoint, section, rows)
 
 
@@ -538,7 +539,7 @@ def main(argv: list[str] | None = None) -> int:
     args = None
     try:
         args = parse(argv)
-        with silent_unless_first():
+        with on_screen(args.quiet), silent_unless_first():
             run(args)
     except InputError as error:
         return refuse("base.py", error)

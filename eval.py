@@ -1,9 +1,10 @@
 """Task 3: descriptors, exact search and recall@K.
 
     python eval.py --checkpoint output/checkpoints/netvlad_final.pth --dataset dataset --split val
+    python eval.py --query photo.jpg --index folder --picture found.png   # in any folder of images
 
 As a module: compute_embeddings(), evaluate_recall(). Works when copied out alone together with
-model.py; only the command line above needs base.py, which reads the lists.
+model.py; only --split needs base.py, which reads the lists, and --picture reporting/.
 """
 
 import argparse
@@ -15,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from PIL import Image
+from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 from tqdm import tqdm
@@ -25,6 +26,7 @@ from model import (
     IMAGENET_STD,
     InputError,
     NetVLADModel,
+    blame_input,
     choose_device,
     load_checkpoint,
     refuse,
@@ -34,6 +36,7 @@ SEARCH_CELLS = 2**25  # most entries of a queries x database matrix held at a ti
 BOOTSTRAP_DRAWS = 1000
 RECALL_VALUES = tuple(range(1, 21))
 IMAGE_SIZE = 224
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 TRANSFORM = transforms.Compose([
     transforms.Resize((IMAGE_SIZE, IMAGE_SIZE)),
     transforms.ToTensor(),
@@ -42,9 +45,10 @@ TRANSFORM = transforms.Compose([
 
 
 def load_image(path: Path | str) -> Image.Image:
-    """An 8-bit RGB image, 16-bit gray reduced. InputError naming a file that does not decode."""
+    """An 8-bit RGB image, upright, 16-bit gray reduced. InputError naming a file that does not decode."""
     try:
-        with Image.open(path) as image:
+        with Image.open(path) as file:
+            image = ImageOps.exif_transpose(file)  # photos of a phone note how it was held
             if image.mode.startswith("I"):  # Pillow clips 16 bit to 8 instead of scaling
                 image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
             return image.convert("RGB")
@@ -279,31 +283,94 @@ def evaluate_recall(
     return print_recall(first_hits(ranking, positives), recall_values)
 
 
+class ImageFiles(Dataset):
+    """Image files: item (image (3, H, W) as the network wants it, index, path)."""
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self.paths = paths
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, i: int) -> tuple:
+        return TRANSFORM(load_image(self.paths[i])), i, str(self.paths[i])
+
+
+def find_images(folder: Path, left_out: Sequence[Path]) -> list[Path]:
+    """The image files in a folder and below, sorted, without those of `left_out`. InputError if none."""
+    found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+    others = {path.resolve() for path in left_out}
+    kept = [path for path in found if path.resolve() not in others]
+    if not kept:
+        raise InputError(f"{folder} holds no image ({' '.join(IMAGE_SUFFIXES)}) to search: name another --index.")
+    return kept
+
+
+def search_folder(args: argparse.Namespace) -> None:
+    """Print each query's most similar images of a folder, and draw them if --picture says so."""
+    if args.index is None:
+        raise InputError("--query needs --index FOLDER, the images to search in.")
+    if args.top_k < 1:
+        raise InputError(f"--top-k {args.top_k} names no image: use 1 or more.")
+    index = find_images(args.index, args.query)
+    model, device = load_checkpoint(args.checkpoint), choose_device(args.device)
+    queries, _, _ = compute_embeddings(model, ImageFiles(args.query), device)
+    database, _, _ = compute_embeddings(model, ImageFiles(index), device)
+    similarity, ranking = search(queries, database, args.top_k, device)
+    print(f"{len(args.query)} queries, {len(index)} images in {args.index}; cosine similarity, best first.")
+    for query, values, rows in zip(args.query, similarity, ranking):
+        print(query)
+        for rank, (value, row) in enumerate(zip(values, rows), start=1):
+            print(f"{rank:4d}  {value:.4f}  {index[row]}")
+    if args.picture:
+        from reporting import figures  # only here: this file works without reporting/
+
+        rows = [
+            figures.GalleryRow(str(query), [(str(index[row]), float(value), None, None) for value, row in zip(*found)], None)
+            for query, *found in zip(args.query, similarity, ranking)
+        ]
+        with blame_input():
+            figures.retrieval_picture(args.picture, rows, f"The most similar images in {args.index}")
+        print(f"Written: {args.picture}")
+
+
+def recall_of_lists(args: argparse.Namespace) -> None:
+    """Recall@1/5/10 of a checkpoint on the lists of a data set."""
+    from base import find_dataset, read_split  # only here: this file works without base.py
+
+    model = load_checkpoint(args.checkpoint)
+    split = read_split(find_dataset(args.dataset)[0], args.split)
+    if split is None:
+        raise InputError(f"there is no {args.split} list: choose --split val.")
+    evaluate_recall(
+        model, split.queries, split.index, split.utm_query, split.utm_index, split.threshold,
+        choose_device(args.device),
+    )  # fmt: skip
+
+
 def main(argv: list[str] | None = None) -> int:
-    """Evaluate a checkpoint on the lists of a data set. Exit code 2 for bad input."""
-    parser = argparse.ArgumentParser(description="Recall@1/5/10 of a trained model.")
-    parser.add_argument(
+    """Recall of a checkpoint, or with --query a search in a folder. Exit code 2 for bad input."""
+    parser = argparse.ArgumentParser(description="Recall@1/5/10 of a trained model, or retrieval in a folder.")
+    option = parser.add_argument
+    option(
         "--checkpoint", type=Path, default=Path("output/checkpoints/netvlad_final.pth"),
         help="state dict that base.py wrote (default: %(default)s)",
     )  # fmt: skip
-    parser.add_argument("--dataset", type=Path, help="folder of the lists (default: as base.py)")
-    parser.add_argument("--split", default="val", choices=["train", "val", "test"])
-    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
+    option("--dataset", type=Path, help="folder of the lists (default: as base.py)")
+    option("--split", default="val", choices=["train", "val", "test"], help="default: %(default)s")
+    option("--query", type=Path, nargs="+", metavar="IMAGE", help="search these images in --index instead")
+    option("--index", type=Path, metavar="FOLDER", help="images to search in, also in folders below")
+    option("--top-k", type=int, default=5, help="images to name for a query (default: %(default)s)")
+    option("--picture", type=Path, metavar="FILE", help="draw the queries and what was found (.png)")
+    option("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"], help="default: auto")
     args = parser.parse_args(argv)
+    if hasattr(sys.stdout, "reconfigure"):  # a path in letters that the console lacks is no reason to stop
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        from base import (  # only here: this file works without base.py
-            find_dataset,
-            read_split,
-        )
-
-        model = load_checkpoint(args.checkpoint)
-        split = read_split(find_dataset(args.dataset)[0], args.split)
-        if split is None:
-            raise InputError(f"there is no {args.split} list: choose --split val.")
-        evaluate_recall(
-            model, split.queries, split.index, split.utm_query, split.utm_index, split.threshold,
-            choose_device(args.device),
-        )  # fmt: skip
+        if args.query:
+            search_folder(args)
+        else:
+            recall_of_lists(args)
     except InputError as error:
         return refuse("eval.py", error)
     return 0

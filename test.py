@@ -2,6 +2,7 @@
 
     python test.py                                    # dataset/camera, or the built-in sample
     python test.py --camera DIR --scenes A B --seed 7 # other scenes in the assignment's layout
+    python test.py --camera DIR --scenes A --query photo.jpg  # the pose of new images in a scene
 
 scenes -> split -> retrieval -> localize every query (localization/) -> result_pose_eval.txt.
 """
@@ -46,7 +47,8 @@ from model import (
     warn,
 )
 from reporting import handin, report
-from reporting.screen import phase, versions
+from reporting.poses import PosedFrames, write_pose_pictures
+from reporting.screen import aloud, on_screen, phase, versions
 
 ASSIGNED_SCENES = ("P001", "P002", "P003", "P004")
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg"}
@@ -98,6 +100,21 @@ class IndoorDataset(Dataset):
         image = load_image(path)
         image = self.transform(image) if self.transform else image
         return image, torch.tensor(self.poses[i], dtype=torch.float32), str(path), scene, frame
+
+
+    def add_queries(self, paths: list[Path]) -> list[int]:
+        """Append new images, whose scene and pose are unknown; -> their rows."""
+        first = len(self.frames)
+        self.frames += [(path, "", i) for i, path in enumerate(paths)]
+        self.poses = np.concatenate([self.poses, np.full((len(paths), 7), np.nan)])
+        return list(range(first, len(self.frames)))
+
+    def place_queries(self, queries: list[int], index: list[int], descriptors: np.ndarray) -> None:
+        """Give new images the scene of their most similar index image."""
+        _, best = search(descriptors[queries], descriptors[index], 1)
+        for row, (match,) in zip(queries, best):
+            path, _, number = self.frames[row]
+            self.frames[row] = (path, self.frames[index[match]][1], number)
 
 
 def _scenes_in(base_dir: Path) -> list[str]:
@@ -195,6 +212,15 @@ def scene_camera(camera_dir: Path, scene: str, size: tuple[int, int], given: lis
     if given is None:
         return default_camera(*size), False
     return Camera(*given, *size), True
+
+
+def resized(camera: Camera, width: int, height: int) -> Camera:
+    """A camera's lens on an image of another size: the focal lengths go with the longer side."""
+    if (width, height) == (camera.width, camera.height):
+        return camera
+    scale = max(width, height) / max(camera.width, camera.height)
+    center = (camera.cx + 0.5) * width / camera.width - 0.5, (camera.cy + 0.5) * height / camera.height - 0.5
+    return Camera(camera.fx * scale, camera.fy * scale, *center, width, height)
 
 
 def build_views(
@@ -345,6 +371,20 @@ def answer(
     }  # fmt: skip
 
 
+def tell_poses(rows: list[dict], conventions: dict[str, Convention], file: Path) -> None:
+    """Print the poses of new images and write them to `file`."""
+    for row in rows:
+        print(
+            f"{row['path']}: in scene {row['scene']}, most like {row['best_match']}\n"
+            f"  {' '.join(f'{v:.6f}' for v in row['pose'])}  ({conventions[row['scene']].describe()})\n"
+            f"  method {row['method']}, {row['inliers']} inliers, standard deviations {row['sigma_m']:.4f} m "
+            f"{row['sigma_deg']:.3f} deg, confidence {row['confidence']:.2f}"
+        )
+    text = poses_tsv(rows)
+    handin.write_whole(file, lambda path: path.write_text(text, encoding="utf-8", newline="\n"))
+    print(f"Written: {file}")
+
+
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description="Estimate the camera poses of query images.")
@@ -361,6 +401,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     option("--convention", help='of pose.txt, e.g. "xyzw camera_to_world forward-right-down", tartanair, opencv, opengl (default: found out)')
     option("--intrinsics", nargs=4, type=float, metavar=("FX", "FY", "CX", "CY"), help="in pixels, of all scenes (default: intrinsics.txt, or found out)")
     option("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"], help="default: auto")
+    option("--query", type=Path, nargs="+", metavar="IMAGE", help="find the poses of these images instead, from all frames of the scenes")
+    option("--quiet", action="store_true", help="print results and warnings only")
     option("--no-cache", action="store_true", help="neither read nor write .cache/")
     return parser.parse_args(argv)
 
@@ -377,11 +419,19 @@ def run(args: argparse.Namespace) -> None:
     camera_dir = args.camera or root / "camera"
     frames = IndoorDataset(camera_dir, TRANSFORM, args.scenes)
     model = load_checkpoint(args.checkpoint)
-    queries, index = split_frames(frames.poses, args.seed)
+    if args.query:
+        index = np.flatnonzero(~np.isnan(frames.poses).any(axis=1)).tolist()
+        if not index:
+            raise InputError(f"no frame of {' '.join(frames.scenes)} has a pose: name scenes with known poses.")
+        queries = frames.add_queries(args.query)
+    else:
+        queries, index = split_frames(frames.poses, args.seed)
     print(f"{len(frames)} frames of {' '.join(frames.scenes)}: {len(queries)} queries, {len(index)} index images.")
 
     with phase("descriptors", seconds):
         (descriptors,), _, _ = embed([model], _Paths(frames), device)
+    if args.query:
+        frames.place_queries(queries, index, descriptors)
     # Many small tensors from here on: one thread an operation is faster than two that wait.
     torch.set_num_threads(1)
     with phase("local features", seconds):
@@ -390,7 +440,8 @@ def run(args: argparse.Namespace) -> None:
         calibrations = calibrate_scenes(frames, views, index, known, convention)
         conventions = {scene: c.convention for scene, c in calibrations.items()}
         for row, (_, scene, _) in enumerate(frames.frames):
-            views[row].camera = calibrations[scene].camera
+            own = views[row].camera
+            views[row].camera = resized(calibrations[scene].camera, own.width, own.height)
         for row in index:
             R, c = poses_from_file(frames.poses[row : row + 1], conventions[frames.frames[row][1]])
             views[row].R_world_from_cam, views[row].c_world = R[0].to(device), c[0].to(device)
@@ -402,6 +453,14 @@ def run(args: argparse.Namespace) -> None:
         answer(frames, query, index[b], float(s), estimates.get(query), conventions)
         for query, b, s in zip(queries, best[:, 0], similarity[:, 0])
     ]
+    if args.query:
+        with blame_input(), aloud():
+            tell_poses(rows, conventions, args.output / "query_poses.tsv")
+        return
+    with phase("pictures", seconds), blame_input():
+        paths, scenes, _ = zip(*frames.frames)
+        posed = PosedFrames(paths, scenes, frames.poses, views, queries, index, conventions)
+        pictures = write_pose_pictures(args.output, posed, rows)
     ours = np.array([[row["error_m"], row["error_deg"]] for row in rows])
     retrieval = np.array([[row["retrieval_m"], row["retrieval_deg"]] for row in rows])
     methods = {}
@@ -413,14 +472,14 @@ def run(args: argparse.Namespace) -> None:
         "seed": args.seed, "scenes": frames.scenes, "queries": len(queries), "index": len(index),
         **summarize(ours), "retrieval": summarize(retrieval), "methods": methods,
         "cameras": {scene: c.as_dict() for scene, c in calibrations.items()},
-        "per_query": rows, "phases": seconds, "device": str(device), "versions": versions(),
+        "per_query": rows, "pictures": pictures, "phases": seconds, "device": str(device), "versions": versions(),
         "settings": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()},
         "warnings": WARNINGS,
     }  # fmt: skip
-    with blame_input():
-        finish(args, section)
     mean_m, mean_deg = (float(np.nanmean(column)) if np.isfinite(column).any() else float("nan") for column in ours.T)
-    print(f"Mean Pose Error: {mean_m:.4f}\nMean Rotation Error: {mean_deg:.2f} deg")
+    with blame_input(), aloud():
+        finish(args, section)
+        print(f"Mean Pose Error: {mean_m:.4f}\nMean Rotation Error: {mean_deg:.2f} deg")
 
 
 def finish(args: argparse.Namespace, section: dict) -> None:
@@ -445,8 +504,10 @@ def finish(args: argparse.Namespace, section: dict) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Run task 4; 0, or 2 for bad input."""
+    args = parse(argv)
     try:
-        run(parse(argv))
+        with on_screen(args.quiet):
+            run(args)
     except InputError as error:
         return refuse("test.py", error)
     return 0

@@ -194,6 +194,14 @@ def table(
     bold_rows: Sequence[int] = (),
 ) -> Canvas:
     """A table `width` px wide; columns of numbers stand to the right, long cells are wrapped."""
+    return below(table_rows(header, rows, width, size, bold_rows), 0)
+
+
+def table_rows(
+    header: Sequence[str], rows: Sequence[Sequence[str]], width: float, size: int = BODY,
+    bold_rows: Sequence[int] = (),
+) -> list[Canvas]:
+    """The header and the rows of a `table`, one by one."""
     padding = 0.6 * size
     wanted = [
         max(font(size, True).getlength(printable(row[column])) for row in (header, *rows))
@@ -222,7 +230,7 @@ def table(
         ImageDraw.Draw(row.image).line(
             (0, row.height - 1, row.width, row.height - 1), fill=rule, width=1)
         blocks.append(row)
-    return below(blocks, 0)
+    return blocks
 
 
 def column_aligns(rows: Sequence[Sequence[str]], columns: int) -> list[str]:

@@ -80,13 +80,17 @@ def meters(distance_m: float | None) -> str:
     """A distance in the unit one would say it in."""
     if distance_m is None or not math.isfinite(distance_m):
         return "? m"
+    if distance_m == 0:
+        return "0 m"
+    if distance_m < 0.01:
+        return f"{1000 * distance_m:.1f} mm"
     if distance_m < 0.1:
         return f"{100 * distance_m:.1f} cm"
     if distance_m < 1:
         return f"{100 * distance_m:.0f} cm"
     if distance_m < 1000:
         return f"{distance_m:.1f} m" if distance_m < 100 else f"{distance_m:.0f} m"
-    return f"{distance_m / 1000:.1f} km"
+    return f"{distance_m / 1000:.1f} km" if distance_m < 1e5 else f"{distance_m / 1000:.0f} km"
 
 
 def round_length(length_m: float) -> str:
@@ -129,13 +133,14 @@ def headline(recall: dict) -> str:
     """The result in a sentence a lists part."""
     sentences = []
     for part, result in recall.items():
-        first = f"{percent(result['trained'][0])} of the {result.get('queries', '?')} {part} queries"
+        one = result.get("queries") == 1
+        whose = f"the {part} query finds its" if one else f"{result.get('queries', '?')} {part} queries find their"
         beside = [
             f"{name} {percent(result[key][0])}"
             for key, name in (("untrained", "untrained"), ("chance", "chance")) if result.get(key)
         ]
         aside = f" ({', '.join(beside)})" if beside else ""
-        sentences.append(f"{first} find their place at the first try{aside}.")
+        sentences.append(f"{percent(result['trained'][0])} of {whose} place at the first try{aside}.")
     return " ".join(sentences)
 
 
@@ -227,7 +232,8 @@ def _training_charts(epochs: Sequence[dict]) -> list[tuple]:
         return []
     numbers = [entry["epoch"] for entry in epochs]
     step = math.ceil(len(numbers) / 10)
-    x_axis = c.Axis(numbers[0], max(numbers[-1], numbers[0] + 1), [
+    beside = 1 if len(numbers) == 1 else 0  # a single epoch stands in the middle
+    x_axis = c.Axis(numbers[0] - beside, numbers[-1] + beside, [
         (number, str(number)) for number in numbers[::step]])
 
     def chart(title: str, lines: Sequence[tuple]) -> list[tuple]:
@@ -295,7 +301,7 @@ def _gallery_rows(gallery: Sequence[GalleryRow], ranks_searched: int) -> list[c.
     """A row of tiles for each query; the tiles are as high as most of the images need."""
     sizes = [c.image_size(path) for row in gallery
              for path in (row.query_path, *(match[0] for match in row.matches[:MATCHES_SHOWN]))]
-    aspect = float(np.clip(np.median([width / height for width, height in sizes]), 1, 16 / 9))
+    aspect = float(np.clip(np.median([width / height for width, height in sizes]), 3 / 4, 16 / 9))
     return [_gallery_row(row, ranks_searched, aspect) for row in gallery]
 
 
@@ -395,7 +401,8 @@ def draw_matches(
     """Matches between two images, right ones (inliers) and others, and points seen by the pose.
 
     query_xy, index_xy (n, 2): matched keypoints, px, the center of the top left pixel at (0, 0);
-    inlier_mask (n,) bool; reprojected_xy (m, 2): 3D points projected into the query by its pose.
+    inlier_mask (n,) bool; reprojected_xy (n, 2): the matched 3D points as the query's pose projects
+    them into it, NaN where there is none.
     """
     gap = 16
     sizes = [c.image_size(image) for image in (query_image, index_image)]
@@ -406,43 +413,53 @@ def draw_matches(
         for image, aspect in zip((query_image, index_image), aspects, strict=True)
     ]
     pair = c.beside(photos, gap)
-    left = (np.asarray(query_xy, float).reshape(-1, 2) + 0.5) * (photos[0].width / sizes[0][0])
-    right = (np.asarray(index_xy, float).reshape(-1, 2) + 0.5) * (photos[1].width / sizes[1][0])
-    right = right + [photos[0].width + gap, 0]
-    seen = (np.asarray(reprojected_xy, float).reshape(-1, 2) + 0.5) * (photos[0].width / sizes[0][0])
-    inside = (seen > 0).all(1) & (seen < [photos[0].width, photos[0].height]).all(1)
+    scales = [photo.width / width for photo, (width, _) in zip(photos, sizes, strict=True)]
+    query_at, index_at, seen_at = (
+        (np.asarray(xy, float).reshape(-1, 2) + 0.5) * scale
+        for xy, scale in ((query_xy, scales[0]), (index_xy, scales[1]), (reprojected_xy, scales[0]))
+    )
+    seen_at[~((seen_at > 0) & (seen_at < [photos[0].width, photos[0].height])).all(1)] = np.nan
     inlier = np.asarray(inlier_mask, bool).reshape(-1)
-    with c.pen(pair, (0, 0, pair.width, pair.height)) as lines:
-        for number in _spread(np.flatnonzero(~inlier), LINES_DRAWN):
-            lines.line([tuple(left[number]), tuple(right[number])], c.WRONG, 1, (5, 5))
-            for x, y in (left[number], right[number]):
-                lines.mark("cross", x, y, 5, c.WRONG)
-        for number in _spread(np.flatnonzero(inlier), LINES_DRAWN):
-            lines.line([tuple(left[number]), tuple(right[number])], c.MINT, 1.3)
-            for x, y in (left[number], right[number]):
-                lines.mark("circle", x, y, 4, c.MINT)
-        for x, y in seen[inside]:
-            lines.mark("ring", x, y, 6, c.GOLD)
+    _match_lines(pair, query_at, index_at + [photos[0].width + gap, 0], seen_at, inlier)
     counts = [
         ("circle", c.MINT, f"inliers: {inlier.sum()}", None),
+        ("ring", c.GOLD, "their 3D points, projected by the estimated pose", ()),
         ("cross", c.WRONG, f"outliers: {(~inlier).sum()}", (5, 5)),
     ]
-    if len(seen):
-        counts.append(("ring", c.GOLD, f"points projected by the estimated pose: {inside.sum()}", ()))
     more = max(inlier.sum(), (~inlier).sum()) > LINES_DRAWN
-    names = c.beside([
-        c.paragraph(f"{word}: {Path(image).name}", photo.width, c.SMALL, color=c.MUTED)
-        for word, image, photo in zip(
-            ("query", "index"), (query_image, index_image), photos, strict=True)
-    ], gap)
-    blocks = [c.paragraph(caption, INNER, c.HEAD, bold=True), names, pair, c.key(counts, INNER)]
+    shown = c.blank(INNER, pair.height + c.SMALL * c.LINE_HEIGHT + 12)
+    left_edge = (INNER - pair.width) / 2
+    c.place(shown, pair, left_edge, shown.height - pair.height)
+    for word, image, photo, x in zip(
+        ("query", "index"), (query_image, index_image), photos,
+        (left_edge, left_edge + photos[0].width + gap), strict=True,
+    ):
+        c.draw_text(shown, x, 0, f"{word}: {Path(image).name}", c.SMALL, color=c.MUTED, width=photo.width)
+    blocks = [c.paragraph(caption, INNER, c.HEAD, bold=True), shown, c.key(counts, INNER)]
     if more:
-        blocks.append(c.paragraph(f"At most {LINES_DRAWN} lines of each kind are drawn, evenly chosen.",
+        blocks.append(c.paragraph(f"At most {LINES_DRAWN} matches of each kind are drawn, evenly chosen.",
                                   INNER, c.SMALL, color=c.MUTED))
     return c.below(blocks, 12, MARGIN)
 
 
-LINES_DRAWN = 120
+LINES_DRAWN = 60
+
+
+def _match_lines(
+    pair: c.Canvas, query_at: np.ndarray, index_at: np.ndarray, seen_at: np.ndarray, inlier: np.ndarray,
+) -> None:
+    """Draw matches (n, 2) → (n, 2) in px of `pair`, and rings at seen_at of the inliers, where not NaN."""
+    with c.pen(pair, (0, 0, pair.width, pair.height)) as lines:
+        for kind, mark, size, color, width, dash in (
+            (~inlier, "cross", 5, c.WRONG, 1, (5, 5)), (inlier, "circle", 4, c.MINT, 1.3, None)):
+            for number in _spread(np.flatnonzero(kind), LINES_DRAWN):
+                ends = tuple(query_at[number]), tuple(index_at[number])
+                lines.line(ends, color, width, dash)
+                for end in ends:
+                    lines.mark(mark, *end, size, color)
+        for number in _spread(np.flatnonzero(inlier), LINES_DRAWN):
+            if np.isfinite(seen_at[number]).all():
+                lines.mark("ring", *seen_at[number], 7, c.GOLD)
 
 
 def _spread(numbers: np.ndarray, count: int) -> np.ndarray:
@@ -573,7 +590,7 @@ def _view(
                 if (x_in, y_in) == (x, y):
                     lines.line([(x, y), (x1, y1)], color, 2)
                 lines.mark(mark, x_in, y_in, radius, color)
-                marks.append((x_in, y_in))
+                marks += [(x_in, y_in), (x1, y1)]
     _scale_bar(canvas, scale)
     taken: list[c.Box] = []
     for number, query in enumerate(worst):
@@ -649,9 +666,9 @@ def draw_errors(ours: np.ndarray, retrieval: np.ndarray) -> c.Canvas:
     ]
     charts = [
         _error_chart("Position error", [(name, errors[:, 0], *look) for name, errors, *look in sets],
-                     (0.001, 10), round_length, [(m, round_length(m)) for m in sorted({m for m, _ in POSE_LIMITS})]),
+                     0.0001, round_length, [(m, round_length(m)) for m in sorted({m for m, _ in POSE_LIMITS})]),
         _error_chart("Rotation error", [(name, errors[:, 1], *look) for name, errors, *look in sets],
-                     (0.01, 180), lambda value: f"{value:g}°",
+                     0.001, lambda value: f"{value:g}°",
                      [(d, f"{d}°") for d in sorted({d for _, d in POSE_LIMITS})]),
     ]
     count = int(np.isfinite(sets[0][1]).all(1).sum())
@@ -669,10 +686,10 @@ def draw_errors(ours: np.ndarray, retrieval: np.ndarray) -> c.Canvas:
     ], GAP, MARGIN)
 
 
-def _error_chart(title, sets, usual_range, say, rules) -> c.Canvas:
+def _error_chart(title, sets, least, say, rules) -> c.Canvas:
     """Share of queries below an error, over a logarithmic axis of whole decades."""
     values = np.concatenate([errors[np.isfinite(errors)] for _, errors, *_ in sets])
-    values = np.clip(values, usual_range[0], None)
+    values = np.clip(values, least, None)
     low = 10.0 ** math.floor(math.log10(min([rules[0][0], *values])))
     high = 10.0 ** math.ceil(math.log10(max([rules[-1][0] * 2, *values])))
     decades = range(round(math.log10(low)), round(math.log10(high)) + 1)

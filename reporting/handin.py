@@ -1,5 +1,8 @@
 """Fills output/, the folder that is handed in, and says what it still lacks.
 
+    python -m reporting.handin                      # check output/ as a grader would (check.py)
+    python -m reporting.handin DIR --zip pa1.zip    # and pack it if all holds
+
 The scripts call `write_whole`, `copy_code`, `update_metrics` and `missing`; nothing here calls them
 back.
 """
@@ -8,6 +11,7 @@ import hashlib
 import json
 import math
 import os
+import sys
 from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
@@ -19,14 +23,17 @@ OTHER_FILES = ("requirements.txt", "LICENSE")
 IGNORED_FOLDERS = {"__pycache__", ".cache"}
 
 CHECKPOINT = "checkpoints/netvlad_final.pth"
+DESCRIPTION = "checkpoints/netvlad_final.json"
 # What a hand-in holds besides the code, and which script makes it.
 RESULTS = {
     CHECKPOINT: "base.py",
+    DESCRIPTION: "base.py",
     "task3_result.png": "base.py",
     "result_pose_eval.txt": "test.py",
     "estimated_poses.tsv": "test.py",
     "metrics.json": "base.py and test.py",
     "report/report.md": "base.py and test.py",
+    "report/report.pdf": "base.py and test.py",
 }
 SECTIONS = {"base": "base.py", "test": "test.py"}
 
@@ -212,3 +219,9 @@ def sample_sections(metrics: dict) -> str:
         script for section, script in SECTIONS.items()
         if metrics.get(section, {}).get("data", {}).get("is_sample")
     )
+
+
+if __name__ == "__main__":
+    from reporting.check import main  # only here: it imports this module
+
+    sys.exit(main())

@@ -4,22 +4,27 @@
 thin writers over that list.
 """
 
+import itertools
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 from PIL import Image, ImageChops
 
 from reporting import canvas as c
 from reporting import figures
-from reporting.handin import read_metrics, write_whole
+from reporting.handin import SECTIONS, read_metrics, write_whole
 
 PAGE = 1654, 2339  # A4 at 200 dots an inch
 PAGE_DPI = 200
 PAGE_MARGIN = 140
 PAGE_TEXT = 28  # px: 10 points
-TABLE_ROWS = 16
+NO_SETTINGS = {"query", "quiet"}  # options that change no result
+MIN_BAND = 14  # px: pictures higher than a page are cut in empty bands at least so high
+MIN_PART = 100  # px: a lower part of a cut picture is a heading and stays with the next
+INK_SEEN = 8  # gray levels: what differs less from paper is blur
 
 
 @dataclass(frozen=True)
@@ -72,14 +77,16 @@ def write_report(output: Path) -> None:
     ValueError when metrics.json is broken or a file cannot be written.
     """
     output = Path(output)
-    blocks = contents(read_metrics(output), output)
+    metrics = read_metrics(output)
+    blocks = contents(metrics, output)
+    checkpoints = sorted({metrics[name]["checkpoint"] for name in SECTIONS if name in metrics})
     folder = output / "report"
     markdown = as_markdown(blocks, folder).encode("utf-8", "backslashreplace")
     write_whole(folder / "report.md", lambda part: _write_bytes(part, markdown))
     first, *others = as_pages(blocks)
     write_whole(folder / "report.pdf", lambda part: first.save(
         part, save_all=True, append_images=others, resolution=PAGE_DPI, quality=88,
-        title="NetVLAD: report"))
+        title="NetVLAD: report", subject=f"checkpoint {' and '.join(checkpoints)}"))
 
 
 def _write_bytes(path: Path, content: bytes) -> None:
@@ -162,12 +169,14 @@ def _data(base: dict, test: dict) -> list[Block]:
             f"{test.get('index', '?')} are the index, whose poses are known."))
     if remarks := (base.get("data") or {}).get("remarks"):
         blocks.append(Bullets(remarks))
-    for name, camera in (test.get("cameras") or {}).items():
-        focal = ", ".join(
-            f"{key} {_number(camera.get(key), 1)}" for key in ("fx", "fy", "cx", "cy"))
-        blocks.append(Text(
-            f"Camera of {name}: {focal} px; poses read as {camera.get('convention', '?')}"
-            + (f" ({camera['evidence']})" if camera.get("evidence") else "") + "."))
+    if cameras := test.get("cameras"):
+        blocks.append(Table(
+            ["scene", "fx, fy px", "cx, cy px", "from", "pose file read as", "from"],
+            [[name, *(f"{_number(camera.get(a), 1)}, {_number(camera.get(b), 1)}"
+                      for a, b in (("fx", "fy"), ("cx", "cy"))), _said(camera.get("focal_from")),
+              _said(camera.get("convention")), _said(camera.get("convention_from"))]
+             for name, camera in cameras.items()],
+            "Cameras: found from matches of the posed index images (evidence), assumed (prior) or given"))
     return blocks if len(blocks) > 1 else []
 
 
@@ -205,12 +214,17 @@ METHOD: tuple[Block, ...] = (
     Code(("Recall@K = queries with a right image among the K best / all queries",)),
     Heading("Camera poses (task 4)", 3),
     Text("The descriptor ranks the posed index images for each query. Local features (SIFT with "
-         "RootSIFT normalization) are matched between the query and these, points are triangulated "
-         "from the index images, and the query's pose is estimated from 2D–3D matches by P3P inside "
-         "RANSAC with local optimization, then refined by robust least squares on the reprojection "
-         "error. Where points are too few, relative poses to single index images serve; last of "
-         "all, the poses of the best index images are averaged. Every estimate carries the name of "
-         "the method that gave it."),
+         "RootSIFT normalization) are matched among the index images along the epipolar lines that "
+         "their poses give, and triangulated. A query's matches with these points, of all index "
+         "images and of single ones, give many hypotheses by P3P inside RANSAC with local "
+         "optimization."),
+    Text("Repeated doors and tiles give wrong poses plenty of inliers. So the hypotheses are scored "
+         "by each keypoint's best match in every index image, which counts the less, the less alike "
+         "it is than the keypoint's best of all: the true place matches a little better than its "
+         "copies. The winner is refined with guided matching by robust least squares on the "
+         "reprojection error. Where points are too few, relative poses to single index images "
+         "serve; last of all, the poses of the best index images are averaged. Every estimate "
+         "carries the name of the method that gave it."),
     Code((
         "minimize over R, t:  Σ_i ρ( | π(R X_i + t) − x_i |² ),  π(X, Y, Z) = (f X/Z + c_x, f Y/Z + c_y)",
         "translation error = | c_estimated − c_true |",
@@ -224,7 +238,7 @@ def _settings(base: dict, test: dict) -> list[Block]:
     rows = [
         [script, str(flag).replace("_", "-"), _said(value)]
         for script, section in (("base.py", base), ("test.py", test))
-        for flag, value in (section.get("settings") or {}).items()
+        for flag, value in (section.get("settings") or {}).items() if flag not in NO_SETTINGS
     ]
     if origin := (base.get("weights") or {}).get("origin"):
         rows.append(["base.py", "weights in use", origin])
@@ -296,16 +310,10 @@ def _pose_results(test: dict, output: Path) -> list[Block]:
               _number(row["error_m"], 3), _number(row.get("error_deg"), 2),
               _number(row.get("confidence"), 2)] for row in worst],
             "The largest position errors"))
-    pictures = [
-        ("errors.png", "Share of queries by position and rotation error."),
-        *((f"poses_{scene}.png", f"Scene {scene} from above and from the side.")
-          for scene in test.get("scenes") or []),
-        *((figures.matches_name(row["path"]), f"Matches of {row['path']}.")
-          for row in test.get("per_query") or []),
-    ]
     folder = output / "report"
     return blocks + [
-        Picture(folder / name, caption) for name, caption in pictures if (folder / name).is_file()]
+        Picture(folder / picture["file"], picture["caption"])
+        for picture in test.get("pictures") or [] if (folder / picture["file"]).is_file()]
 
 
 def _times(base: dict, test: dict) -> list[Block]:
@@ -350,7 +358,7 @@ def _flags(settings: dict) -> list[str]:
     """{"batch_size": 8} → ["--batch-size", "8"]; what is off or not set is left out."""
     words = []
     for name, value in settings.items():
-        if value is None or value is False or value == []:
+        if name in NO_SETTINGS or value is None or value is False or value == []:
             continue
         words.append("--" + str(name).lstrip("-").replace("_", "-"))
         if value is not True:
@@ -402,36 +410,62 @@ def as_pages(blocks: Sequence[Block]) -> list[Image.Image]:
     return [canvas.image for canvas in draw_pages(blocks)]
 
 
+@dataclass(frozen=True)
+class _Piece:
+    """Something that stays on one page, the gap below it, whether it may not end a page, and what
+    is repeated above it when it begins one."""
+
+    canvas: c.Canvas
+    gap: float = 0
+    with_next: bool = False
+    head: c.Canvas | None = None
+
+
 def draw_pages(blocks: Sequence[Block]) -> list[c.Canvas]:
     """The blocks set one below the other onto numbered A4 pages; tables are cut between rows."""
     width, height = PAGE[0] - 2 * PAGE_MARGIN, PAGE[1] - 2 * PAGE_MARGIN
     pages = [c.blank(*PAGE)]
     y = 0.0
-    for drawn, gap, keep in _drawn(blocks, width, height):
-        if y and y + drawn.height + keep > height:
+    pieces = list(_drawn(blocks, width, height))
+    for number, piece in enumerate(pieces):
+        if y and y + _height_together(pieces[number:]) > height:
             pages.append(c.blank(*PAGE))
             y = 0.0
-        c.place(pages[-1], drawn, PAGE_MARGIN, PAGE_MARGIN + y)
-        y += drawn.height + gap
+        if not y and piece.head:
+            c.place(pages[-1], piece.head, PAGE_MARGIN, PAGE_MARGIN)
+            y = piece.head.height
+        c.place(pages[-1], piece.canvas, PAGE_MARGIN, PAGE_MARGIN + y)
+        y += piece.canvas.height + piece.gap
     for number, page in enumerate(pages, start=1):
         c.draw_text(page, PAGE[0] / 2, PAGE[1] - PAGE_MARGIN + 40, f"{number} / {len(pages)}",
                     c.SMALL, color=c.MUTED, align="center")
     return pages
 
 
-def _drawn(blocks: Sequence[Block], width: int, height: int):
-    """Each piece that stays on one page: (canvas, gap below it, room it wants below it)."""
+def _height_together(pieces: Sequence[_Piece]) -> float:
+    """Height of the first piece and of those that have to stand on the same page."""
+    height = 0.0
+    for piece in pieces:
+        height += piece.canvas.height
+        if not piece.with_next:
+            break
+        height += piece.gap
+    return height
+
+
+def _drawn(blocks: Sequence[Block], width: int, height: int) -> Iterator[_Piece]:
+    """The blocks in pieces; `height` is that of a page."""
     for block in blocks:
         match block:
             case Heading(text, level):
                 size = {1: 56, 2: 40}.get(level, 32)
-                yield c.blank(width, size * 0.5), 0, size * 1.4 + 200
-                yield c.paragraph(text, width, size, bold=True), 16, 200
+                yield _Piece(c.blank(width, size * 0.5), with_next=True)
+                yield _Piece(c.paragraph(text, width, size, bold=True), 16, with_next=True)
             case Text(text):
-                yield from ((line, 0, 0) for line in _lines(text, width))
-                yield c.blank(width, 1), 18, 0
+                yield from (_Piece(line) for line in _lines(text, width))
+                yield _Piece(c.blank(width, 1), 18)
             case Notice(text):
-                yield figures.warning_banner(text, width), 18, 0
+                yield _Piece(figures.warning_banner(text, width), 18)
             case Bullets(items):
                 for item in items:
                     for number, line in enumerate(_lines(item, width - 40)):
@@ -439,12 +473,18 @@ def _drawn(blocks: Sequence[Block], width: int, height: int):
                         c.place(row, line, 40, 0)
                         if number == 0:
                             c.draw_text(row, 10, 0, "•", PAGE_TEXT)
-                        yield row, 0, 0
-                yield c.blank(width, 1), 18, 0
+                        yield _Piece(row)
+                yield _Piece(c.blank(width, 1), 18)
             case Code(lines):
-                yield _code(lines, width), 24, 0
-            case Table():
-                yield from _table_pieces(block, width)
+                yield _Piece(_code(lines, width), 24)
+            case Table(header, rows, title):
+                if title:
+                    yield _Piece(c.paragraph(title, width, PAGE_TEXT, bold=True), 6, with_next=True)
+                head, *others = c.table_rows(header, rows, width, PAGE_TEXT - 2)
+                yield _Piece(head, with_next=True)
+                yield from (_Piece(row, head=head if number else None)
+                            for number, row in enumerate(others))
+                yield _Piece(c.blank(width, 1), 24)
             case Picture(path, caption):
                 yield from _picture_pieces(path, caption, width, height)
 
@@ -466,35 +506,27 @@ def _code(lines: Sequence[str], width: float) -> c.Canvas:
     return canvas
 
 
-def _table_pieces(block: Table, width: int):
-    """A table in pieces of at most TABLE_ROWS rows, each of which stays on one page."""
-    title = [c.paragraph(block.title, width, PAGE_TEXT, bold=True)] if block.title else []
-    for start in range(0, len(block.rows), TABLE_ROWS):
-        piece = c.table(block.header, block.rows[start:start + TABLE_ROWS], width, PAGE_TEXT - 2)
-        yield c.below([*title, piece], 6), 24, 0
-        title = []
-
-
-def _picture_pieces(path: Path, caption: str, width: int, height: int):
-    """A picture as wide as the page; one higher than a page is cut where a row of it is empty."""
+def _picture_pieces(path: Path, caption: str, width: int, height: int) -> Iterator[_Piece]:
+    """A picture as wide as the page; one higher than a page is cut in its empty bands."""
     with Image.open(path) as file:
         image = file.convert("RGB")
     drawn = ImageChops.difference(image, Image.new("RGB", image.size, c.PAPER)).getbbox()
     image = image.crop(drawn)  # the page has a margin of its own
     image = image.resize((width, round(image.height * width / image.width)), Image.Resampling.LANCZOS)
     label = c.paragraph(caption, width, c.SMALL + 4, color=c.MUTED)
-    room = height - label.height - 20
-    while image.height > room:
-        cut = _empty_row(image, room)
-        yield c.Canvas(image.crop((0, 0, width, cut))), 0, 0
-        image = image.crop((0, cut, width, image.height))
-    yield c.below([c.Canvas(image), label], 4), 24, 0
+    cuts = _empty_bands(image) if image.height + label.height > height else []
+    edges = [0, *cuts, image.height]
+    yield _Piece(c.blank(width, 16), with_next=True)
+    for top, bottom in itertools.pairwise(edges):
+        band = image.crop((0, top, width, bottom))
+        is_heading = band.height < MIN_PART
+        yield _Piece(c.Canvas(band), 4, with_next=is_heading or bottom == image.height)
+    yield _Piece(label, 24)
 
 
-def _empty_row(image: Image.Image, below: int) -> int:
-    """The lowest row above `below` that is of one color; `below` itself if there is none."""
-    for row in range(below, below // 2, -1):
-        low_high = image.crop((0, row, image.width, row + 1)).getextrema()
-        if all(low == high for low, high in low_high):
-            return row
-    return below
+def _empty_bands(image: Image.Image) -> list[int]:
+    """The middles of the bands of at least MIN_BAND rows that are paper throughout."""
+    ink = ImageChops.difference(image, Image.new("RGB", image.size, c.PAPER)).convert("L")
+    rows = np.asarray(ink).max(axis=1) > INK_SEEN
+    edges = np.flatnonzero(np.diff(np.concatenate([[True], rows, [True]]).astype(int)))
+    return [int((top + bottom) // 2) for top, bottom in edges.reshape(-1, 2) if bottom - top >= MIN_BAND]

@@ -1,29 +1,67 @@
 """What the scripts say while they work."""
 
+import os
 import platform
+import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
+from functools import partialmethod
 
 import numpy
 import PIL
 import torch
 import torchvision
+from tqdm import tqdm
+
+_voice = sys.stdout  # what `aloud` prints to: the standard output that `on_screen` found
+
+
+@contextmanager
+def on_screen(quiet: bool = False) -> Iterator[None]:
+    """What a script runs in: no progress bars where nobody sees them, no character that stops it.
+
+    quiet: nothing of what is printed appears, nor bars, but for what is printed inside `aloud`;
+    warnings, on stderr, do. A character that the console's encoding lacks is printed as an escape.
+    """
+    global _voice
+    _voice, constructor = sys.stdout, tqdm.__init__
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+    # tqdm reads its settings from the environment when it is imported: too early for an option.
+    tqdm.__init__ = partialmethod(constructor, disable=quiet or not sys.stderr.isatty())
+    try:
+        with open(os.devnull, "w", encoding="utf-8") as nowhere, redirect_stdout(nowhere if quiet else _voice):
+            yield
+    finally:
+        tqdm.__init__ = constructor
+
+
+@contextmanager
+def aloud() -> Iterator[None]:
+    """What is printed in here appears also when the script is quiet."""
+    with redirect_stdout(_voice):
+        yield
 
 
 @contextmanager
 def phase(name: str, seconds: dict[str, float]) -> Iterator[None]:
     """Name a phase on the screen and note in `seconds` how long it took."""
     began = time.perf_counter()
-    print(f"- {name} …", flush=True)
+    print(f"- {name} ...", flush=True)
     yield
     seconds[name] = time.perf_counter() - began
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of the packages, for metrics and report."""
+    """Versions of Python and of the packages, and the machine, for metrics and report."""
     packages = {"torch": torch, "torchvision": torchvision, "numpy": numpy, "pillow": PIL}
-    return {"python": platform.python_version(), **{k: v.__version__ for k, v in packages.items()}}
+    machine = f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores"
+    if torch.cuda.is_available():
+        machine += f", {torch.cuda.get_device_name()}"
+    found = {"python": platform.python_version(), **{k: v.__version__ for k, v in packages.items()}}
+    return {**found, "machine": machine}
 
 
 def print_recall_table(recall: dict[str, dict]) -> None:

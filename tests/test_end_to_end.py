@@ -71,6 +71,19 @@ def test_metrics_hold_what_was_printed_and_say_what_fell_back(both):
     assert "random" in (output / "report/report.md").read_text()
 
 
+def test_pictures_of_task_four_are_there_and_in_the_report(both):
+    output, _, _ = both
+    section = json.loads((output / "metrics.json").read_text())["test"]
+    files = [picture["file"] for picture in section["pictures"]]
+    worst = max(section["per_query"], key=lambda row: row["error_m"])
+    assert "errors.png" in files and f"matches_{worst['scene']}_{Path(worst['path']).stem}.png" in files
+    assert {f"poses_{scene}.png" for scene in section["scenes"]} <= set(files)
+    assert sum(file.startswith("matches_") for file in files) == min(3, section["queries"])
+    assert sorted(p.name for p in (output / "report").glob("*.png")) == sorted(files)
+    text = (output / "report/report.md").read_text()
+    assert all(f"](<{file}>)" in text for file in files)
+
+
 def test_copies_run_from_output_and_copy_nothing_onto_themselves(both, sample):
     output, _, _ = both
     assert "--camera" in run("test.py", "--help", cwd=output)

@@ -1,10 +1,15 @@
 """Search, recall and chance by hand counts and brute force."""
 
 import itertools
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch.utils.data import Dataset
 
 import eval as evaluation
@@ -99,3 +104,89 @@ def test_recall_by_hand_count_with_a_query_that_has_no_positive(capsys):
     found = evaluate_recall(model, images, images, utm_query, utm_index, 25, "cpu", [1, 4])
     assert found == {1: 2, 4: 4}
     assert capsys.readouterr().out == "Recall@1: 2/4 = 50.00%\nRecall@4: 4/4 = 100.00%\n"
+
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def folder(sample, tmp_path) -> Path:
+    """photos/ with six images, two of them in a folder below; a smaller copy of b.png beside it."""
+    photos = tmp_path / "photos"
+    (photos / "below").mkdir(parents=True)
+    images = sorted((sample / "index").iterdir())[::7]
+    for name, image in zip(("a.png", "b.png", "c.JPG", "d.png", "below/e.png", "below/f.png"), images):
+        Image.open(image).save(photos / name)
+    (photos / "notes.txt").touch()
+    with Image.open(photos / "b.png") as image:
+        image.resize((100, 75)).save(tmp_path / "again.jpg", quality=70)
+    return photos
+
+
+def found_images(text: str) -> dict[str, list[str]]:
+    """Names of the images printed under each query."""
+    found: dict[str, list[str]] = {}
+    query = ""
+    for line in text.splitlines()[1:]:
+        if line.startswith(" "):
+            found[query].append(Path(line.split()[-1]).name)
+        elif not line.startswith("Written"):
+            query = Path(line).name
+            found[query] = []
+    return found
+
+
+def test_images_are_searched_in_a_folder_without_lists_or_truth(folder, checkpoint, tmp_path, capsys):
+    queries = [str(tmp_path / "again.jpg"), str(folder / "below/e.png")]
+    options = ["--checkpoint", str(checkpoint), "--index", str(folder), "--device", "cpu"]
+    picture = tmp_path / "found.png"
+    assert evaluation.main([*options, "--query", *queries, "--top-k", "3", "--picture", str(picture)]) == 0
+    found = found_images(capsys.readouterr().out)
+    assert list(found) == ["again.jpg", "e.png"]
+    assert found["again.jpg"][0] == "b.png"
+    assert [len(names) for names in found.values()] == [3, 3]
+    with Image.open(picture) as image:
+        assert image.width == 1600
+    assert evaluation.main([*options, "--query", *queries, "--top-k", "50"]) == 0
+    everything = {"a.png", "b.png", "c.JPG", "d.png", "f.png"}  # the query e.png does not find itself
+    assert all(set(names) == everything for names in found_images(capsys.readouterr().out).values())
+
+
+@pytest.mark.parametrize(
+    ("argv", "named"),
+    [
+        (["--query", "again.jpg"], "--index"),
+        (["--query", "again.jpg", "--index", "nowhere"], "nowhere holds no image"),
+        (["--query", "nothing.jpg", "--index", "photos"], "nothing.jpg"),
+        (["--query", "photos/notes.txt", "--index", "photos"], "notes.txt"),
+        (["--query", "again.jpg", "--index", "photos", "--top-k", "0"], "--top-k 0"),
+        (["--query", "again.jpg", "--index", "photos", "--picture", "again.jpg/found.png"], "found.png"),
+        (["--query", "again.jpg", "--index", "photos", "--picture", "found.xyz"], "xyz"),
+    ],
+)
+def test_bad_input_of_a_search_is_a_sentence(folder, checkpoint, tmp_path, monkeypatch, capsys, argv, named):
+    monkeypatch.chdir(tmp_path)
+    assert evaluation.main([*argv, "--checkpoint", str(checkpoint), "--device", "cpu"]) == 2
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert said.startswith("eval.py: ") and named in said
+
+
+def test_a_search_needs_no_other_file_than_model_py(folder, checkpoint, tmp_path):
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    for name in ("eval.py", "model.py"):
+        shutil.copy(ROOT / name, alone)
+    words = ["eval.py", "--checkpoint", checkpoint, "--query", tmp_path / "again.jpg", "--index", folder]
+    done = subprocess.run(
+        [sys.executable, *map(str, words)], cwd=alone, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert found_images(done.stdout)["again.jpg"][0] == "b.png"
+
+
+def test_photos_are_read_upright(tmp_path):
+    image = Image.new("RGB", (20, 10), "white")
+    exif = image.getexif()
+    exif[0x0112] = 6  # the camera was held on its side
+    image.save(tmp_path / "held.jpg", exif=exif)
+    assert evaluation.load_image(tmp_path / "held.jpg").size == (10, 20)

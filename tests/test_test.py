@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from scipy.spatial.transform import Rotation
 
 from localization.cameras import OPENCV, Convention, poses_to_file
@@ -130,3 +131,61 @@ def test_true_poses_and_file_names_of_queries_influence_nothing(truthful, checkp
     assert len(after) == len(before)
     for name, estimate in before.items():
         assert after[new_name[name]] == estimate
+
+
+@pytest.fixture(scope="module")
+def room_and_photos(sample, tmp_path_factory) -> tuple[Path, list[Path], np.ndarray]:
+    """camera/ with a room and another scene, two frames taken out of the room, one of them at half
+    its size, and the rows these had in pose.txt."""
+    root = tmp_path_factory.mktemp("photos")
+    scene, other = sorted((sample / "camera").iterdir())
+    shutil.copytree(scene, root / "camera" / "room")
+    shutil.copytree(other, root / "camera" / "other")
+    room = root / "camera" / "room"
+    rows = (room / "pose.txt").read_text().splitlines()
+    images = sorted((room / "images").iterdir())
+    taken = (3, 8)
+    photos = [root / "whole.png", root / "half.png"]
+    shutil.move(images[taken[0]], photos[0])
+    with Image.open(images[taken[1]]) as image:
+        image.reduce(2).save(photos[1])
+    images[taken[1]].unlink()
+    kept = [row for number, row in enumerate(rows) if number not in taken]
+    (room / "pose.txt").write_text("\n".join(kept) + "\n")
+    return root / "camera", photos, np.array([rows[number].split() for number in taken], dtype=float)
+
+
+def test_poses_of_new_images_in_a_posed_scene(room_and_photos, checkpoint, tmp_path, capsys):
+    camera, photos, truth = room_and_photos
+    argv = ["--camera", camera, "--scenes", "room", "--query", *photos, "--checkpoint", checkpoint,
+            "--output", tmp_path / "out", "--no-cache", "--quiet"]  # fmt: skip
+    assert task4.main([str(word) for word in argv]) == 0
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["query_poses.tsv"]
+    lines = (tmp_path / "out/query_poses.tsv").read_text().splitlines()[1:]
+    for line, photo, pose, limit_m in zip(lines, photos, truth, (0.02, 0.05), strict=True):
+        path, *numbers = line.split("\t")[:8]
+        meters, degrees = task4.pose_error(np.array(numbers, dtype=float), pose)
+        assert path == str(photo) and meters < limit_m and degrees < 0.5
+    said = capsys.readouterr()
+    assert said.out.startswith(f"{photos[0]}: in scene room") and said.err == ""
+    assert len(said.out.splitlines()) == 3 * len(photos) + 1
+
+
+def test_lens_on_an_image_of_another_size():
+    camera = task4.Camera(500.0, 510.0, 319.5, 239.5, 640, 480)
+    assert task4.resized(camera, 640, 480) is camera
+    half = task4.resized(camera, 320, 240)
+    assert (half.fx, half.fy, half.cx, half.cy) == (250.0, 255.0, 159.5, 119.5)
+    upright = task4.resized(camera, 480, 640)
+    assert (upright.fx, upright.cx, upright.cy) == (500.0, 239.5, 319.5)
+
+
+def test_bad_input_of_new_images(room_and_photos, checkpoint, tmp_path, capsys):
+    camera, photos, _ = room_and_photos
+    for scenes, query, named in (
+        (["room"], tmp_path / "nothing.png", "nothing.png"), (["attic"], photos[0], "attic"),
+    ):  # fmt: skip
+        argv = ["--camera", camera, "--scenes", *scenes, "--query", query, "--checkpoint", checkpoint,
+                "--output", tmp_path / "out", "--no-cache"]  # fmt: skip
+        assert task4.main([str(word) for word in argv]) == 2
+        assert named in capsys.readouterr().err

@@ -1,0 +1,110 @@
+"""What the pictures of task 4 show: matches and points of a synthetic room, and which files are written."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from localization.cameras import OPENCV, Camera, poses_to_file, project
+from localization.features import Features
+from localization.matching import View
+from reporting import poses
+
+CAMERA = Camera(320.0, 320.0, 320.0, 240.0, 640, 480)
+SWAPPED = 20  # keypoints of the first image that carry another point's descriptor
+
+
+def make_views(centers: list[list[float]], seed: int = 0) -> list[View]:
+    """Posed views, all looking along z, of 200 points; keypoint k of the first is point k.
+
+    The descriptors of its first SWAPPED keypoints are permuted: wrong matches. The keypoints of the
+    others come in any order.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    draw = {"generator": generator, "dtype": torch.float64}
+    points = torch.rand(200, 3, **draw) * torch.tensor([4.0, 3, 3]) + torch.tensor([-2.0, -1.5, 5])
+    descriptors = torch.nn.functional.normalize(torch.randn(200, 128, **draw), dim=1).float()
+    views = []
+    for number, center in enumerate(torch.tensor(centers, dtype=torch.float64)):
+        own, order = descriptors.clone(), torch.arange(200)
+        if number == 0:
+            own[:SWAPPED] = own[:SWAPPED].roll(7, 0)
+        else:
+            order = torch.randperm(200, generator=generator)
+        xy_px = project(CAMERA, points - center).float()
+        ones = torch.ones(200)
+        features = Features(xy_px[order], ones, 0 * ones, ones, own[order], 0 * ones)
+        views.append(View(features, CAMERA, torch.eye(3, dtype=torch.float64), center))
+    return views
+
+
+def test_wrong_matches_are_outliers_and_points_fall_on_their_keypoints():
+    query, *index = make_views([[0, 0, 0], [0.5, 0.1, 0], [-0.4, 0.3, 0.2], [0.2, -0.5, 0.1]])
+    shown = poses._best_explained(query, index)
+    assert len(shown.inlier) == 200
+    assert shown.inlier[SWAPPED:].all() and shown.inlier[:SWAPPED].sum() <= 3
+    distance = np.linalg.norm(shown.projected_px - shown.query_px, axis=1)
+    assert (distance[SWAPPED:] < 0.1).all() and np.median(distance[:SWAPPED]) > 20
+
+
+def test_the_index_image_that_the_pose_explains_best_is_shown():
+    query, *index = make_views([[0, 0, 0], [0.5, 0.1, 0], [-0.4, 0.3, 0.2], [0.2, -0.5, 0.1]])
+    for view in (index[0], index[2]):  # their descriptors tell nothing of where they look
+        view.features.descriptors[:] = view.features.descriptors.flip(0)
+    assert poses._best_explained(query, index).number == 1
+
+
+@pytest.fixture
+def run(tmp_path) -> tuple[poses.PosedFrames, list[dict]]:
+    """Seven frames of one scene, three of them queries, and the answers to these."""
+    centers = [[0.3 * i, 0.1 * (i % 3), 0.05 * i] for i in range(7)]
+    views = make_views(centers)
+    rows = poses_to_file(
+        torch.stack([v.R_world_from_cam for v in views]), torch.stack([v.c_world for v in views]), OPENCV
+    ).numpy()  # fmt: skip
+    paths = [tmp_path / "P001" / "images" / f"{i}.png" for i in range(7)]
+    paths[0].parent.mkdir(parents=True)
+    for path in paths:
+        Image.new("RGB", (640, 480), "teal").save(path)
+    queries, index = [0, 3, 5], [1, 2, 4, 6]
+    answers = [
+        {"path": str(paths[q]), "pose": rows[q].tolist(), "error_m": e, "error_deg": 0.1, "method": "pnp",
+         "retrieval_m": 0.4, "retrieval_deg": 1.0, "confidence": s}
+        for q, e, s in zip(queries, (0.2, 0.001, 3.0), (0.9, 0.1, 0.5))
+    ]  # fmt: skip
+    frames = poses.PosedFrames(paths, ["P001"] * 7, rows, views, queries, index, {"P001": OPENCV})
+    return frames, answers
+
+
+def test_worst_median_and_best_query_are_shown_and_old_pictures_go(run, tmp_path):
+    (tmp_path / "report").mkdir()
+    for old in ("matches_P009_000001.png", "poses_P009.png"):
+        (tmp_path / "report" / old).touch()
+    written = poses.write_pose_pictures(tmp_path, *run)
+    assert [picture["file"] for picture in written] == [
+        "errors.png", "poses_P001.png", "matches_P001_5.png", "matches_P001_0.png", "matches_P001_3.png",
+    ]  # fmt: skip
+    assert [picture["caption"].split()[0] for picture in written[2:]] == ["Worst", "Median", "Best"]
+    assert "3.0 m and 0.10° off" in written[2]["caption"]
+    there = {p.name for p in (tmp_path / "report").iterdir()}
+    assert there == {picture["file"] for picture in written}
+
+
+def test_without_truth_the_confidence_chooses_and_there_is_no_error_curve(run, tmp_path):
+    frames, answers = run
+    for answer in answers:
+        answer["error_m"] = answer["error_deg"] = float("nan")
+    frames.poses[frames.queries] = np.nan
+    written = poses.write_pose_pictures(tmp_path, frames, answers)
+    files = [Path(picture["file"]).stem for picture in written]
+    assert files == ["poses_P001", "matches_P001_3", "matches_P001_5", "matches_P001_0"]
+    assert "off" not in written[1]["caption"] and "by confidence" in written[1]["caption"]
+
+
+def test_one_query_is_worst_median_and_best_at_once(run, tmp_path):
+    frames, answers = run
+    alone = poses.PosedFrames(**{**vars(frames), "queries": frames.queries[:1]})
+    written = poses.write_pose_pictures(tmp_path, alone, answers[:1])
+    assert len(written) == 3 and written[2]["caption"].startswith("Best and median and worst query")
