@@ -227,7 +227,7 @@ def _recall_charts(recall: dict) -> list[tuple]:
 
 
 def _training_charts(epochs: Sequence[dict]) -> list[tuple]:
-    """Losses, and the violated margins, over the epochs."""
+    """Losses, violated margins and the ranking of held-out queries over the epochs, as far as known."""
     if not epochs:
         return []
     numbers = [entry["epoch"] for entry in epochs]
@@ -250,14 +250,10 @@ def _training_charts(epochs: Sequence[dict]) -> list[tuple]:
     return chart("Ranking loss", (
         ("train_loss", "training", c.ACCENT, "circle", None),
         ("val_loss", "validation", c.BROWN, "square", (10, 6)),
-    )) + chart("Triplets that violate the margin", (
-        ("violations", "share of the training triplets" if _are_shares(epochs, "violations")
-         else "training triplets", c.WRONG, "diamond", None),
+    )) + chart("Violated margins and held-out ranking" if "held_out_mrr" in epochs[0] else "Violated margins", (
+        ("violations", "violating triplets, share", c.WRONG, "diamond", None),
+        ("held_out_mrr", "held-out mean reciprocal rank", c.RIGHT, "triangle", (10, 6)),
     ))
-
-
-def _are_shares(epochs: Sequence[dict], key: str) -> bool:
-    return all((entry.get(key) or 0) <= 1 for entry in epochs)
 
 
 def _grid(charts: Sequence[tuple]) -> c.Canvas:

@@ -103,7 +103,7 @@ def contents(metrics: dict, output: Path) -> list[Block]:
         *(Notice(text) for text in _warnings(metrics, base, test)),
         *_at_a_glance(base, test),
         *_data(base, test),
-        *METHOD,
+        *_method(base),
         *_settings(base, test),
         *_recall_results(base, output),
         *_pose_results(test, output),
@@ -180,7 +180,13 @@ def _data(base: dict, test: dict) -> list[Block]:
     return blocks if len(blocks) > 1 else []
 
 
-METHOD: tuple[Block, ...] = (
+def _method(base: dict) -> list[Block]:
+    """The method; how negatives are found depends on the run."""
+    mined = (base.get("settings") or {}).get("mining") == "hard"
+    return [*DESCRIPTOR_AND_LOSS, *(MINING if mined else ()), *RECALL_AND_POSES]
+
+
+DESCRIPTOR_AND_LOSS: tuple[Block, ...] = (
     Heading("Method"),
     Heading("Global descriptor (task 1)", 3),
     Text("The convolutional part of VGG16, up to conv5_3 without its ReLU, gives 512 channels at "
@@ -206,6 +212,17 @@ METHOD: tuple[Block, ...] = (
     Code(("L = max(0, d(q, p) + margin − d(q, n)),  d = distance of the descriptors",)),
     Text("Layers that are not trained do the same work in every epoch; their outputs are computed "
          "once per image and kept."),
+)
+
+MINING: tuple[Block, ...] = (
+    Text("Negatives are mined: among random index images of other places and those that were hardest "
+         "for the query before, the most similar to it are taken, and a query none of whose negatives "
+         "violates the margin is skipped. The positive is the most similar of the near ones. "
+         "Descriptors for this are made anew as the weights change. The weights kept are those of the "
+         "epoch that ranks the held-out queries best (mean reciprocal rank, MRR)."),
+)
+
+RECALL_AND_POSES: tuple[Block, ...] = (
     Heading("Recall (task 3)", 3),
     Text("Index images are ranked by cosine similarity, by exact search. A query is answered by "
          "rank K when one of its K best index images lies within the threshold of the lists; a "
@@ -265,7 +282,8 @@ def _recall_results(base: dict, output: Path) -> list[Block]:
         columns = [
             (key, name, digits) for key, name, digits in (
                 ("train_loss", "training loss", 4), ("val_loss", "validation loss", 4),
-                ("violations", "violations", 3), ("seconds", "seconds", 1))
+                ("violations", "violations", 3), ("skipped", "skipped tuples", 0),
+                ("held_out_mrr", "held-out MRR", 3), ("seconds", "seconds", 1))
             if any(entry.get(key) is not None for entry in epochs)
         ]
         blocks.append(Table(["epoch", *(name for _, name, _ in columns)], [
