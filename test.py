@@ -243,14 +243,16 @@ def calibrate_scenes(
     convention: Convention | None,
 ) -> dict[str, Calibration]:  # fmt: skip
     """Convention and camera of each scene, found from its index images; printed, a line each."""
-    found = {}
-    for scene in frames.scenes:
+
+    def find_out(scene: str) -> Calibration:
         rows = [row for row in index if frames.frames[row][1] == scene]
         camera = next(v.camera for v, f in zip(views, frames.frames) if f[1] == scene)
-        found[scene] = calibrate(
-            [views[row] for row in rows], frames.poses[rows], camera, known[scene], convention
-        )
-        print(f"Camera of {scene}: {found[scene].describe()}")
+        return calibrate([views[row] for row in rows], frames.poses[rows], camera, known[scene], convention)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        found = dict(zip(frames.scenes, pool.map(find_out, frames.scenes)))
+    for scene, calibration in found.items():
+        print(f"Camera of {scene}: {calibration.describe()}")
     return found
 
 

@@ -9,11 +9,11 @@ import itertools
 import math
 import os
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 
 from localization.absolute_pose import pose_deviation
 from localization.fallback import fall_back
@@ -30,6 +30,8 @@ __all__ = ["Estimate", "View", "localize", "share_world"]
 REFINED = 8
 # A hypothesis that scores less than this share of the best is not refined.
 WORTH_REFINING = 0.4
+# Where points are many, a hypothesis without is not refined if it scores less than this share of the best with.
+ROUGHLY_AS_GOOD = 0.8
 # Modes that are polished, at most.
 POLISHED = 4
 # Hypotheses nearer than this share of the typical distance of the points, or this angle, are one.
@@ -40,12 +42,12 @@ SURE = 0.35
 TYPICAL_INLIERS = 30
 # How much more than an answer from points one without must score.
 CLEARLY_MORE = 1.3
-# Below this many inliers an answer is not taken from points alone.
-MANY_INLIERS = 40
+# Below this many inliers or this confidence an answer is not taken from points alone, nor without the other queries.
+MANY_INLIERS, DOUBTFUL = 40, 0.15
 # What a pose without points deserves, by its method.
 FALLBACK_CONFIDENCE = {"essential": 0.1, "directions": 0.05, "rotation": 0.02, "retrieval": 0.0}
 # share_world: pairs tried, distinct matches a pair needs, the share that must fit, pairs that must prove it.
-SHARED_TRIED, SHARED_MATCHES, SHARED_INLIERS, SHARED_PROOFS = 20, 30, 0.6, 3
+SHARED_TRIED, SHARED_MATCHES, SHARED_INLIERS, SHARED_PROOFS = 10, 30, 0.6, 3
 
 
 @dataclass(frozen=True)
@@ -83,30 +85,19 @@ def localize(
     index = _Index.build(index_views, lambda done, of: report("index", done, of))
     orders = [[int(i) for i in row] for row in ranking]
     likeness = [[float(s) for s in row] for row in similarity]
-
-    def locate(number: int) -> Estimate:
-        query, generator = query_views[number], _generator(seed, number)
-        return _locate(query, index, orders[number], likeness[number], generator)
-
-    estimates = []
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for estimate in pool.map(locate, range(len(query_views))):
-            estimates.append(estimate)
-            report("queries", len(estimates), len(query_views))
+    queries = _Queries(query_views, index, orders, likeness, seed, list(range(len(query_views))))
+    estimates = queries.located(lambda done, of: report("queries", done, of))
 
     sure = [n for n, e in enumerate(estimates) if e.confidence >= SURE]
-    unsure = [n for n, e in enumerate(estimates) if e.confidence < SURE]
+    unsure = [n for n, e in enumerate(estimates) if e.confidence < DOUBTFUL]
     if not sure or not unsure:
         return estimates
     placed = [_placed(query_views[n], estimates[n]) for n in sure]
-    index = index.extended(placed)
-    added = list(range(len(index_views), len(index_views) + len(placed)))
-    for done, number in enumerate(unsure):
-        order = orders[number] + added
-        again = _locate(query_views[number], index, order, likeness[number], _generator(seed, number))
+    orders = [order + list(range(len(index_views), len(index_views) + len(placed))) for order in orders]
+    queries = replace(queries, index=index.extended(placed), orders=orders, numbers=unsure)
+    for number, again in zip(unsure, queries.located(lambda done, of: report("unsure queries", done, of))):
         if again.confidence >= SURE:
             estimates[number] = again
-        report("unsure queries", done + 1, len(unsure))
     return estimates
 
 
@@ -138,6 +129,39 @@ class _Index:
         return _Index(views, points, point_map(views, points), self.typical_m)
 
 
+@dataclass(frozen=True)
+class _Queries(Dataset):
+    """The queries `numbers` as a data set of estimates, for the processes of a DataLoader to work on.
+
+    The steps of one query are many and small: threads would wait for each other's turn at the interpreter.
+    """
+
+    views: list[View]
+    index: _Index
+    orders: list[list[int]]
+    similarity: list[list[float]]
+    seed: int
+    numbers: list[int]
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __getitem__(self, i: int) -> Estimate:
+        number = self.numbers[i]
+        generator = _generator(self.seed, number)
+        return _locate(self.views[number], self.index, self.orders[number], self.similarity[number], generator)
+
+    def located(self, progress: Callable[[int, int], None]) -> list[Estimate]:
+        """The estimates in order; on a GPU, which processes cannot share, one after the other."""
+        on_cpu = self.index.map.position.device.type == "cpu"
+        workers = min(len(self), os.cpu_count() or 1) if on_cpu and len(self) > 1 else 0
+        estimates = []
+        for estimate in DataLoader(self, batch_size=None, num_workers=workers):
+            estimates.append(estimate)
+            progress(len(estimates), len(self))
+        return estimates
+
+
 def _generator(seed: int, number: int) -> torch.Generator:
     """The random numbers of one query, the same whatever the other queries are."""
     return torch.Generator().manual_seed(seed * 1_000_003 + number)
@@ -156,11 +180,13 @@ def _locate(
     evidence = gather_evidence(query, index.views, index.points, matches)
     refined = _refine_best(query, index, evidence, point_hypotheses(evidence, order, generator), generator)
     answer = _choose(query, index, order, evidence, refined)
-    if answer and answer.estimate.confidence >= SURE and answer.estimate.inliers >= MANY_INLIERS:
+    many = answer is not None and answer.estimate.inliers >= MANY_INLIERS
+    if many and answer.estimate.confidence >= DOUBTFUL:
         return answer.estimate
     seen_from = bearings(evidence, index.views, generator)
     more = essential_hypotheses(evidence, index.views, seen_from, index.typical_m)
-    other = _choose(query, index, order, evidence, _refine_best(query, index, evidence, more, generator))
+    least = ROUGHLY_AS_GOOD * float(_scores(evidence, refined).max()) if many else 0.0
+    other = _choose(query, index, order, evidence, _refine_best(query, index, evidence, more, generator, least))
     answer = _better(answer, other)
     if answer:
         return answer.estimate
@@ -169,18 +195,27 @@ def _locate(
 
 
 def _refine_best(
-    query: View, index: _Index, evidence: Evidence, hypotheses: Hypotheses, generator: torch.Generator
-) -> list[Refined]:
-    """The promising hypotheses, each refined as it is and after a search around it, best first."""
+    query: View, index: _Index, evidence: Evidence, hypotheses: Hypotheses, generator: torch.Generator,
+    least: float = 0.0,
+) -> list[Refined]:  # fmt: skip
+    """The promising hypotheses that score at least `least`, each refined as it is and after a search around it."""
     scores = epipolar_scores(evidence, hypotheses.R_cam_from_world, hypotheses.c_world)
     refined = []
     for i in _distinct(hypotheses.R_cam_from_world, hypotheses.c_world, scores, index.same_m, REFINED):
-        if float(scores[i]) < WORTH_REFINING * float(scores.max()):
+        if float(scores[i]) < max(least, WORTH_REFINING * float(scores.max())):
             break
         R, c = hypotheses.R_cam_from_world[i], hypotheses.c_world[i]
         starts = [(R, c), search_again(index.map, query, R, c, generator)]
         refined += [guided_refinement(index.map, query, *start) for start in starts if start]
     return [r for r in refined if r]
+
+
+def _scores(evidence: Evidence, refined: list[Refined]) -> Tensor:
+    """Scores (n,) of n refined hypotheses."""
+    if not refined:
+        return torch.zeros(0, dtype=torch.float64)
+    R, c = torch.stack([r.R_cam_from_world for r in refined]), torch.stack([r.c_world for r in refined])
+    return epipolar_scores(evidence, R, c)
 
 
 def _distinct(R: Tensor, c: Tensor, scores: Tensor, same_m: float, limit: int) -> list[int]:
@@ -238,7 +273,7 @@ def _polish_modes(
         return []
     R, c = torch.stack([r.R_cam_from_world for r in refined]), torch.stack([r.c_world for r in refined])
     polished = []
-    for i in _distinct(R, c, epipolar_scores(evidence, R, c), index.same_m, POLISHED):
+    for i in _distinct(R, c, _scores(evidence, refined), index.same_m, POLISHED):
         near = _near(R, c, R[i], c[i], index.same_m).tolist()
         start = max((r for r, same in zip(refined, near) if same), key=lambda r: r.found)
         pose = (start.R_cam_from_world, start.c_world)

@@ -5,6 +5,7 @@ that to the second best, where a second neighbor counts only if it lies elsewher
 several keypoints (two orientations, two scales).
 """
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +20,8 @@ GUIDED_RATIO = 0.9
 GUIDED_SIMILARITY = 0.7
 # Second neighbors looked through for one that lies elsewhere.
 _NEIGHBORS = 4
+# Keypoints of an image compared at once with all of another: the similarities stay in the processor's cache.
+_ROWS = 256
 
 
 @dataclass
@@ -76,10 +79,18 @@ def _best_and_second(similarity: Tensor, xy_px: Tensor) -> tuple[Tensor, Tensor,
     return column[:, 0], top[:, 0], second
 
 
-def _mutual(similarity: Tensor, xy_b_px: Tensor) -> Matches:
-    """Mutual best matches of a similarity matrix (n_a, n_b); the ratio is taken along b."""
-    best_b, value, second = _best_and_second(similarity, xy_b_px)
-    best_a = similarity.argmax(dim=0)
+def _mutual(similarity: Iterable[Tensor], xy_b_px: Tensor) -> Matches:
+    """Mutual best matches from the successive rows of a similarity matrix (n_a, n_b); the ratio is taken along b."""
+    parts, done = [], 0
+    top_a = torch.full((len(xy_b_px),), -2.0, device=xy_b_px.device)
+    best_a = torch.full((len(xy_b_px),), -1, dtype=torch.long, device=xy_b_px.device)
+    for rows in similarity:
+        parts.append(_best_and_second(rows, xy_b_px))
+        top, row = rows.max(dim=0)
+        best_a = torch.where(top > top_a, row + done, best_a)
+        top_a = torch.maximum(top_a, top)
+        done += len(rows)
+    best_b, value, second = (torch.cat(part) for part in zip(*parts))
     a = torch.arange(len(best_b), device=best_b.device)
     ratio = _distance(value) / _distance(second).clamp_min(1e-9)
     mutual = best_a[best_b] == a
@@ -90,7 +101,7 @@ def mutual_matches(a: Features, b: Features) -> Matches:
     """Mutual matches by descriptor alone, without a ratio test (the ratio comes along)."""
     if min(len(a.xy_px), len(b.xy_px)) == 0:
         return _no_matches(a.xy_px.device)
-    return _mutual(a.descriptors @ b.descriptors.T, b.xy_px)
+    return _mutual((rows @ b.descriptors.T for rows in a.descriptors.split(_ROWS)), b.xy_px)
 
 
 def essential_matrix(a: View, b: View) -> Tensor:
@@ -109,34 +120,44 @@ def epipolar_mask(a: View, b: View, band_px: float = EPIPOLAR_BAND_PX) -> Tensor
     cameras. Depths come from the point where the two rays are nearest; rays parallel to within the band (a far point)
     pass.
     """
+    return torch.cat(list(_mask_rows(a, b, band_px)))
+
+
+def _mask_rows(a: View, b: View, band_px: float) -> Iterator[Tensor]:
+    """`epipolar_mask`, _ROWS keypoints of a at a time."""
     E = essential_matrix(a, b)
     xa, xb = rays(a.camera, a.features.xy_px), rays(b.camera, b.features.xy_px)
     line_b, line_a = xa @ E.T, xb @ E
     scale_b = torch.tensor([b.camera.fx, b.camera.fy], dtype=E.dtype, device=E.device)
     scale_a = torch.tensor([a.camera.fx, a.camera.fy], dtype=E.dtype, device=E.device)
     norm_b, norm_a = (line_b[:, :2] / scale_b).norm(dim=1), (line_a[:, :2] / scale_a).norm(dim=1)
-    # Few pairs are near the line in image b: only those are looked at closer.
-    distance_b = (line_b / norm_b[:, None].clamp_min(1e-12)).float() @ xb.T.float()
-    mask = distance_b.abs_() <= band_px
-    i, j = mask.nonzero(as_tuple=True)
-    near = distance_b[i, j] * norm_b[i] <= band_px * norm_a[j]
-
+    unit_line_b, point_b = (line_b / norm_b[:, None].clamp_min(1e-12)).float(), xb.T.float()
     baseline = b.c_world - a.c_world
     da, db = world_rays(a, a.features.xy_px), world_rays(b, b.features.xy_px)
-    cosine = (da[i] * db[j]).sum(dim=1)
-    along_a, along_b = (da @ baseline)[i], (db @ baseline)[j]
+    along_a, along_b = da @ baseline, db @ baseline
     slack = -float(baseline.norm()) * band_px / min(a.camera.fx, b.camera.fx)
-    in_front = (along_a - cosine * along_b >= slack) & (cosine * along_a - along_b >= slack)
-    mask[i, j] = near & in_front
-    return mask
+    for start in range(0, max(1, len(xa)), _ROWS):
+        # Few pairs are near the line in image b: only those are looked at closer.
+        distance_b = unit_line_b[start : start + _ROWS] @ point_b
+        mask = distance_b.abs_() <= band_px
+        row, j = mask.nonzero(as_tuple=True)
+        i = row + start
+        near = distance_b[row, j] * norm_b[i] <= band_px * norm_a[j]
+        cosine = (da[i] * db[j]).sum(dim=1)
+        depth_a, depth_b = along_a[i] - cosine * along_b[j], cosine * along_a[i] - along_b[j]
+        mask[row, j] = near & (depth_a >= slack) & (depth_b >= slack)
+        yield mask
 
 
 def guided_matches(a: View, b: View, band_px: float = EPIPOLAR_BAND_PX) -> Matches:
     """Mutual matches of two posed views inside the known epipolar band, with the ratio test inside the band."""
     if min(len(a.features.xy_px), len(b.features.xy_px)) == 0:
         return _no_matches(a.features.xy_px.device)
-    similarity = a.features.descriptors @ b.features.descriptors.T
-    similarity = similarity.masked_fill(~epipolar_mask(a, b, band_px), -1.0)
+    rows = a.features.descriptors.split(_ROWS)
+    similarity = (
+        (part @ b.features.descriptors.T).masked_fill_(~allowed, -1.0)
+        for part, allowed in zip(rows, _mask_rows(a, b, band_px))
+    )
     matches = _mutual(similarity, b.features.xy_px)
     return matches.select((matches.similarity >= GUIDED_SIMILARITY) & (matches.ratio <= GUIDED_RATIO))
 

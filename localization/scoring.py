@@ -27,7 +27,7 @@ TURN_COSINE, GROWTH = 0.7, 0.6
 # The light on a place may differ by so many times its spread among the index images, at least by the second.
 LIGHT_SPREADS, LIGHT_LEAST = 5.0, 0.15
 # Hypothesis x match pairs scored at once.
-_SCORE_CHUNK = 1 << 19
+_SCORE_CHUNK = 1 << 16
 
 
 @dataclass(frozen=True)
