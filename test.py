@@ -9,6 +9,7 @@ scenes -> split -> retrieval -> localize every query (localization/) -> result_p
 
 import argparse
 import hashlib
+import itertools
 import os
 import pickle
 import sys
@@ -260,20 +261,24 @@ def worlds_of(
     frames: IndoorDataset, views: list[View], index: list[int], similarity: np.ndarray
 ) -> list[list[str]]:
     """Scenes grouped by the world they share, as far as their index images prove it."""
-    worlds = [[scene] for scene in frames.scenes]
     scene_of = np.array([frames.frames[row][1] for row in index])
-    for a, first in enumerate(frames.scenes):
-        for second in frames.scenes[a + 1 :]:
-            rows, columns = np.flatnonzero(scene_of == first), np.flatnonzero(scene_of == second)
-            if not (len(rows) and len(columns)):
-                continue
-            ranked = np.argsort(-similarity[np.ix_(rows, columns)], axis=None, kind="stable")
-            pairs = [(rows[i // len(columns)], columns[i % len(columns)]) for i in ranked]
-            if share_world([(views[index[i]], views[index[j]]) for i, j in pairs]):
-                joined = [world for world in worlds if first in world or second in world]
-                rest = [world for world in worlds if world not in joined]
-                worlds = [*rest, [scene for world in joined for scene in world]]
-                print(f"Scenes {first} and {second} share one world: their index images match.")
+
+    def share(scenes: tuple[str, str]) -> bool:
+        rows, columns = (np.flatnonzero(scene_of == scene) for scene in scenes)
+        if not (len(rows) and len(columns)):
+            return False
+        ranked = np.argsort(-similarity[np.ix_(rows, columns)], axis=None, kind="stable")
+        return share_world((views[index[rows[i // len(columns)]]], views[index[columns[i % len(columns)]]]) for i in ranked)
+
+    couples = list(itertools.combinations(frames.scenes, 2))
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        shared = list(pool.map(share, couples))
+    worlds = [[scene] for scene in frames.scenes]
+    for first, second in itertools.compress(couples, shared):
+        joined = [world for world in worlds if first in world or second in world]
+        rest = [world for world in worlds if world not in joined]
+        worlds = [*rest, [scene for world in joined for scene in world]]
+        print(f"Scenes {first} and {second} share one world: their index images match.")
     return worlds
 
 

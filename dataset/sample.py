@@ -1443,7 +1443,7 @@ def render_all(root: Path, seed: int, size: Size, workers: int, quiet: bool) -> 
     write_lists(root, size, seed)
     total = size.scenes * size.frames + sum(sum(getattr(size, split)) for split in SPLITS)
     threads, cancelled, lock = torch.get_num_threads(), threading.Event(), threading.Lock()
-    with tqdm(total=total, unit="image", desc="rendering the sample", disable=quiet) as bar:
+    with tqdm(total=total, unit="image", desc="rendering the sample", disable=quiet or None) as bar:
 
         def tick() -> None:
             with lock:

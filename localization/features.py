@@ -87,7 +87,7 @@ class _Keypoints(NamedTuple):
 
 @torch.no_grad()
 def extract_features(
-    grey: Tensor, *, max_keypoints: int = 2500, contrast: float = 0.005, edge_ratio: float = 20.0
+    grey: Tensor, *, max_keypoints: int = 2000, contrast: float = 0.005, edge_ratio: float = 20.0
 ) -> Features:
     """SIFT keypoints with RootSIFT descriptors.
 

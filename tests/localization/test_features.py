@@ -47,7 +47,7 @@ def ours(image: np.ndarray, **settings) -> Features:
     return extract_features(torch.from_numpy(as_bytes(image)).float() / 255, **settings)
 
 
-def opencv(image: np.ndarray, max_keypoints: int = 2500) -> Features:
+def opencv(image: np.ndarray, max_keypoints: int = 2000) -> Features:
     """OpenCV's SIFT in this project's terms; its precise upscaling avoids the half-pixel shift."""
     sift = cv2.SIFT_create(
         max_keypoints, 3, CONTRAST, EDGE_RATIO, 1.6, cv2.CV_32F, enable_precise_upscale=True
