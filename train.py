@@ -293,15 +293,15 @@ class TupleLoader:
             self.index_descriptors = self.embed(model, "index", rows)
         return self.index_descriptors
 
-    def score(self, model: NetVLADModel) -> float:
-        """Mean reciprocal rank of the held-out queries' first positive among all index images."""
+    def score(self, model: NetVLADModel) -> Tensor:
+        """Reciprocal ranks (n,) of the held-out queries' first positives among all index images."""
         queries = self.embed(model, "queries", self.held_out)
         index = self.embed_index(model)
         utm_query = self.data.utm_query[self.held_out]
         positives = positives_within(utm_query, self.data.utm_index, self.data.threshold)
         similarity = queries @ index.T
         best = np.array([row[near].max() for row, near in zip(similarity, positives)])
-        return float((1 / (1 + (similarity > best[:, None]).sum(axis=1))).mean())
+        return torch.from_numpy(1 / (1 + (similarity > best[:, None]).sum(axis=1)))
 
     def state_dict(self) -> dict[str, Tensor]:
         """What mining has found so far, for `load_state_dict`."""
@@ -409,8 +409,9 @@ def train(
         }
         if mined:
             record["skipped"] = len(mined.rows) - int(totals["tuples"])
-            record["held_out_mrr"] = mined.score(model)
-            _keep_best(run["best"], record, trained)
+            reciprocal_ranks = mined.score(model)
+            record["held_out_mrr"] = float(reciprocal_ranks.mean())
+            _keep_best(run["best"], record, reciprocal_ranks, trained)
         record["seconds"] = totals["seconds"] + time.perf_counter() - clock
         run["history"].append(record)
         _report(record, epochs, margin)
@@ -419,7 +420,7 @@ def train(
         checkpoint()
     if run["best"]:
         set_weights(trained, run["best"]["weights"])
-        tqdm.write(f"Kept: epoch {run['best']['epoch']}, the best at ranking the held-out queries.")
+        tqdm.write(f"Kept: epoch {run['best']['epoch']}, the best by the held-out queries.")
     return run["history"]
 
 
@@ -485,12 +486,21 @@ def set_weights(parameters: dict[str, Tensor], weights: dict[str, Tensor]) -> No
         parameter.copy_(weights[name])
 
 
-def _keep_best(best: dict, record: dict, parameters: dict[str, Tensor]) -> None:
-    """Make `best` this epoch if it ranks the held-out queries better, or as well at a lower loss."""
-    order = (record["held_out_mrr"], -record["val_loss"])
-    if not best or order > (best["held_out_mrr"], -best["val_loss"]):
-        kept = ("epoch", "held_out_mrr", "val_loss")
-        best.update({key: record[key] for key in kept}, weights=weights_of(parameters))
+def _keep_best(best: dict, record: dict, reciprocal_ranks: Tensor, parameters: dict[str, Tensor]) -> None:
+    """Make `best` this epoch if it ranks the held-out queries better, or as well at a lower loss.
+
+    As well: the mean difference of the reciprocal ranks (n,) is within its standard error. With some
+    dozen queries a larger mean alone is mostly chance, and favors early epochs.
+    """
+    if best:
+        gain = reciprocal_ranks - best["reciprocal_ranks"]
+        error = float(gain.std(correction=0)) / math.sqrt(len(gain))
+        worse = float(gain.mean()) < -error
+        tied = abs(float(gain.mean())) <= error
+        if worse or (tied and record["val_loss"] >= best["val_loss"]):
+            return
+    kept = {"epoch": record["epoch"], "val_loss": record["val_loss"]}
+    best.update(kept, reciprocal_ranks=reciprocal_ranks, weights=weights_of(parameters))
 
 
 def _report(record: dict, epochs: int, margin: float) -> None:

@@ -255,7 +255,7 @@ def test_random_tuples_keep_the_distances_of_the_assignment():
     assert list(n) == [2, 2]
 
 
-def test_the_held_out_score_is_the_mean_reciprocal_rank():
+def test_the_held_out_score_is_the_reciprocal_ranks():
     data, model = places(), a_model()
     tuples = loader(data)
     tuples.held_out = np.arange(6)
@@ -263,7 +263,7 @@ def test_the_held_out_score_is_the_mean_reciprocal_rank():
     expected = []
     for i, order in enumerate(np.argsort(-queries @ index.T, axis=1)):
         expected.append(1 / (1 + next(r for r, j in enumerate(order) if j // 3 == i)))
-    assert tuples.score(model) == pytest.approx(np.mean(expected))
+    assert tuples.score(model).tolist() == pytest.approx(expected)
 
 
 # ---------------------------------------------------------------- resuming
@@ -316,13 +316,20 @@ def test_the_seed_decides_the_result():
     assert not torch.equal(weights[0], weights[2])
 
 
-def test_the_epoch_that_ranks_best_is_kept_and_ties_go_to_the_lower_loss():
-    parameter = {"w": torch.zeros(1)}
-    best: dict = {}
-    for epoch, (mrr, loss) in enumerate([(0.5, 0.1), (0.7, 0.3), (0.7, 0.2), (0.7, 0.25), (0.6, 0)], 1):
+def test_the_epoch_that_ranks_best_is_kept_and_ties_within_the_standard_error_go_to_the_lower_loss():
+    parameter, best, kept = {"w": torch.zeros(1)}, {}, []
+    ranks = [
+        ([0.5, 0.5, 0.5, 0.5], 0.1),
+        ([0.7, 0.8, 0.7, 0.8], 0.3),  # better by 0.25, its standard error 0.025
+        ([0.8, 0.6, 0.8, 0.8], 0.2),  # equal on the mean, lower loss
+        ([0.9, 0.9, 0.5, 0.8], 0.25),  # better by 0.025, but its standard error is 0.1: a tie, higher loss
+        ([0.4, 0.4, 0.4, 0.4], 0.0),  # worse
+    ]
+    for epoch, (each, loss) in enumerate(ranks, 1):
         parameter["w"].fill_(epoch)
-        training._keep_best(best, {"epoch": epoch, "held_out_mrr": mrr, "val_loss": loss}, parameter)
-    assert best["epoch"] == float(best["weights"]["w"]) == 3
+        training._keep_best(best, {"epoch": epoch, "val_loss": loss}, torch.tensor(each), parameter)
+        kept.append(best["epoch"])
+    assert kept == [1, 2, 3, 3, 3] and float(best["weights"]["w"]) == 3
 
 
 def test_a_loss_that_is_no_number_names_the_files():
