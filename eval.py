@@ -118,7 +118,7 @@ def embed(
 
     width = models[0].netvlad.centers.numel()
     found, done = torch.empty(len(models), len(dataset), width), 0
-    with tqdm(total=len(dataset), desc=desc, unit="image", leave=False) as bar:
+    with tqdm(total=len(dataset), desc=desc, unit="image", leave=False, disable=None) as bar:
         for part in all_batches(descriptors(), len(dataset), batch_size):
             each = part.unflatten(1, (len(models), width)).transpose(0, 1)
             found[:, done : done + len(part)] = each.cpu()
