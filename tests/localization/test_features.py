@@ -185,6 +185,17 @@ def test_gaussian_blobs_are_found_where_they_are():
     assert (features.scale_px[nearest] / expected - 1).abs().max() < 0.015
 
 
+def test_light_is_the_mean_intensity_around_a_keypoint():
+    y, x = torch.meshgrid(torch.arange(160.0), torch.arange(208.0), indexing="ij")
+    ramp = 0.2 + 0.6 * x / 208
+    dots = 0.05 * ((x % 24 - 12) ** 2 + (y % 24 - 12) ** 2 < 6)
+    found = extract_features(ramp + dots)
+    inside = (found.xy_px > 16).all(1) & (found.xy_px < torch.tensor([190.0, 142.0])).all(1)
+    expected = 0.2 + 0.6 * found.xy_px[inside, 0] / 208
+    assert inside.sum() > 20
+    assert (found.log_light[inside].exp() - expected).abs().max() < 0.02
+
+
 def test_quarter_turn_turns_keypoints_and_keeps_descriptors():
     # Sides 32 k + 1 keep every octave's sampling grid symmetric, so that the turn is exact.
     image = torch.from_numpy(textured_image(161, 129, seed=3))
