@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from localization.absolute_pose import pose_deviation
-from localization.fallback import fall_back
+from localization.fallback import Guess, fall_back
 from localization.hypotheses import Hypotheses, bearings, essential_hypotheses, point_hypotheses
 from localization.matching import View, epipolar_mask, mutual_matches
 from localization.refinement import PointMap, Refined, guided_refinement, point_map, search_again
@@ -51,19 +51,13 @@ SHARED_TRIED, SHARED_MATCHES, SHARED_INLIERS, SHARED_PROOFS = 10, 30, 0.6, 3
 
 
 @dataclass(frozen=True)
-class Estimate:
+class Estimate(Guess):
     """A query's pose, how it was found and how far to trust it.
 
     R_world_from_cam (3, 3), c_world (3,) float64; method: name of what gave the pose; inliers: keypoints that agree;
     sigma_m, sigma_deg: standard deviations of position and rotation (infinite where unknown); confidence: 0..1.
     """
 
-    R_world_from_cam: Tensor
-    c_world: Tensor
-    method: str
-    inliers: int
-    sigma_m: float
-    sigma_deg: float
     confidence: float
 
 
