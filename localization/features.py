@@ -57,7 +57,7 @@ class Features:
         clockwise on the screen (as OpenCV's `angle`).
     response: (n,) float32, |D| at the refined extremum for intensities in 0..1.
     descriptors: (n, 128) float32, RootSIFT with L2 norm 1, ordered by row, column, orientation.
-    log_light: (n,) float32, logarithm of the mean intensity of the LIGHT_CELL_PX around.
+    log_light: (h, w) float32, logarithm of the mean intensity of each square of LIGHT_CELL_PX: see `light_at`.
     """
 
     xy_px: Tensor
@@ -112,7 +112,7 @@ def extract_features(
         fields.append([_gradient(layer) for layer in layers[1 : SCALES + 1]])
         base = layers[SCALES, ::2, ::2]
     if not found:
-        return _no_features(grey.device)
+        return _no_features(grey)
 
     keypoints = _strongest(_Keypoints(*map(torch.cat, zip(*found))), max_keypoints)
     angles = _per_layer(_orientations, fields, keypoints, keypoints.sigma.new_zeros(0, 2))
@@ -129,23 +129,27 @@ def extract_features(
         angle_rad=angle,
         response=keypoints.response,
         descriptors=descriptors,
-        log_light=_log_light(grey.float(), xy_px),
+        log_light=_log_light(grey.float()),
     )
 
 
-def _no_features(device: torch.device) -> Features:
-    none = torch.zeros(0, device=device)
+def _no_features(grey: Tensor) -> Features:
+    none = torch.zeros(0, device=grey.device)
     descriptors = none.reshape(0, CELLS * CELLS * CELL_BINS)
-    return Features(none.reshape(0, 2), none, none, none, descriptors, none)
+    return Features(none.reshape(0, 2), none, none, none, descriptors, _log_light(grey.float()))
 
 
-def _log_light(grey: Tensor, xy_px: Tensor) -> Tensor:
-    """Logarithm of the mean intensity around pixels (n, 2) of an (H, W) image, between cell means."""
+def _log_light(grey: Tensor) -> Tensor:
+    """Logarithm of the mean intensity of the squares of an (H, W) image."""
     cells = F.avg_pool2d(grey[None, None], LIGHT_CELL_PX, ceil_mode=True, count_include_pad=False)
-    covered = xy_px.new_tensor([cells.shape[3], cells.shape[2]]) * LIGHT_CELL_PX
+    return cells[0, 0].clamp_min(DARKEST).log()
+
+
+def light_at(log_light: Tensor, xy_px: Tensor) -> Tensor:
+    """Log intensity (n,) around pixels xy_px (n, 2) float32, linear between the squares' middles."""
+    covered = xy_px.new_tensor([log_light.shape[1], log_light.shape[0]]) * LIGHT_CELL_PX
     grid = (2 * (xy_px + 0.5) / covered - 1)[None, None]
-    light = F.grid_sample(cells, grid, align_corners=False, padding_mode="border")
-    return light[0, 0, 0].clamp_min(DARKEST).log()
+    return F.grid_sample(log_light[None, None], grid, align_corners=False, padding_mode="border")[0, 0, 0]
 
 
 # ---------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from localization.absolute_pose import pose_deviation
 from localization.fallback import Guess, fall_back
 from localization.hypotheses import Hypotheses, bearings, essential_hypotheses, point_hypotheses
+from localization.light import Light, learn_light
 from localization.matching import View, epipolar_mask, mutual_matches
 from localization.refinement import PointMap, Refined, guided_refinement, point_map, search_again
 from localization.scoring import Evidence, epipolar_scores, gather_evidence
@@ -97,19 +98,20 @@ def localize(
 
 @dataclass(frozen=True)
 class _Index:
-    """Posed views, the points of their keypoints, all points in one map, their typical distance."""
+    """Posed views, the points of their keypoints, all points in one map, their typical distance, and their light."""
 
     views: list[View]
     points: list[Points]
     map: PointMap
     typical_m: float
+    light: Light
 
     @classmethod
     def build(cls, views: list[View], progress: Callable[[int, int], None]) -> "_Index":
         points = triangulate_views(views, progress=progress)
         everything = point_map(views, points)
         typical_m = float(everything.distance_m.median()) if len(everything.distance_m) else 0.0
-        return cls(views, points, everything, typical_m)
+        return cls(views, points, everything, typical_m, learn_light(everything, views, typical_m))
 
     @property
     def same_m(self) -> float:
@@ -120,7 +122,7 @@ class _Index:
         """With further posed views, whose points are triangulated from all; the old points stay."""
         views = self.views + more
         points = self.points + triangulate_views(views, range(len(self.views), len(views)))
-        return _Index(views, points, point_map(views, points), self.typical_m)
+        return replace(self, views=views, points=points, map=point_map(views, points))
 
 
 @dataclass(frozen=True)
@@ -249,7 +251,8 @@ def _choose(
     if not polished:
         return None
     R, c = torch.stack([p.R_cam_from_world for p in polished]), torch.stack([p.c_world for p in polished])
-    scores = epipolar_scores(evidence, R, c, polished=True)
+    lit = [index.light.alike(index.map, index.views, query, *pose) for pose in zip(R, c)]
+    scores = epipolar_scores(evidence, R, c, polished=True) * torch.tensor(lit, device=c.device).square()
     best = int(scores.argmax())
     rivals = scores[~_near(R, c, R[best], c[best], 2 * index.same_m)]
     pose, score = polished[best], float(scores[best])

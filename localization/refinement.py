@@ -12,6 +12,7 @@ from torch import Tensor
 
 from localization.absolute_pose import lo_ransac, refine_pose
 from localization.cameras import rays
+from localization.features import light_at
 from localization.matching import View
 from localization.triangulation import Points
 
@@ -34,7 +35,8 @@ _PAIRS = 4096
 @dataclass(frozen=True)
 class PointMap:
     """All P points of an index: position (P, 3), descriptor (P, 128), index view (P,)
-    and its keypoint there xy_px (P, 2), unit direction (P, 3) from the point to that view's camera, distance_m (P,) to it."""
+    and its keypoint there xy_px (P, 2), unit direction (P, 3) from the point to that view's camera, distance_m (P,) to it,
+    log_light (P,) around that keypoint."""
 
     position: Tensor
     descriptor: Tensor
@@ -42,6 +44,7 @@ class PointMap:
     xy_px: Tensor
     direction: Tensor
     distance_m: Tensor
+    log_light: Tensor
 
     def select(self, keep: Tensor) -> "PointMap":
         """The points that a mask or an index tensor picks."""
@@ -62,6 +65,7 @@ def point_map(views: list[View], points: list[Points]) -> PointMap:
         torch.cat([v.features.xy_px[k] for v, k in zip(views, keep)]).double(),
         offset / distance[:, None].clamp_min(1e-12),
         distance,
+        torch.cat([light_at(v.features.log_light, v.features.xy_px[k]) for v, k in zip(views, keep)]),
     )
 
 

@@ -7,7 +7,6 @@ a keypoint the worth of the best match it explains. Taking the best, not the sum
 images show from winning by their number.
 """
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -24,8 +23,6 @@ SAMPSON_PX = 2.0
 NOISE_PX = (0.75, 3.0)
 # A match's keypoints must turn and grow as the two cameras say, up to so much.
 TURN_COSINE, GROWTH = 0.7, 0.6
-# The light on a place may differ by so many times its spread among the index images, at least by the second.
-LIGHT_SPREADS, LIGHT_LEAST = 5.0, 0.15
 # Hypothesis x match pairs scored at once.
 _SCORE_CHUNK = 1 << 16
 
@@ -41,8 +38,7 @@ class Evidence:
     ray_world (m, 3) of the index keypoint, its camera's center (m, 3), axes (m, 2, 3): camera x and y over f_x, f_y.
     For the keypoints' looks: noise_px (m,), half their mean scale; tangent_world (m, 3), the index keypoint's
     orientation as a direction in the world; direction (m, 2), the query keypoint's; growth (m,), log of query scale
-    over index scale, each as an angle. darker (m,): log_light of the query keypoint less that of the index keypoint;
-    light_limit: by how much that may vary at the true pose, judged by the index images among themselves.
+    over index scale, each as an angle.
     """
 
     keypoint: Tensor
@@ -63,8 +59,6 @@ class Evidence:
     tangent_world: Tensor
     direction: Tensor
     growth: Tensor
-    darker: Tensor
-    light_limit: float
     focal_px: float
 
     def __len__(self) -> int:
@@ -105,18 +99,9 @@ def gather_evidence(
         noise_px=(scale_q + scale_i) / 4,
         tangent_world=torch.cat([turn.double() @ views[i].R_world_from_cam[:, :2].T for i, turn in zip(numbers, turn_i)]),
         direction=unit_vectors(query.features.angle_rad[keypoint]),
-        darker=query.features.log_light[keypoint]
-        - torch.cat([views[i].features.log_light[matches[i].b] for i in numbers]),
-        light_limit=_light_limit([points[i] for i in numbers]),
         growth=(scale_q / query.camera.fx).clamp_min(1e-9).log() - size_i.clamp_min(1e-9).log(),
         focal_px=(query.camera.fx + query.camera.fy) / 2,
     )
-
-
-def _light_limit(points: list[Points]) -> float:
-    """LIGHT_SPREADS times the median difference in light between the keypoints of one point."""
-    spread = torch.cat([p.log_light_spread[p.valid] for p in points])
-    return max(LIGHT_LEAST, LIGHT_SPREADS * float(spread.median())) if len(spread) else math.inf
 
 
 def unit_vectors(angle_rad: Tensor) -> Tensor:
@@ -138,8 +123,7 @@ def epipolar_scores(
 
     R_cam_from_world (h, 3, 3), c_world (h, 3). The gain of a match is worth * max(0, 1 - error^2 / limit^2)^2, error
     being Sampson's and limit SAMPSON_PX or, for poses as exact as the matches, the match's noise. It falls to nothing
-    where keypoints do not turn or grow as the cameras say, where the rays do not meet in front of both and, for
-    polished poses, where a place is not lit as in the index image (up to one exposure): tiles repeat, lamps do not.
+    where keypoints do not turn or grow as the cameras say and where the rays do not meet in front of both.
     """
     m = len(evidence)
     if m == 0:
@@ -161,14 +145,7 @@ def epipolar_gains(
     """The gains (h, m) of every match under h hypotheses (h, 3, 3), (h, 3): see `epipolar_scores`."""
     error, worth = epipolar_errors(evidence, R_cam_from_world, c_world)
     limit = evidence.noise_px.clamp(*NOISE_PX) if polished else SAMPSON_PX
-    gains = worth * (1 - (error / limit).square()).clamp_min(0).square()
-    return gains * _lit_alike(evidence, gains) if polished else gains
-
-
-def _lit_alike(evidence: Evidence, gains: Tensor) -> Tensor:
-    """1 where the query is as much darker than the index image as the matches with these gains (h, m) are on average."""
-    exposure = (gains @ evidence.darker) / gains.sum(1).clamp_min(1e-9)
-    return (1 - ((evidence.darker - exposure[:, None]) / evidence.light_limit).square()).clamp_min(0)
+    return worth * (1 - (error / limit).square()).clamp_min(0).square()
 
 
 def epipolar_errors(evidence: Evidence, R_cam_from_world: Tensor, c_world: Tensor) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,7 @@ anchor's ray, the depth that most other matches bear out wins, and Gauss-Newton 
 import os
 from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -97,7 +97,6 @@ def _normal_equations(cameras: Cameras, xy_px: Tensor, weight: Tensor, points: T
 class Points:
     """n points: position (n, 3) in world axes, covariance (n, 3, 3) for 1 px noise, valid (n,), views (n,) that agree.
 
-    log_light_spread (n,): mean difference of log_light between a point's keypoints, zero where that is not looked at.
     Where valid is False the other values mean nothing (but are finite).
     """
 
@@ -105,7 +104,6 @@ class Points:
     covariance: Tensor
     valid: Tensor
     views: Tensor
-    log_light_spread: Tensor
 
 
 def consensus_points(anchor: Cameras, anchor_xy_px: Tensor, others: Cameras, xy_px: Tensor, seen: Tensor) -> Points:
@@ -142,7 +140,6 @@ def consensus_points(anchor: Cameras, anchor_xy_px: Tensor, others: Cameras, xy_
         torch.where(valid[:, None, None], covariance, identity),
         valid,
         used.sum(dim=1),
-        torch.zeros_like(anchor_xy_px[:, 0]),
     )
 
 
@@ -200,16 +197,13 @@ def triangulate_views(
 def _points_of_view(views: list[View], cameras: Cameras, i: int, matched: dict) -> Points:
     """The points of view i; matched: other view's number -> (keypoints of i, keypoints of the other)."""
     xy = views[i].features.xy_px.to(torch.float64)
-    light = views[i].features.log_light
-    others, darker = sorted(matched), light.new_zeros(len(xy), max(1, len(matched)))
+    others = sorted(matched)
     xy_other = xy.new_zeros(len(xy), max(1, len(others)), 2)
     seen = torch.zeros(xy_other.shape[:2], dtype=torch.bool, device=xy.device)
     for column, j in enumerate(others):
         own, other = matched[j]
         xy_other[own, column] = views[j].features.xy_px[other].to(torch.float64)
         seen[own, column] = True
-        darker[own, column] = (light[own] - views[j].features.log_light[other]).abs()
     index = torch.tensor(others or [i], device=xy.device)
     this = torch.tensor([i], device=xy.device)
-    points = consensus_points(cameras.select(this), xy, cameras.select(index), xy_other, seen)
-    return replace(points, log_light_spread=darker.sum(1) / seen.sum(1).clamp_min(1))
+    return consensus_points(cameras.select(this), xy, cameras.select(index), xy_other, seen)

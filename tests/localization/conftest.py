@@ -54,7 +54,7 @@ class World:
         n = len(xy)
         features = Features(
             xy.float(), torch.full((n,), 2.0), torch.zeros(n), torch.linspace(1, 0.5, n), descriptors.float(),
-            torch.zeros(n),
+            torch.zeros(30, 40),
         )
         view = View(features, camera, R, c)
         view.seen = seen
