@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from localization.features import LIGHT_CELL_PX
-from localization.light import LEAST, learn_light
+from localization.light import LEAST, Light, learn_light
 from localization.localize import _Index
 from localization.refinement import point_map
 from localization.triangulation import triangulate_views
@@ -66,6 +66,17 @@ def test_half_a_query_in_the_shade_halves_the_likeness(lit_world):
     assert light.alike(others, views, query, R, c) == pytest.approx(share, abs=0.1)
 
 
+def test_near_index_images_count_most(lit_world):
+    """The query's own place shows it as it is; the other four, seven times as far as `near_m`, are striped."""
+    striped = flat()
+    striped[:, ::2] = 5.0
+    views, points = lit_world([striped, striped, striped, striped, flat()])
+    pose = (views[4].R_world_from_cam.T, views[4].c_world)
+    away_m = min(float((v.c_world - views[4].c_world).norm()) for v in views[:4])
+    assert Light(away_m / 7, LEAST).alike(points, views, views[4], *pose) > 0.9
+    assert Light(away_m * 100, LEAST).alike(points, views, views[4], *pose) < 0.6
+
+
 def test_the_limit_is_learned_from_how_the_index_images_differ(lit_world):
     generator = torch.Generator().manual_seed(1)
     lights = [flat() + 0.3 * torch.randn(CELLS, generator=generator) for _ in range(5)]
@@ -80,10 +91,11 @@ def test_the_limit_is_learned_from_how_the_index_images_differ(lit_world):
 def test_too_few_points_say_nothing(lit_world):
     views, points = lit_world([flat() for _ in range(5)])
     few = points.select(torch.arange(5))
-    light = learn_light(few, views, 7.0)
-    assert math.isinf(light.limit)
+    assert math.isinf(learn_light(few, views, 7.0).limit)
+    views[0].features.log_light[:, ::2] = 5.0
     pose = (views[0].R_world_from_cam.T, views[0].c_world)
-    assert light.alike(few, views, views[0], *pose) == 1.0
+    assert Light(0.7, LEAST).alike(few, views, views[0], *pose) == 1.0
+    assert Light(0.7, LEAST).alike(points, views, views[0], *pose) < 0.8
 
 
 def test_later_views_are_compared_as_the_first_ones_taught(lit_world):
