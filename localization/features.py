@@ -70,6 +70,11 @@ class Features:
     def __len__(self) -> int:
         return len(self.xy_px)
 
+    def select(self, keep: Tensor | slice) -> "Features":
+        """The keypoints that a mask, an index tensor or a slice picks, in the light of the same image."""
+        *of_keypoints, log_light = vars(self).values()
+        return Features(*(v[keep] for v in of_keypoints), log_light)
+
 
 class _Keypoints(NamedTuple):
     """Keypoints on their way through the stages, in the pixels of their octave; each (n,)."""

@@ -12,7 +12,6 @@ import numpy as np
 import torch
 
 from localization.cameras import Convention, poses_from_file, project
-from localization.features import Features
 from localization.matching import Matches, View, epipolar_mask, mutual_matches
 from localization.triangulation import triangulate_views
 from reporting import figures
@@ -168,4 +167,4 @@ def _fitting_matches(query: View, view: View) -> tuple[Matches, torch.Tensor]:
 
 def _only(view: View, keypoints: torch.Tensor | slice) -> View:
     """A view with some of its keypoints."""
-    return replace(view, features=Features(**{k: v[keypoints] for k, v in vars(view.features).items()}))
+    return replace(view, features=view.features.select(keypoints))

@@ -101,19 +101,13 @@ def test_an_image_of_another_place_gets_little_confidence(random_world, random_p
     assert sensible(estimate) and estimate.confidence < 0.3
 
 
-def picked(features: Features, keep) -> Features:
-    """The keypoints that a mask or a slice picks."""
-    *keypoints, light = vars(features).values()
-    return Features(*(v[keep] for v in keypoints), light)
-
-
 def test_degenerate_inputs_are_answered(random_world, random_poses, look_at):
     world = random_world(8)
     poses = random_poses(5, 9)
     a, b, c, _d, query = (world.view(*pose) for pose in poses)
     nothing = Features(torch.zeros(0, 2), *(torch.zeros(0) for _ in range(3)), torch.zeros(0, 128), torch.zeros(1, 1))
     bare = View(nothing, CAMERA, *poses[0])
-    one = picked(a.features, slice(1))
+    one = a.features.select(slice(1))
     turned = [world.view(rotation_from_vector(torch.tensor([0.0, 0.1 * i, 0.0]).double()) @ poses[0][0], poses[0][1]) for i in range(4)]
     cases = {
         "single index image": ([a], query),
@@ -152,7 +146,7 @@ def test_essential_matrix_serves_where_no_points_are(random_world, random_poses)
     index = []
     for k in range(3):
         mine = torch.cat([v.seen % 3 == k for v in [views[k]]] + [torch.ones(50, dtype=torch.bool)])
-        index.append(View(picked(views[k].features, mine), CAMERA, *poses[k]))
+        index.append(View(views[k].features.select(mine), CAMERA, *poses[k]))
     estimate = answers(index, [query])[0]
     assert estimate.method == "essential"
     assert error(estimate, query)[0] < 0.3 and error(estimate, query)[1] < 1.5
