@@ -85,7 +85,8 @@ class ImageListDataset(Dataset):
         return len(self.paths)
 
     def __getitem__(self, i: int) -> tuple:
-        image = load_image(self.paths[i])
+        # What TRANSFORM will shrink need not be decoded in full.
+        image = load_image(self.paths[i], IMAGE_SIZE if self.transform is TRANSFORM else None)
         return self.transform(image) if self.transform else image, i, str(self.paths[i])
 
 

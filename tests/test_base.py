@@ -92,6 +92,16 @@ def test_sixteen_bit_gray_is_scaled_not_clipped(tmp_path):
     assert base.load_image(tmp_path / "a.png").getpixel((0, 0)) == (127, 127, 127)
 
 
+def test_only_our_own_transform_gets_a_reduced_image(tmp_path):
+    Image.new("RGB", (640, 480)).save(tmp_path / "a.jpg")
+    (tmp_path / "list.txt").write_text("a.jpg\n")
+    sizes = []
+    seen = base.ImageListDataset(tmp_path / "list.txt", tmp_path, lambda image: sizes.append(image.size))
+    seen[0]
+    assert seen.paths and sizes == [(640, 480)]
+    assert base.ImageListDataset(tmp_path / "list.txt", tmp_path)[0][0].size == (640, 480)
+
+
 def test_absent_test_lists_are_no_error_but_half_of_them_are(tmp_path):
     make_lists(tmp_path)
     assert base.read_split(tmp_path, "test") is None

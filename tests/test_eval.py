@@ -190,3 +190,14 @@ def test_photos_are_read_upright(tmp_path):
     exif[0x0112] = 6  # the camera was held on its side
     image.save(tmp_path / "held.jpg", exif=exif)
     assert evaluation.load_image(tmp_path / "held.jpg").size == (10, 20)
+
+
+def test_large_jpegs_are_decoded_at_half_their_size_and_look_the_same(tmp_path):
+    noise = np.random.default_rng(0).integers(0, 255, (24, 32, 3), dtype=np.uint8)
+    Image.fromarray(noise).resize((640, 480), Image.Resampling.BICUBIC).save(tmp_path / "a.jpg")
+    reduced = evaluation.load_image(tmp_path / "a.jpg", evaluation.IMAGE_SIZE)
+    assert reduced.size == (320, 240)
+    full = evaluation.load_image(tmp_path / "a.jpg")
+    assert full.size == (640, 480)
+    ours, theirs = evaluation.TRANSFORM(reduced), evaluation.TRANSFORM(full)
+    assert (ours - theirs).abs().mean() < 0.02 * theirs.std()
