@@ -1,0 +1,69 @@
+"""Ten kills at random times: does `base.py --resume` still end with the weights of an unbroken run?
+
+    python tests/bench/kills.py --dataset DIR --weights none --limit 40 --epochs 3
+
+The arguments are those of base.py. Run by hand: it takes some ten times as long as the run itself.
+"""
+
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+from base import LAST
+from reporting.handin import CHECKPOINT
+
+KILLS = 10
+
+
+def start(*words: object) -> subprocess.Popen:
+    """base.py with these arguments."""
+    return subprocess.Popen(
+        [sys.executable, "base.py", "--quiet", *map(str, words)], cwd=ROOT, stdout=subprocess.DEVNULL
+    )
+
+
+def resumed(output: Path, given: list[str]) -> list[object]:
+    """The arguments that go on in a folder, or begin there if nothing has been saved."""
+    words = ["--resume"] if (output / LAST).is_file() else given
+    return [*words, "--output", output]
+
+
+def main() -> None:
+    given = sys.argv[1:]
+    with tempfile.TemporaryDirectory() as folder:
+        whole, broken = Path(folder, "whole"), Path(folder, "broken")
+        began = time.monotonic()
+        if start(*given, "--output", whole).wait():
+            sys.exit("the unbroken run failed")
+        seconds = time.monotonic() - began
+        print(f"unbroken: {seconds:.0f} s", flush=True)
+        draw = random.Random(0)
+        for kill in range(KILLS):
+            process = start(*resumed(broken, given))
+            lived = draw.uniform(0, seconds)
+            try:
+                process.wait(lived)
+            except subprocess.TimeoutExpired:
+                process.send_signal(signal.SIGKILL)
+                process.wait()
+            state = torch.load(broken / LAST, weights_only=True) if (broken / LAST).is_file() else {}
+            at = state.get("training") or {"epoch": 0, "step": 0}
+            print(f"{kill + 1}: after {lived:.0f} s; epoch {at['epoch']}, step {at['step']} saved", flush=True)
+        if start(*resumed(broken, given)).wait():
+            sys.exit("the last run failed")
+        first, second = (torch.load(path / CHECKPOINT, weights_only=True) for path in (whole, broken))
+        same = all(torch.equal(first[name], second[name]) for name in first)
+        print("the same weights" if same else "OTHER WEIGHTS")
+
+
+if __name__ == "__main__":
+    main()
