@@ -17,7 +17,13 @@ from torch.utils.data import DataLoader, Dataset
 
 from localization.absolute_pose import pose_deviation
 from localization.fallback import Guess, fall_back
-from localization.hypotheses import Hypotheses, bearings, essential_hypotheses, point_hypotheses
+from localization.hypotheses import (
+    Hypotheses,
+    bearings,
+    essential_hypotheses,
+    point_hypotheses,
+    shifted_hypotheses,
+)
 from localization.light import Light, learn_light
 from localization.matching import View, epipolar_mask, mutual_matches
 from localization.refinement import PointMap, Refined, guided_refinement, point_map, search_again
@@ -31,12 +37,16 @@ __all__ = ["Estimate", "View", "localize", "share_world"]
 REFINED = 8
 # A hypothesis that scores less than this share of the best is not refined.
 WORTH_REFINING = 0.4
+# One that was computed from others is rougher: it needs this share of the best.
+SHIFTED_WORTH = 0.25
 # Where points are many, a hypothesis without is not refined if it scores less than this share of the best with.
 ROUGHLY_AS_GOOD = 0.8
 # Modes that are polished, at most.
-POLISHED = 4
+POLISHED = 6
 # Hypotheses nearer than this share of the typical distance of the points, or this angle, are one.
 SAME_MODE, SAME_MODE_DEG = 0.03, 2.0
+# Answers nearer than this are of one place.
+SAME_PLACE, SAME_PLACE_DEG = 0.1, 10.0
 # Queries at least this confident serve as index views for the others.
 SURE = 0.35
 # Inliers at which chance is out by 63 %.
@@ -118,6 +128,11 @@ class _Index:
         """How near two poses of one mode are."""
         return SAME_MODE * self.typical_m
 
+    @property
+    def place_m(self) -> float:
+        """How near two poses of one place are."""
+        return SAME_PLACE * self.typical_m
+
     def extended(self, more: list[View]) -> "_Index":
         """With further posed views, whose points are triangulated from all; the old points stay."""
         views = self.views + more
@@ -175,6 +190,7 @@ def _locate(
     matches = {i: mutual_matches(query.features, index.views[i].features) for i in order}
     evidence = gather_evidence(query, index.views, index.points, matches)
     refined = _refine_best(query, index, evidence, point_hypotheses(evidence, order, generator), generator)
+    refined += _refine_shifted(query, index, evidence, refined, generator)
     answer = _choose(query, index, order, evidence, refined)
     many = answer is not None and answer.estimate.inliers >= MANY_INLIERS
     if many and answer.estimate.confidence >= DOUBTFUL:
@@ -183,7 +199,7 @@ def _locate(
     more = essential_hypotheses(evidence, index.views, seen_from, index.typical_m)
     least = ROUGHLY_AS_GOOD * float(_scores(evidence, refined).max()) if many else 0.0
     other = _choose(query, index, order, evidence, _refine_best(query, index, evidence, more, generator, least))
-    answer = _better(answer, other)
+    answer = _better(answer, other, index.place_m)
     if answer:
         return answer.estimate
     guess = fall_back(evidence, index.views, seen_from, order, similarity)
@@ -206,6 +222,22 @@ def _refine_best(
     return [r for r in refined if r]
 
 
+def _refine_shifted(
+    query: View, index: _Index, evidence: Evidence, refined: list[Refined], generator: torch.Generator
+) -> list[Refined]:
+    """What the offsets between refined hypotheses lead to, refined, where nothing has been found so far."""
+    if not refined:
+        return []
+    R, c = torch.stack([r.R_cam_from_world for r in refined]), torch.stack([r.c_world for r in refined])
+    scores = _scores(evidence, refined)
+    modes = _distinct(R, c, scores, index.same_m, REFINED)
+    shifted = shifted_hypotheses(R[modes], c[modes], SAME_MODE_DEG, 2 * index.same_m)
+    poses = zip(shifted.R_cam_from_world, shifted.c_world)
+    new = [not bool(_near(R, c, *pose, index.same_m).any()) for pose in poses]
+    shifted = shifted.select(torch.nonzero(torch.tensor(new, dtype=torch.bool))[:, 0])
+    return _refine_best(query, index, evidence, shifted, generator, SHIFTED_WORTH * float(scores.max()))
+
+
 def _scores(evidence: Evidence, refined: list[Refined]) -> Tensor:
     """Scores (n,) of n refined hypotheses."""
     if not refined:
@@ -225,17 +257,20 @@ def _distinct(R: Tensor, c: Tensor, scores: Tensor, same_m: float, limit: int) -
     return kept
 
 
-def _near(R: Tensor, c: Tensor, R_one: Tensor, c_one: Tensor, same_m: float) -> Tensor:
+def _near(
+    R: Tensor, c: Tensor, R_one: Tensor, c_one: Tensor, same_m: float, same_deg: float = SAME_MODE_DEG
+) -> Tensor:
     """Which of h poses (h, 3, 3), (h, 3) are of one mode with R_one (3, 3), c_one (3,)."""
     cosine = ((R @ R_one.T).diagonal(dim1=1, dim2=2).sum(1) - 1) / 2
-    return ((c - c_one).norm(dim=1) <= same_m) & (cosine >= math.cos(math.radians(SAME_MODE_DEG)))
+    return ((c - c_one).norm(dim=1) <= same_m) & (cosine >= math.cos(math.radians(same_deg)))
 
 
 @dataclass(frozen=True)
 class _Answer:
-    """An estimate and the score that chose it."""
+    """An estimate, how much its pose explains, and the score that chose its place."""
 
     estimate: Estimate
+    explained: float
     score: float
 
 
@@ -245,21 +280,25 @@ def _choose(
     """The answer from the refined hypotheses; None if there is none that can be polished.
 
     In each of the best modes the pose with most keypoints is polished; among the polished, whose errors are those of
-    the matches, the score is sharp enough to choose.
+    the matches, the score is sharp enough to choose. Light tells places apart, not poses of one place.
     """
     polished = _polish_modes(query, index, order, evidence, refined)
     if not polished:
         return None
     R, c = torch.stack([p.R_cam_from_world for p in polished]), torch.stack([p.c_world for p in polished])
     lit = [index.light.alike(index.map, index.views, query, *pose) for pose in zip(R, c)]
-    scores = epipolar_scores(evidence, R, c, polished=True) * torch.tensor(lit, device=c.device).square()
+    explained = epipolar_scores(evidence, R, c, polished=True)
+    scores = explained * torch.tensor(lit, device=c.device).square()
     best = int(scores.argmax())
-    rivals = scores[~_near(R, c, R[best], c[best], 2 * index.same_m)]
-    pose, score = polished[best], float(scores[best])
+    here = _near(R, c, R[best], c[best], index.place_m, SAME_PLACE_DEG)
+    rivals, score = scores[~here], float(scores[best])
+    most = int(torch.where(here, explained, -torch.ones_like(explained)).argmax())
+    pose = polished[most]
     confidence = _confidence(score, float(rivals.max()) if len(rivals) else 0.0, pose.tracks)
     sigma_m, sigma_deg = (float(v) for v in pose_deviation(pose.covariance))
     R_world = pose.R_cam_from_world.T
-    return _Answer(Estimate(R_world, pose.c_world, "pnp", pose.tracks, sigma_m, sigma_deg, confidence), score)
+    estimate = Estimate(R_world, pose.c_world, "pnp", pose.tracks, sigma_m, sigma_deg, confidence)
+    return _Answer(estimate, float(explained[most]), score)
 
 
 def _polish_modes(
@@ -284,10 +323,13 @@ def _confidence(score: float, rival: float, inliers: int) -> float:
     return margin * (1 - math.exp(-inliers / TYPICAL_INLIERS))
 
 
-def _better(with_points: _Answer | None, without: _Answer | None) -> _Answer | None:
-    """The answer of hypotheses without points only where it explains clearly more."""
+def _better(with_points: _Answer | None, without: _Answer | None, place_m: float) -> _Answer | None:
+    """The answer of hypotheses without points only where it explains or, at another place, scores clearly more."""
     if with_points is None or without is None:
         return with_points or without
+    a, b = with_points.estimate, without.estimate
+    if bool(_near(a.R_world_from_cam[None], a.c_world[None], b.R_world_from_cam, b.c_world, place_m, SAME_PLACE_DEG)):
+        return without if without.explained > CLEARLY_MORE * with_points.explained else with_points
     if without.score <= CLEARLY_MORE * with_points.score:
         return with_points
     confidence = _confidence(without.score, with_points.score, without.estimate.inliers)

@@ -8,7 +8,7 @@ import torch
 from localization.absolute_pose import rotation_from_vector
 from localization.cameras import Camera, quaternion_from_rotation
 from localization.features import Features
-from localization.localize import localize, share_world
+from localization.localize import Estimate, _Answer, _better, localize, share_world
 from localization.matching import View
 from localization.tracks import refine_with_points
 
@@ -126,6 +126,19 @@ def test_degenerate_inputs_are_answered(random_world, random_poses, look_at):
         if estimate.method != "pnp":
             assert estimate.confidence < 0.3, name
     assert answers([a, b, c], []) == []
+
+
+def test_light_and_score_choose_the_place_and_what_is_explained_the_pose():
+    def answer(x: float, explained: float, score: float) -> _Answer:
+        at = torch.tensor([x, 0.0, 0.0], dtype=torch.float64)
+        return _Answer(Estimate(torch.eye(3).double(), at, "pnp", 30, 0.1, 0.1, 0.5), explained, score)
+
+    points = answer(0.0, 80.0, 30.0)
+    assert _better(points, answer(0.05, 120.0, 31.0), 0.2).explained == 120.0
+    assert _better(points, answer(0.05, 90.0, 50.0), 0.2) is points
+    assert _better(points, answer(2.0, 120.0, 31.0), 0.2) is points
+    assert _better(points, answer(2.0, 70.0, 50.0), 0.2).score == 50.0
+    assert _better(None, points, 0.2) is points and _better(points, None, 0.2) is points
 
 
 def test_one_plane(random_world, random_poses):
