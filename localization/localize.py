@@ -41,8 +41,8 @@ WORTH_REFINING = 0.4
 SHIFTED_WORTH = 0.25
 # Where points are many, a hypothesis without is not refined if it scores less than this share of the best with.
 ROUGHLY_AS_GOOD = 0.8
-# Modes that are polished, at most.
-POLISHED = 6
+# Modes of one source that are polished, at most.
+POLISHED = 4
 # Hypotheses nearer than this share of the typical distance of the points, or this angle, are one.
 SAME_MODE, SAME_MODE_DEG = 0.03, 2.0
 # Answers nearer than this are of one place.
@@ -190,8 +190,8 @@ def _locate(
     matches = {i: mutual_matches(query.features, index.views[i].features) for i in order}
     evidence = gather_evidence(query, index.views, index.points, matches)
     refined = _refine_best(query, index, evidence, point_hypotheses(evidence, order, generator), generator)
-    refined += _refine_shifted(query, index, evidence, refined, generator)
-    answer = _choose(query, index, order, evidence, refined)
+    shifted = _refine_shifted(query, index, evidence, refined, generator)
+    answer = _choose(query, index, order, evidence, refined, shifted)
     many = answer is not None and answer.estimate.inliers >= MANY_INLIERS
     if many and answer.estimate.confidence >= DOUBTFUL:
         return answer.estimate
@@ -275,14 +275,15 @@ class _Answer:
 
 
 def _choose(
-    query: View, index: _Index, order: list[int], evidence: Evidence, refined: list[Refined]
+    query: View, index: _Index, order: list[int], evidence: Evidence, *sources: list[Refined]
 ) -> _Answer | None:
-    """The answer from the refined hypotheses; None if there is none that can be polished.
+    """The answer from the refined hypotheses of each source; None if there is none that can be polished.
 
-    In each of the best modes the pose with most keypoints is polished; among the polished, whose errors are those of
-    the matches, the score is sharp enough to choose. Light tells places apart, not poses of one place.
+    In each of the best modes of a source the pose with most keypoints is polished; among the polished, whose errors
+    are those of the matches, score and light choose the place, and most tracks the pose: light is no measure of
+    centimeters.
     """
-    polished = _polish_modes(query, index, order, evidence, refined)
+    polished = [p for refined in sources for p in _polish_modes(query, index, order, evidence, refined)]
     if not polished:
         return None
     R, c = torch.stack([p.R_cam_from_world for p in polished]), torch.stack([p.c_world for p in polished])
@@ -292,7 +293,7 @@ def _choose(
     best = int(scores.argmax())
     here = _near(R, c, R[best], c[best], index.place_m, SAME_PLACE_DEG)
     rivals, score = scores[~here], float(scores[best])
-    most = int(torch.where(here, explained, -torch.ones_like(explained)).argmax())
+    most = max((i for i, same in enumerate(here.tolist()) if same), key=lambda i: polished[i].tracks)
     pose = polished[most]
     confidence = _confidence(score, float(rivals.max()) if len(rivals) else 0.0, pose.tracks)
     sigma_m, sigma_deg = (float(v) for v in pose_deviation(pose.covariance))
