@@ -51,6 +51,7 @@ from model import (
 from reporting import figures, handin, report
 from reporting.screen import aloud, on_screen, phase, print_recall_table, versions
 from train import (
+    INDEX_QUERIES,
     MARGIN,
     NEGATIVES,
     TupleLoader,
@@ -476,7 +477,8 @@ def run(args: argparse.Namespace) -> None:
 
     with first_process_first():
         model = build(args)
-    announce(args, model, data, splits, len(parts["train"]), device)
+    drawn = len(parts["train"]) * (1 + INDEX_QUERIES[args.mining])
+    announce(args, model, data, splits, drawn, device)
     save = saver(args, model, data)
     initialize(model, data, args, device, seconds, save)
     print(f"VGG16 weights: {model.weights_origin}.")

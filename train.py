@@ -48,7 +48,8 @@ SPLIT_DIRECTIONS = 12
 STUCK = 0.995  # share of violating triplets
 COLLAPSED = 0.05  # distance of the loss from the margin, as a share of it
 
-NEGATIVES = {"hard": 5, "random": 1}  # a tuple
+NEGATIVES = {"hard": 2, "random": 1}  # a tuple
+INDEX_QUERIES = {"hard": 1, "random": 0}  # index images that are queries too, for each query
 POSITIVE_RADIUS = 0.4  # potential positives lie within this share of posDistThr
 POOL = 1000  # random index images among which hard negatives are looked for
 REMEMBERED = 10  # hardest negatives of a query that join its next pool
@@ -96,6 +97,7 @@ def triplet_losses(
 class Tuples:
     """Training tuples as rows of the two lists, one a query: (n,), (n,), (n, N).
 
+    Queries beyond the list of queries are index images that serve as queries too.
     `used` (n,): whether the query is trained on; the others had no negative, or none that violates.
     """
 
@@ -157,6 +159,8 @@ class TupleLoader:
     queries and index images. rows: the queries to train on; held_out: those to rank by.
     mining: "random" negatives, or "hard" ones, looked for with descriptors of the model as it is.
 
+    With hard negatives as many index images, other ones in each epoch, are queries too, against the
+    other index images: with few queries the same tuples over and over are learned by heart.
     Every draw is keyed by (seed, epoch, step), so an epoch can be taken up at any step.
     """
 
@@ -171,20 +175,33 @@ class TupleLoader:
         self.batch_size, self.seed, self.start, self.mining = batch_size, seed, start, mining
         self.count = NEGATIVES[mining] if negatives is None else negatives
         self.margin, self.squared = margin, squared
-        radius = POSITIVE_RADIUS * data.threshold
-        self.positives = positives_within(data.utm_query, data.utm_index, radius)
-        self.remembered = np.full((len(data.utm_query), REMEMBERED), -1)
+        self.utm = np.concatenate([data.utm_query, data.utm_index])
+        near = positives_within(self.utm, data.utm_index, POSITIVE_RADIUS * data.threshold)
+        self.positives = [p[p != i - len(data.utm_query)] for i, p in enumerate(near)]
+        self.can_join = self.index_queries()
+        self.joining = min(INDEX_QUERIES[mining] * len(rows), len(self.can_join))
+        self.remembered = np.full((len(self.utm), REMEMBERED), -1)
         self.window: Tuples | None = None
         self.window_steps = max(1, REFRESH_QUERIES // batch_size)
         self.index_descriptors: np.ndarray | None = None
 
     def __len__(self) -> int:
         """Steps of an epoch, those included in which all tuples are skipped."""
-        return math.ceil(len(self.rows) / self.batch_size)
+        return math.ceil((len(self.rows) + self.joining) / self.batch_size)
+
+    def index_queries(self) -> np.ndarray:
+        """Index images that can be queries: another is near them, no held-out query is."""
+        data = self.data
+        held_out = positives_within(data.utm_query[self.held_out], data.utm_index, data.threshold)
+        free = np.setdiff1d(np.arange(len(data.utm_index)), np.concatenate([[], *held_out]))
+        free += len(data.utm_query)
+        return free[[len(self.positives[i]) > 0 for i in free]]
 
     def epoch(self, model: NetVLADModel, number: int, done: int = 0) -> Iterator[list[Tensor]]:
         """Batches of epoch `number` after the first `done` ones; an empty list for one skipped."""
-        order = np.random.default_rng([self.seed, number]).permutation(self.rows)
+        rng = np.random.default_rng([self.seed, number])
+        joining = rng.choice(self.can_join, self.joining, replace=False)
+        order = rng.permutation(np.concatenate([self.rows, joining]))
         for step in range(done, len(self)):
             first = step - step % self.window_steps
             if step == first:
@@ -211,17 +228,25 @@ class TupleLoader:
         return [q, p, n]
 
     def get(self, kind: str, rows: np.ndarray) -> Tensor:
-        """The inputs of rows of the list `kind`, "queries" or "index"."""
+        """The inputs of rows of the list `kind`: "index", or "queries", which goes on with "index"."""
+        rows = rows if kind == "queries" else rows + len(self.data.utm_query)
+        return torch.stack([self.input(int(row)) for row in rows])
+
+    def input(self, row: int) -> Tensor:
+        """The image, or its cached output, of a row of the queries and, after them, the index."""
+        of_index = row >= len(self.data.utm_query)
+        row -= of_index * len(self.data.utm_query)
         if self.data.cached is not None:
-            return self.data.cached[kind == "index"][torch.from_numpy(rows)]
-        return torch.stack([getattr(self.data, kind)[int(row)][0] for row in rows])
+            return self.data.cached[of_index][row]
+        return (self.data.index if of_index else self.data.queries)[row][0]
 
     def names(self, step: int) -> list[str]:
         """The files of a step's tuples."""
         t = self.in_step(step)
         index = [*t.positives, *t.negatives.ravel()]
-        paths = [self.data.queries.paths[i] for i in t.queries]
-        return [str(path) for path in paths + [self.data.index.paths[i] for i in index]]
+        queries = [*self.data.queries.paths, *self.data.index.paths]
+        paths = [queries[i] for i in t.queries] + [self.data.index.paths[i] for i in index]
+        return [str(path) for path in paths]
 
     def draw(self, model: NetVLADModel, queries: np.ndarray, epoch: int, step: int) -> Tuples:
         """Tuples of these queries, of which the first belongs to `step`."""
@@ -239,7 +264,7 @@ class TupleLoader:
                 query = queries[i]
                 if similarity is None:
                     drawn = draw_random(
-                        data.utm_query[query], data.utm_index, data.threshold, self.count, rng
+                        self.utm[query], data.utm_index, data.threshold, self.count, rng
                     )
                     found.positives[i], found.negatives[i] = drawn
                     found.used[i] = True
@@ -255,9 +280,7 @@ class TupleLoader:
     ) -> None:
         """Fill in the i-th tuple: the nearest potential positive, the hardest negatives."""
         query, data = found.queries[i], self.data
-        far = np.flatnonzero(
-            np.hypot(*(data.utm_index - data.utm_query[query]).T) > data.threshold
-        )
+        far = np.flatnonzero(np.hypot(*(data.utm_index - self.utm[query]).T) > data.threshold)
         near = self.positives[query]
         found.positives[i] = near[similarity[near].argmax()]
         before = self.remembered[query]
@@ -408,7 +431,7 @@ def train(
             "violations": totals["violating"] / max(1, totals["triplets"]),
         }
         if mined:
-            record["skipped"] = len(mined.rows) - int(totals["tuples"])
+            record["skipped"] = len(mined.rows) + mined.joining - int(totals["tuples"])
             reciprocal_ranks = mined.score(model)
             record["held_out_mrr"] = float(reciprocal_ranks.mean())
             _keep_best(run["best"], record, reciprocal_ranks, trained)

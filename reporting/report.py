@@ -218,7 +218,8 @@ MINING: tuple[Block, ...] = (
     Text("Negatives are mined: among random index images of other places and those that were hardest "
          "for the query before, the most similar to it are taken, and a query none of whose negatives "
          "violates the margin is skipped. The positive is the most similar of the near ones. "
-         "Descriptors for this are made anew as the weights change. The weights kept are those of the "
+         "Descriptors for this are made anew as the weights change. In each epoch as many index images "
+         "as there are queries, drawn anew, serve as queries too. The weights kept are those of the "
          "epoch that ranks the held-out queries best (mean reciprocal rank, MRR)."),
 )
 

@@ -199,18 +199,38 @@ def test_mined_tuples_are_those_a_plain_loop_finds():
         pass
     with torch.no_grad(), half_precision("cpu"):
         q, d = (model(x.contiguous(memory_format=torch.channels_last), 24) for x in data.cached)
-    similarity = (q.float() @ d.float().T).numpy()
-    assert sorted(tuples.window.queries) == [0, 1, 2, 3, 4]
+    similarity = (torch.cat([q, d]).float() @ d.float().T).numpy()
+    utm = np.concatenate([data.utm_query, data.utm_index])  # index images are queries too
+    assert sorted(tuples.window.queries)[:5] == [0, 1, 2, 3, 4] and len(tuples.window.queries) == 10
     for query, p, n in zip(tuples.window.queries, tuples.window.positives, tuples.window.negatives):
         near, far = [], []
         for i in range(18):
-            distance = np.linalg.norm(data.utm_index[i] - data.utm_query[query])
-            near += [i] * int(distance <= 10)
+            distance = np.linalg.norm(data.utm_index[i] - utm[query])
+            near += [i] * int(distance <= 10 and i != query - 6)
             far += [i] * int(distance > 25)
         near = near or [14]
         assert p == max(near, key=lambda i: similarity[query, i])
         assert list(n) == sorted(far, key=lambda i: -similarity[query, i])[:3]
     assert tuples.window.used.all()
+
+
+def test_index_images_are_queries_too_but_not_their_own_positives_nor_near_a_held_out_query():
+    data, model = places(), a_model()
+    tuples, joined = loader(data, margin=10.0), []
+    for epoch in (1, 2):
+        q, p, _ = (torch.cat(parts) for parts in zip(*tuples.epoch(model, epoch)))
+        queries, positives = tuples.window.queries, tuples.window.positives
+        of_index = queries >= 6
+        rows = queries[of_index] - 6
+        assert sorted(queries[~of_index]) == [0, 1, 2, 3, 4] and len(set(rows)) == 5
+        assert torch.equal(q[of_index], data.cached[1][rows]) and torch.equal(p, data.cached[1][positives])
+        # Of a place's three images those at 4 and 8 m have each other within 10 m, that at 20 m none.
+        assert set(rows % 3) == {0, 1} and np.array_equal(positives[of_index], rows + 1 - 2 * (rows % 3))
+        assert rows.max() < 15  # the query of the last place is held out
+        joined.append(set(rows))
+    assert joined[0] != joined[1]
+    plain = loader(data, margin=10.0, mining="random")
+    assert len(plain) == 3 and len(tuples) == 5 and plain.joining == 0
 
 
 def test_negatives_come_from_the_pool_and_what_was_hard_before():
@@ -227,8 +247,8 @@ def test_a_query_without_negatives_is_skipped_and_few_negatives_repeat():
     data = places(2)
     tuples = loader(data, margin=10.0, negatives=8)
     (batch,) = tuples.epoch(a_model(), 1)
-    assert [tuple(part.shape[:2]) for part in batch] == [(1, 512), (1, 512), (1, 8)]
-    assert set(tuples.window.negatives[0]) == {3, 4, 5}
+    assert [tuple(part.shape[:2]) for part in batch] == [(2, 512), (2, 512), (2, 8)]
+    assert set(tuples.window.negatives.ravel()) == {3, 4, 5}
     data.utm_index[:] = data.utm_query[0]
     (batch,) = loader(data, margin=10.0).epoch(a_model(), 1)
     assert batch == []
@@ -285,24 +305,26 @@ def test_descriptors_are_made_anew_for_each_window_of_queries(monkeypatch):
     for _ in tuples.epoch(model, 1):
         if not windows or tuples.window is not windows[-1]:
             windows.append(tuples.window)
-    assert [len(window.queries) for window in windows] == [4, 4, 3]
-    assert sorted(q for window in windows for q in window.queries) == list(range(11))
+    assert [len(window.queries) for window in windows] == [4, 4, 4, 4, 4, 2]
+    drawn = sorted(q for window in windows for q in window.queries)
+    assert drawn[:11] == list(range(11)) and len(set(drawn)) == 22
 
 
-@pytest.mark.parametrize("mining", ["hard", "random"])
-def test_a_run_goes_on_from_any_step_to_the_same_weights(mining, monkeypatch):
+@pytest.mark.parametrize(("mining", "steps"), [("hard", 7), ("random", 4)])
+def test_a_run_goes_on_from_any_step_to_the_same_weights(mining, steps, monkeypatch):
     monkeypatch.setattr(training, "SAVE_SECONDS", 0)  # a checkpoint after every step
     monkeypatch.setattr(training, "REFRESH_QUERIES", 4)  # a window of two steps
     data, states = places(8), []
     whole, history = epochs_of(data, lambda state: states.append(copy.deepcopy(state)), mining=mining)
     assert [(s["epoch"], s["step"]) for s in states] == [
-        (1, 1), (1, 2), (1, 3), (1, 4), (2, 0), (2, 1), (2, 2), (2, 3), (2, 4), (3, 0)
+        *((1, step + 1) for step in range(steps)), (2, 0),
+        *((2, step + 1) for step in range(steps)), (3, 0),
     ]  # fmt: skip
-    for state in states[1:9:3]:
+    for state in states[1 : 2 * steps + 1 : steps - 1]:
         later = []
         resumed, again = epochs_of(data, later.append, copy.deepcopy(state), mining=mining)
-        done = (state["epoch"] - 1) * 4 + state["step"]
-        assert len([s for s in later if s["step"]]) == 8 - done  # finished steps are not repeated
+        done = (state["epoch"] - 1) * steps + state["step"]
+        assert len([s for s in later if s["step"]]) == 2 * steps - done  # finished steps are not repeated
         for name, value in whole.state_dict().items():
             assert torch.equal(value, resumed.state_dict()[name]), name
         for a, b in zip(history, again):
