@@ -289,7 +289,7 @@ def _choose(
     R, c = torch.stack([p.R_cam_from_world for p in polished]), torch.stack([p.c_world for p in polished])
     lit = [index.light.alike(index.map, index.views, query, *pose) for pose in zip(R, c)]
     explained = epipolar_scores(evidence, R, c, polished=True)
-    scores = explained * torch.tensor(lit, device=c.device).square()
+    scores = explained * torch.tensor(lit, device=c.device)
     best = int(scores.argmax())
     here = _near(R, c, R[best], c[best], index.place_m, SAME_PLACE_DEG)
     rivals, score = scores[~here], float(scores[best])
