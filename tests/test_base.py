@@ -170,6 +170,8 @@ def test_killed_then_resumed_ends_with_the_weights_of_an_unbroken_run(tmp_path):
 
 
 def test_interrupting_ends_with_a_line_on_how_to_go_on(tmp_path):
+    # Tests that run in the background may ignore Ctrl-C, and so would what they start.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     for split, queries in (("train", 6), ("val", 1)):
         make_lists(tmp_path / "data", queries, 2 * queries, split)
     output = tmp_path / "o"
