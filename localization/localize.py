@@ -45,7 +45,7 @@ ROUGHLY_AS_GOOD = 0.8
 POLISHED = 4
 # Hypotheses nearer than this share of the typical distance of the points, or this angle, are one.
 SAME_MODE, SAME_MODE_DEG = 0.03, 2.0
-# Answers nearer than this are of one place.
+# Answers nearer than this share of the typical distance and this angle are of one place.
 SAME_PLACE, SAME_PLACE_DEG = 0.1, 10.0
 # Queries at least this confident serve as index views for the others.
 SURE = 0.35

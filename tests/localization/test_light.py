@@ -46,9 +46,8 @@ def test_equal_light_is_alike_whatever_the_exposure(lit_world):
     assert light.alike(others, views, query, *pose) == pytest.approx(1.0, abs=1e-6)
 
 
-def test_half_a_query_in_the_shade_halves_the_likeness(lit_world):
+def test_likeness_is_the_weighted_share_of_points_out_of_the_shade(lit_world):
     lights = [flat() for _ in range(5)]
-    lights[4] = flat()
     lights[4][:, :16] -= 10 * LEAST
     views, points = lit_world(lights)
     light = learn_light(points.select(points.view < 4), views[:4], 7.0)
