@@ -67,8 +67,13 @@ def _differences(
     xy, _ = project_query(query, R, c, visible.position)
     difference = light_at(query.features.log_light, xy.float()).double() - visible.log_light.double()
     away_m = (torch.stack([v.c_world for v in views])[visible.view] - c).norm(dim=1)
-    weight = 1 / (1 + (away_m / max(near_m, 1e-12)).square())
+    weight = nearness(away_m, near_m)
     return difference - _weighted_median(difference, weight), weight
+
+
+def nearness(away_m: Tensor, near_m: float) -> Tensor:
+    """1..0 of any distances: how like each other two images so far apart are; a half at near_m."""
+    return 1 / (1 + (away_m / max(near_m, 1e-12)).square())
 
 
 def _weighted_median(values: Tensor, weight: Tensor) -> Tensor:

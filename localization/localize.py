@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from localization.absolute_pose import pose_deviation
+from localization.expectation import Expectation
 from localization.fallback import Guess, fall_back
 from localization.hypotheses import (
     Hypotheses,
@@ -47,12 +48,16 @@ POLISHED = 4
 SAME_MODE, SAME_MODE_DEG = 0.03, 2.0
 # Answers nearer than this share of the typical distance and this angle are of one place.
 SAME_PLACE, SAME_PLACE_DEG = 0.1, 10.0
-# Queries at least this confident serve as index views for the others.
-SURE = 0.35
+# Queries at least this confident serve as index views for the others: first the surest, then the less sure.
+SURE = (0.6, 0.35)
+# As helpers of a query serve those whose most similar index views are its own: so many, of so many compared.
+HELPERS, COMPARED = 20, 10
 # Inliers at which chance is out by 63 %.
 TYPICAL_INLIERS = 30
 # How much more than an answer from points one without must score.
 CLEARLY_MORE = 1.3
+# Poses of this share of the best score are its rivals.
+RIVAL = 0.1
 # Below this many inliers or this confidence an answer is not taken from points alone, nor without the other queries.
 MANY_INLIERS, DOUBTFUL = 40, 0.15
 # What a pose without points deserves, by its method.
@@ -92,36 +97,47 @@ def localize(
     likeness = [[float(s) for s in row] for row in similarity]
     queries = _Queries(query_views, index, orders, likeness, seed, list(range(len(query_views))))
     estimates = queries.located(lambda done, of: report("queries", done, of))
+    return _with_each_other(queries, estimates, lambda done, of: report("unsure queries", done, of))
 
-    sure = [n for n, e in enumerate(estimates) if e.confidence >= SURE]
-    unsure = [n for n, e in enumerate(estimates) if e.confidence < DOUBTFUL]
-    if not sure or not unsure:
-        return estimates
-    placed = [_placed(query_views[n], estimates[n]) for n in sure]
-    orders = [order + list(range(len(index_views), len(index_views) + len(placed))) for order in orders]
-    queries = replace(queries, index=index.extended(placed), orders=orders, numbers=unsure)
-    for number, again in zip(unsure, queries.located(lambda done, of: report("unsure queries", done, of))):
-        if again.confidence >= SURE:
-            estimates[number] = again
+
+def _with_each_other(
+    queries: "_Queries", estimates: list[Estimate], progress: Callable[[int, int], None]
+) -> list[Estimate]:
+    """The estimates of all queries after the sure ones, the surest first, have served as index views for the rest."""
+    placed: list[int] = []
+    for sure in SURE:
+        while True:
+            new = [n for n, e in enumerate(estimates) if e.confidence >= sure and n not in placed]
+            unsure = [n for n, e in enumerate(estimates) if e.confidence < sure and n not in placed]
+            if not new or not unsure:
+                break
+            queries = replace(queries.seeing({n: estimates[n] for n in new}), numbers=unsure)
+            again = dict(zip(unsure, queries.located(progress)))
+            estimates = [again.get(n, e) for n, e in enumerate(estimates)]
+            placed += new
     return estimates
 
 
 @dataclass(frozen=True)
 class _Index:
-    """Posed views, the points of their keypoints, all points in one map, their typical distance, and their light."""
+    """Posed views, the points of their keypoints, all points in one map, their typical distance, and what the views
+    tell of light and of scores."""
 
     views: list[View]
     points: list[Points]
     map: PointMap
     typical_m: float
     light: Light
+    expected: Expectation
 
     @classmethod
     def build(cls, views: list[View], progress: Callable[[int, int], None]) -> "_Index":
         points = triangulate_views(views, progress=progress)
         everything = point_map(views, points)
         typical_m = float(everything.distance_m.median()) if len(everything.distance_m) else 0.0
-        return cls(views, points, everything, typical_m, learn_light(everything, views, typical_m))
+        light = learn_light(everything, views, typical_m)
+        R, c = torch.stack([v.R_world_from_cam for v in views]), torch.stack([v.c_world for v in views])
+        return cls(views, points, everything, typical_m, light, Expectation(views, points, R, c, light.near_m))
 
     @property
     def same_m(self) -> float:
@@ -134,7 +150,7 @@ class _Index:
         return SAME_PLACE * self.typical_m
 
     def extended(self, more: list[View]) -> "_Index":
-        """With further posed views, whose points are triangulated from all; the old points stay."""
+        """With further posed views, whose points are triangulated from all; all that was known stays."""
         views = self.views + more
         points = self.points + triangulate_views(views, range(len(self.views), len(views)))
         return replace(self, views=views, points=points, map=point_map(views, points))
@@ -162,6 +178,21 @@ class _Queries(Dataset):
         generator = _generator(self.seed, number)
         return _locate(self.views[number], self.index, self.orders[number], self.similarity[number], generator)
 
+    def seeing(self, placed: dict[int, Estimate]) -> "_Queries":
+        """The same with queries at their estimated poses among the index views, each matched with the like of it."""
+        first = len(self.index.views)
+        more = [
+            View(self.views[n].features, self.views[n].camera, e.R_world_from_cam, e.c_world)
+            for n, e in placed.items()
+        ]
+        similar = [set(order[:COMPARED]) for order in self.orders]
+        orders = []
+        for order, mine in zip(self.orders, similar):
+            shared = torch.tensor([len(mine & similar[n]) for n in placed])
+            best = shared.argsort(descending=True, stable=True)[:HELPERS]
+            orders.append(order + [first + k for k in best.tolist()])
+        return replace(self, index=self.index.extended(more), orders=orders)
+
     def located(self, progress: Callable[[int, int], None]) -> list[Estimate]:
         """The estimates in order; on a GPU, which processes cannot share, one after the other."""
         on_cpu = self.index.map.position.device.type == "cpu"
@@ -176,11 +207,6 @@ class _Queries(Dataset):
 def _generator(seed: int, number: int) -> torch.Generator:
     """The random numbers of one query, the same whatever the other queries are."""
     return torch.Generator().manual_seed(seed * 1_000_003 + number)
-
-
-def _placed(query: View, estimate: Estimate) -> View:
-    """A query as a posed view."""
-    return View(query.features, query.camera, estimate.R_world_from_cam, estimate.c_world)
 
 
 def _locate(
@@ -280,8 +306,8 @@ def _choose(
     """The answer from the refined hypotheses of each source; None if there is none that can be polished.
 
     In each of the best modes of a source the pose with most keypoints is polished; among the polished, whose errors
-    are those of the matches, score and light choose the place, and most tracks the pose: light is no measure of
-    centimeters.
+    are those of the matches, the score, the light and how far the score is what is to be expected there choose the
+    place, and most tracks the pose: those are no measure of centimeters.
     """
     polished = [p for refined in sources for p in _polish_modes(query, index, order, evidence, refined)]
     if not polished:
@@ -290,12 +316,16 @@ def _choose(
     lit = [index.light.alike(index.map, index.views, query, *pose) for pose in zip(R, c)]
     explained = epipolar_scores(evidence, R, c, polished=True)
     scores = explained * torch.tensor(lit, device=c.device)
+    fulfilled = torch.ones_like(scores)
+    for i in torch.nonzero(scores > RIVAL * scores.max())[:, 0].tolist():
+        fulfilled[i] = index.expected.fulfilled(query, R[i], c[i], float(explained[i]))
+    scores = scores * fulfilled
     best = int(scores.argmax())
     here = _near(R, c, R[best], c[best], index.place_m, SAME_PLACE_DEG)
     rivals, score = scores[~here], float(scores[best])
     most = max((i for i, same in enumerate(here.tolist()) if same), key=lambda i: polished[i].tracks)
     pose = polished[most]
-    confidence = _confidence(score, float(rivals.max()) if len(rivals) else 0.0, pose.tracks)
+    confidence = _confidence(score, float(rivals.max()) if len(rivals) else 0.0, pose.tracks) * float(fulfilled[best])
     sigma_m, sigma_deg = (float(v) for v in pose_deviation(pose.covariance))
     R_world = pose.R_cam_from_world.T
     estimate = Estimate(R_world, pose.c_world, "pnp", pose.tracks, sigma_m, sigma_deg, confidence)

@@ -1,0 +1,114 @@
+"""What a query ought to explain at a place: closed forms, and aliases of an equal tile."""
+
+import math
+
+import pytest
+import torch
+
+from localization.absolute_pose import rotation_from_vector
+from localization.expectation import KEYPOINTS, Expectation
+from localization.light import nearness
+from localization.localize import localize
+from localization.matching import View, mutual_matches
+from localization.scoring import epipolar_scores, gather_evidence
+from localization.triangulation import triangulate_views
+
+
+def expectation(views: list[View], near_m: float, known=None) -> Expectation:
+    R, c = torch.stack([v.R_world_from_cam for v in views]), torch.stack([v.c_world for v in views])
+    return Expectation(views, triangulate_views(views), R, c, near_m, known or {})
+
+
+def at(x: float) -> torch.Tensor:
+    return torch.tensor([x, 0.0, 0.0], dtype=torch.float64)
+
+
+def about_z(degrees: float) -> torch.Tensor:
+    return rotation_from_vector(torch.tensor([0.0, 0.0, math.radians(degrees)], dtype=torch.float64))
+
+
+def test_nearness_falls_to_a_half_and_never_divides_by_zero():
+    away_m = torch.tensor([0.0, 0.5, 1.0, 1.5])
+    assert nearness(away_m, 0.5).tolist() == pytest.approx([1, 1 / 2, 1 / 5, 1 / 10])
+    assert nearness(torch.tensor([0.0, 1.0]), 0.0).tolist() == pytest.approx([1, 0], abs=1e-9)
+
+
+def test_the_expectation_is_the_mean_of_the_three_nearest_carried_to_the_distance(random_world):
+    world = random_world(0)
+    ahead = about_z(0.0) @ torch.tensor([[1.0, 0, 0], [0, 0, 1], [0, -1, 0]], dtype=torch.float64)
+    views = [world.view(ahead, at(x)) for x in (0.0, 0.5, 1.0, 3.0)]
+    views.append(world.view(about_z(90.0) @ ahead, at(0.0)))  # near, but looks elsewhere
+    expected = expectation(views, 0.5, {0: 0.4, 1: 0.2, 2: 0.1, 3: 50.0, 4: 50.0})
+    query = views[0]
+    count = len(query.features)
+    by_hand = (0.4 * 1 + 0.2 / 2 + 0.1 / 5) / 3 * count
+    assert expected.score(query, ahead.T, at(0.0)) == pytest.approx(by_hand)
+    assert expected.fulfilled(query, ahead.T, at(0.0), by_hand / 2) == pytest.approx(1 / 4)
+    assert expected.fulfilled(query, ahead.T, at(0.0), 2 * by_hand) == 1
+    assert expected.score(query, (about_z(-90.0) @ ahead).T, at(0.0)) == 0
+    assert expected.fulfilled(query, (about_z(-90.0) @ ahead).T, at(0.0), 0.0) == 0
+
+
+def test_a_view_taken_out_explains_what_it_does_as_a_query(random_world, random_poses):
+    """At an index view's own pose and distance to the others the expectation is that view's score, as of a query."""
+    world = random_world(1, count=KEYPOINTS - 100)  # all keypoints are used
+    poses = random_poses(6, 2)
+    views = [world.view(*pose) for pose in poses]
+    expected = expectation(views, 0.7)
+    query, others = views[0], range(1, 6)
+    evidence = gather_evidence(
+        query, views, expected.points, {i: mutual_matches(query.features, views[i].features) for i in others}
+    )
+    score = float(epipolar_scores(evidence, poses[0][0].T[None], poses[0][1][None], polished=True))
+    away_m = min(float((views[i].c_world - poses[0][1]).norm()) for i in others)
+    expected.score(query, poses[0][0].T, poses[0][1])
+    share = expected.known[0] * float(nearness(torch.tensor(away_m), 0.7))
+    assert share * len(query.features) == pytest.approx(score, rel=1e-6)
+
+
+def test_nothing_is_expected_from_fewer_than_two_views(random_world, random_poses):
+    world = random_world(3)
+    R, c = random_poses(1, 4)[0]
+    view = world.view(R, c)
+    assert expectation([view], 0.5).score(view, R.T, c) == 0
+    assert expectation([view], 0.5).fulfilled(view, R.T, c, 3.0) == 1
+
+
+@pytest.fixture
+def gap(corridor, look_at):
+    """Factory: index views along a wall of equal tiles, none within 2.2 tiles of x = 5, and queries at some x."""
+
+    def build(seed: int, *queries: float) -> tuple[list[View], list[View]]:
+        world = corridor(seed, difference=0.1, marks=6)
+        generator = torch.Generator().manual_seed(seed)
+
+        def view(x: float) -> View:
+            c = at(x) + 0.1 * torch.randn(3, generator=generator, dtype=torch.float64)
+            c[1] += 1.5
+            return world.view(look_at(c, c + torch.tensor([0.2, 3.0, 0.0]), 0.1), c, spread=0.25)
+
+        return [view(0.3 * i) for i in range(36) if abs(0.3 * i - 5.0) > 2.2], [view(x) for x in queries]
+
+    return build
+
+
+def errors(index: list[View], queries: list[View], seed: int) -> list[float]:
+    ranking, similarity = [list(range(len(index)))] * len(queries), [[1.0] * len(index)] * len(queries)
+    asked = [View(q.features, q.camera) for q in queries]
+    estimates = localize(index, asked, ranking, similarity, seed=seed)
+    return [float((e.c_world - q.c_world).norm()) for e, q in zip(estimates, queries)]
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_the_true_tile_is_found_far_from_any_index_view(gap, seed):
+    """Its aliases, right before index views, explain more of the query than the truth does."""
+    index, queries = gap(seed, 5.0)
+    assert errors(index, queries, seed)[0] < 0.05
+
+
+@pytest.mark.parametrize("seed", (2, 3))
+def test_queries_help_each_other(gap, seed):
+    """Alone the query is taken for one of another tile; two others, halfway to the index views, tell it apart."""
+    index, queries = gap(seed, 5.0, 3.5, 6.5)
+    assert errors(index, queries[:1], seed)[0] > 0.5
+    assert max(errors(index, queries, seed)) < 0.05
