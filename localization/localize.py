@@ -23,7 +23,6 @@ from localization.hypotheses import (
     bearings,
     essential_hypotheses,
     point_hypotheses,
-    shifted_hypotheses,
 )
 from localization.light import Light, learn_light
 from localization.matching import View, epipolar_mask, mutual_matches
@@ -38,11 +37,9 @@ __all__ = ["Estimate", "View", "localize", "share_world"]
 REFINED = 8
 # A hypothesis that scores less than this share of the best is not refined.
 WORTH_REFINING = 0.4
-# One that was computed from others is rougher: it needs this share of the best.
-SHIFTED_WORTH = 0.25
 # Where points are many, a hypothesis without is not refined if it scores less than this share of the best with.
 ROUGHLY_AS_GOOD = 0.8
-# Modes of one source that are polished, at most.
+# Modes that are polished, at most.
 POLISHED = 4
 # Hypotheses nearer than this share of the typical distance of the points, or this angle, are one.
 SAME_MODE, SAME_MODE_DEG = 0.03, 2.0
@@ -216,8 +213,7 @@ def _locate(
     matches = {i: mutual_matches(query.features, index.views[i].features) for i in order}
     evidence = gather_evidence(query, index.views, index.points, matches)
     refined = _refine_best(query, index, evidence, point_hypotheses(evidence, order, generator), generator)
-    shifted = _refine_shifted(query, index, evidence, refined, generator)
-    answer = _choose(query, index, order, evidence, refined, shifted)
+    answer = _choose(query, index, order, evidence, refined)
     many = answer is not None and answer.estimate.inliers >= MANY_INLIERS
     if many and answer.estimate.confidence >= DOUBTFUL:
         return answer.estimate
@@ -246,22 +242,6 @@ def _refine_best(
         starts = [(R, c), search_again(index.map, query, R, c, generator)]
         refined += [guided_refinement(index.map, query, *start) for start in starts if start]
     return [r for r in refined if r]
-
-
-def _refine_shifted(
-    query: View, index: _Index, evidence: Evidence, refined: list[Refined], generator: torch.Generator
-) -> list[Refined]:
-    """What the offsets between refined hypotheses lead to, refined, where nothing has been found so far."""
-    if not refined:
-        return []
-    R, c = torch.stack([r.R_cam_from_world for r in refined]), torch.stack([r.c_world for r in refined])
-    scores = _scores(evidence, refined)
-    modes = _distinct(R, c, scores, index.same_m, REFINED)
-    shifted = shifted_hypotheses(R[modes], c[modes], SAME_MODE_DEG, 2 * index.same_m)
-    poses = zip(shifted.R_cam_from_world, shifted.c_world)
-    new = [not bool(_near(R, c, *pose, index.same_m).any()) for pose in poses]
-    shifted = shifted.select(torch.nonzero(torch.tensor(new, dtype=torch.bool))[:, 0])
-    return _refine_best(query, index, evidence, shifted, generator, SHIFTED_WORTH * float(scores.max()))
 
 
 def _scores(evidence: Evidence, refined: list[Refined]) -> Tensor:
@@ -301,15 +281,15 @@ class _Answer:
 
 
 def _choose(
-    query: View, index: _Index, order: list[int], evidence: Evidence, *sources: list[Refined]
+    query: View, index: _Index, order: list[int], evidence: Evidence, refined: list[Refined]
 ) -> _Answer | None:
-    """The answer from the refined hypotheses of each source; None if there is none that can be polished.
+    """The answer from the refined hypotheses; None if there is none that can be polished.
 
-    In each of the best modes of a source the pose with most keypoints is polished; among the polished, whose errors
+    In each of the best modes the pose with most keypoints is polished; among the polished, whose errors
     are those of the matches, the score, the light and how far the score is what is to be expected there choose the
     place, and most tracks the pose: those are no measure of centimeters.
     """
-    polished = [p for refined in sources for p in _polish_modes(query, index, order, evidence, refined)]
+    polished = _polish_modes(query, index, order, evidence, refined)
     if not polished:
         return None
     R, c = torch.stack([p.R_cam_from_world for p in polished]), torch.stack([p.c_world for p in polished])
