@@ -43,7 +43,7 @@ class Expectation:
         """The polished `epipolar_scores` to expect of a query at R_cam_from_world (3, 3), c_world (3,).
 
         The mean over the VIEWS nearest index views that look the same way of what each explains, taken out, per
-        keypoint, times the ratio of the two's nearness. 0 where no index view looks the same way.
+        keypoint, times the ratio of the two's nearness, at most 1. 0 where no index view looks the same way.
         """
         away_m = self._away(R_cam_from_world.T, c_world)
         if len(self.views) < 2:
@@ -52,11 +52,14 @@ class Expectation:
         if not nearest:
             return 0.0
         near = nearness(away_m[nearest], self.near_m).tolist()
-        share = sum(self._explained(i) * n for i, n in zip(nearest, near)) / len(nearest)
+        share = sum(min(1.0, self._explained(i) * n) for i, n in zip(nearest, near)) / len(nearest)
         return share * len(query.features.xy_px)
 
     def _explained(self, number: int) -> float:
-        """The score per keypoint of a view that is a query to the others, over its nearness to the nearest."""
+        """The score per keypoint of a view that is a query to the others, over its nearness to the nearest.
+
+        0 where no other view looks the same way.
+        """
         if number not in self.known:
             view = self.views[number]
             step = max(1, len(view.features) // KEYPOINTS)
@@ -69,7 +72,7 @@ class Expectation:
             pose = (view.R_world_from_cam.T[None], view.c_world[None])
             score = float(epipolar_scores(evidence, *pose, polished=True))
             near = float(nearness(away_m[others].min(), self.near_m))
-            self.known[number] = score / max(1, len(part.features)) / max(near, 1e-12)
+            self.known[number] = score / max(1, len(part.features)) / near if near else 0.0
         return self.known[number]
 
     def _away(self, R_world_from_cam: Tensor, c_world: Tensor) -> Tensor:

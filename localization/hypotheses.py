@@ -5,6 +5,7 @@ matches and each followed by a second look at what it left unexplained, nearly a
 not decided here (scoring.py).
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -37,6 +38,12 @@ class Hypotheses:
     R_cam_from_world: Tensor
     c_world: Tensor
     source: list[str]
+
+    def select(self, order: Tensor) -> "Hypotheses":
+        """The hypotheses that an index tensor picks."""
+        return Hypotheses(
+            self.R_cam_from_world[order], self.c_world[order], [self.source[i] for i in order.tolist()]
+        )
 
 
 @dataclass(frozen=True)
@@ -133,6 +140,21 @@ def _refined(evidence: Evidence, seeds: list[tuple[_Search, Tensor, Tensor]]) ->
     R = refined.R_cam_from_world
     center = -(R.transpose(1, 2) @ refined.t_cam[..., None])[..., 0]
     return Hypotheses(R, center, [search.name for search, _, _ in seeds])
+
+
+def shifted_hypotheses(R_cam_from_world: Tensor, c_world: Tensor, turn_deg: float, least_m: float) -> Hypotheses:
+    """Each of h poses (h, 3, 3), (h, 3) moved by the offsets between any two, with its own rotation.
+
+    Tiles repeat at equal distances: where poses one and two tiles off were found, the right one, found by no search
+    because few images show its place, lies one more step away. Offsets count between poses turned by less than
+    turn_deg to each other, if longer than least_m.
+    """
+    cosine = (torch.einsum("aij,bij->ab", R_cam_from_world, R_cam_from_world) - 1) / 2
+    offset = c_world[:, None] - c_world
+    used = (cosine >= math.cos(math.radians(turn_deg))) & (offset.norm(dim=2) > least_m)
+    moved = (c_world[:, None] + offset[used]).flatten(0, 1)
+    R = R_cam_from_world.repeat_interleave(int(used.sum()), dim=0)
+    return Hypotheses(R, moved, ["shifted"] * len(moved))
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from localization.hypotheses import (
     bearings,
     essential_hypotheses,
     point_hypotheses,
+    shifted_hypotheses,
 )
 from localization.light import Light, learn_light
 from localization.matching import View, epipolar_mask, mutual_matches
@@ -37,9 +38,11 @@ __all__ = ["Estimate", "View", "localize", "share_world"]
 REFINED = 8
 # A hypothesis that scores less than this share of the best is not refined.
 WORTH_REFINING = 0.4
+# One that was computed from others is rougher: it needs this share of the best.
+SHIFTED_WORTH = 0.25
 # Where points are many, a hypothesis without is not refined if it scores less than this share of the best with.
 ROUGHLY_AS_GOOD = 0.8
-# Modes that are polished, at most.
+# Modes of one source that are polished, at most.
 POLISHED = 4
 # Hypotheses nearer than this share of the typical distance of the points, or this angle, are one.
 SAME_MODE, SAME_MODE_DEG = 0.03, 2.0
@@ -213,14 +216,20 @@ def _locate(
     matches = {i: mutual_matches(query.features, index.views[i].features) for i in order}
     evidence = gather_evidence(query, index.views, index.points, matches)
     refined = _refine_best(query, index, evidence, point_hypotheses(evidence, order, generator), generator)
-    answer = _choose(query, index, order, evidence, refined)
+    polished = _polish_modes(query, index, order, evidence, refined)
+    answer = _choose(query, index, evidence, polished)
+    if answer is not None and answer.estimate.confidence < SURE[0]:
+        shifted = _refine_shifted(query, index, evidence, refined, generator)
+        polished += _polish_modes(query, index, order, evidence, shifted)
+        answer = _choose(query, index, evidence, polished)
     many = answer is not None and answer.estimate.inliers >= MANY_INLIERS
     if many and answer.estimate.confidence >= DOUBTFUL:
         return answer.estimate
     seen_from = bearings(evidence, index.views, generator)
     more = essential_hypotheses(evidence, index.views, seen_from, index.typical_m)
     least = ROUGHLY_AS_GOOD * float(_scores(evidence, refined).max()) if many else 0.0
-    other = _choose(query, index, order, evidence, _refine_best(query, index, evidence, more, generator, least))
+    refined = _refine_best(query, index, evidence, more, generator, least)
+    other = _choose(query, index, evidence, _polish_modes(query, index, order, evidence, refined))
     answer = _better(answer, other, index.place_m)
     if answer:
         return answer.estimate
@@ -242,6 +251,22 @@ def _refine_best(
         starts = [(R, c), search_again(index.map, query, R, c, generator)]
         refined += [guided_refinement(index.map, query, *start) for start in starts if start]
     return [r for r in refined if r]
+
+
+def _refine_shifted(
+    query: View, index: _Index, evidence: Evidence, refined: list[Refined], generator: torch.Generator
+) -> list[Refined]:
+    """What the offsets between refined hypotheses lead to, refined, where nothing has been found so far."""
+    if not refined:
+        return []
+    R, c = torch.stack([r.R_cam_from_world for r in refined]), torch.stack([r.c_world for r in refined])
+    scores = _scores(evidence, refined)
+    modes = _distinct(R, c, scores, index.same_m, REFINED)
+    shifted = shifted_hypotheses(R[modes], c[modes], SAME_MODE_DEG, 2 * index.same_m)
+    poses = zip(shifted.R_cam_from_world, shifted.c_world)
+    new = [not bool(_near(R, c, *pose, index.same_m).any()) for pose in poses]
+    shifted = shifted.select(torch.nonzero(torch.tensor(new, dtype=torch.bool))[:, 0])
+    return _refine_best(query, index, evidence, shifted, generator, SHIFTED_WORTH * float(scores.max()))
 
 
 def _scores(evidence: Evidence, refined: list[Refined]) -> Tensor:
@@ -280,16 +305,12 @@ class _Answer:
     score: float
 
 
-def _choose(
-    query: View, index: _Index, order: list[int], evidence: Evidence, refined: list[Refined]
-) -> _Answer | None:
-    """The answer from the refined hypotheses; None if there is none that can be polished.
+def _choose(query: View, index: _Index, evidence: Evidence, polished: list[Polished]) -> _Answer | None:
+    """The answer from polished poses, whose errors are those of the matches; None if there are none.
 
-    In each of the best modes the pose with most keypoints is polished; among the polished, whose errors
-    are those of the matches, the score, the light and how far the score is what is to be expected there choose the
-    place, and most tracks the pose: those are no measure of centimeters.
+    The score, the light and how far the score is what is to be expected there choose the place, and most tracks the
+    pose in it: those are no measure of centimeters.
     """
-    polished = _polish_modes(query, index, order, evidence, refined)
     if not polished:
         return None
     R, c = torch.stack([p.R_cam_from_world for p in polished]), torch.stack([p.c_world for p in polished])

@@ -74,6 +74,20 @@ def test_nothing_is_expected_from_fewer_than_two_views(random_world, random_pose
     assert expectation([view], 0.5).fulfilled(view, R.T, c, 3.0) == 1
 
 
+def test_what_a_view_explains_is_bounded(random_world, look_at):
+    """Of two views: the other far away, so that what it explains is carried too far; one that looks elsewhere."""
+    world = random_world(5)
+    target = torch.tensor([0.0, 7.0, 0.0], dtype=torch.float64)
+    near, far, away = (world.view(look_at(c, t), c) for c, t in ((at(0), target), (at(2), target), (at(1), at(9))))
+    R, c = near.R_world_from_cam.T, near.c_world
+    expected = expectation([near, far], 1e-3)
+    most = expected.score(near, R, c) / len(near.features)
+    there = expected.known[1] * float(nearness(torch.tensor(2.0), 1e-3))
+    assert expected.known[0] > 1 and 0 < there < 1
+    assert most == pytest.approx((1 + there) / 2, rel=1e-3)
+    assert expectation([near, away], 0.5).score(near, R, c) == 0
+
+
 @pytest.fixture
 def gap(corridor, look_at):
     """Factory: index views along a wall of equal tiles, none within 2.2 tiles of x = 5, and queries at some x."""
