@@ -48,8 +48,10 @@ POLISHED = 4
 SAME_MODE, SAME_MODE_DEG = 0.03, 2.0
 # Answers nearer than this share of the typical distance and this angle are of one place.
 SAME_PLACE, SAME_PLACE_DEG = 0.1, 10.0
-# Queries at least this confident serve as index views for the others: first the surest, then the less sure.
-SURE = (0.6, 0.35)
+# Queries at least this confident serve as index views for the others.
+SURE = 0.6
+# When no more are, of those at least this confident the surest, this share of them at a time.
+NEARLY_SURE, NEARLY_SHARE = 0.2, 0.25
 # As helpers of a query serve those whose most similar index views are its own: so many, of so many compared.
 HELPERS, COMPARED = 20, 10
 # Inliers at which chance is out by 63 %.
@@ -103,19 +105,19 @@ def localize(
 def _with_each_other(
     queries: "_Queries", estimates: list[Estimate], progress: Callable[[int, int], None]
 ) -> list[Estimate]:
-    """The estimates of all queries after the sure ones, the surest first, have served as index views for the rest."""
-    placed: list[int] = []
-    for sure in SURE:
-        while True:
-            new = [n for n, e in enumerate(estimates) if e.confidence >= sure and n not in placed]
-            unsure = [n for n, e in enumerate(estimates) if e.confidence < sure and n not in placed]
-            if not new or not unsure:
-                break
-            queries = replace(queries.seeing({n: estimates[n] for n in new}), numbers=unsure)
-            again = dict(zip(unsure, queries.located(progress)))
-            estimates = [again.get(n, e) for n, e in enumerate(estimates)]
-            placed += new
-    return estimates
+    """The estimates of all queries after the sure ones have served as index views for the rest, the surest first."""
+    rest = list(range(len(estimates)))
+    while True:
+        rest.sort(key=lambda n: -estimates[n].confidence)
+        sure = [n for n in rest if estimates[n].confidence >= SURE]
+        nearly = [n for n in rest if estimates[n].confidence >= NEARLY_SURE]
+        new = sure or nearly[: math.ceil(NEARLY_SHARE * len(nearly))]
+        rest = [n for n in rest if n not in new]
+        if not new or not rest:
+            return estimates
+        queries = replace(queries.seeing({n: estimates[n] for n in new}), numbers=rest)
+        again = dict(zip(rest, queries.located(progress)))
+        estimates = [again.get(n, e) for n, e in enumerate(estimates)]
 
 
 @dataclass(frozen=True)
@@ -218,7 +220,7 @@ def _locate(
     refined = _refine_best(query, index, evidence, point_hypotheses(evidence, order, generator), generator)
     polished = _polish_modes(query, index, order, evidence, refined)
     answer = _choose(query, index, evidence, polished)
-    if answer is not None and answer.estimate.confidence < SURE[0]:
+    if answer is not None and answer.estimate.confidence < SURE:
         shifted = _refine_shifted(query, index, evidence, refined, generator)
         polished += _polish_modes(query, index, order, evidence, shifted)
         answer = _choose(query, index, evidence, polished)
