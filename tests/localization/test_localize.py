@@ -8,9 +8,10 @@ import torch
 from localization.absolute_pose import rotation_from_vector
 from localization.cameras import Camera, quaternion_from_rotation
 from localization.features import Features
-from localization.localize import Estimate, _Answer, _better, localize, share_world
-from localization.matching import View
-from localization.tracks import refine_with_points
+from localization.localize import Estimate, _Answer, _better, _choose, _Index, localize, share_world
+from localization.matching import View, mutual_matches
+from localization.scoring import gather_evidence
+from localization.tracks import Polished, refine_with_points
 
 CAMERA = Camera(320.0, 320.0, 320.0, 240.0, 640, 480)
 
@@ -139,6 +140,24 @@ def test_light_and_score_choose_the_place_and_what_is_explained_the_pose():
     assert _better(points, answer(2.0, 120.0, 31.0), 0.2) is points
     assert _better(points, answer(2.0, 70.0, 50.0), 0.2).score == 50.0
     assert _better(None, points, 0.2) is points and _better(points, None, 0.2) is points
+
+
+def test_most_tracks_choose_the_pose_within_the_place_that_explains_most(random_world, random_poses):
+    world = random_world(25)
+    views = [world.view(*pose) for pose in random_poses(7, 26)]
+    index, query = _Index.build(views[:6], lambda done, of: None), views[6]
+    matches = {i: mutual_matches(query.features, view.features) for i, view in enumerate(index.views)}
+    evidence = gather_evidence(query, index.views, index.points, matches)
+
+    def polished(away_m: float, tracks: int) -> Polished:
+        away = torch.tensor([away_m, 0.0, 0.0], dtype=torch.float64)
+        return Polished(query.R_world_from_cam.T, query.c_world + away, torch.eye(6).double(), tracks)
+
+    place = 0.9 * index.place_m
+    answer = _choose(query, index, evidence, [polished(0.0, 50), polished(place, 60), polished(5 * place, 500)])
+    assert answer.estimate.inliers == 60
+    assert float(answer.estimate.c_world[0] - query.c_world[0]) == pytest.approx(place)
+    assert _choose(query, index, evidence, []) is None
 
 
 def test_one_plane(random_world, random_poses):
