@@ -45,9 +45,9 @@ class Expectation:
         The mean over the VIEWS nearest index views that look the same way of what each explains, taken out, per
         keypoint, times the ratio of the two's nearness, at most 1. 0 where no index view looks the same way.
         """
-        away_m = self._away(R_cam_from_world.T, c_world)
         if len(self.views) < 2:
             return 0.0
+        away_m = self._away(R_cam_from_world.T, c_world)
         nearest = [i for i in away_m.argsort(stable=True)[:VIEWS].tolist() if away_m[i] < torch.inf]
         if not nearest:
             return 0.0

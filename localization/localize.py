@@ -58,8 +58,6 @@ HELPERS, COMPARED = 20, 10
 TYPICAL_INLIERS = 30
 # How much more than an answer from points one without must score.
 CLEARLY_MORE = 1.3
-# Poses of this share of the best score are its rivals.
-RIVAL = 0.1
 # Below this many inliers or this confidence an answer is not taken from points alone, nor without the other queries.
 MANY_INLIERS, DOUBTFUL = 40, 0.15
 # What a pose without points deserves, by its method.
@@ -318,17 +316,14 @@ def _choose(query: View, index: _Index, evidence: Evidence, polished: list[Polis
     R, c = torch.stack([p.R_cam_from_world for p in polished]), torch.stack([p.c_world for p in polished])
     lit = [index.light.alike(index.map, index.views, query, *pose) for pose in zip(R, c)]
     explained = epipolar_scores(evidence, R, c, polished=True)
-    scores = explained * torch.tensor(lit, device=c.device)
-    fulfilled = torch.ones_like(scores)
-    for i in torch.nonzero(scores > RIVAL * scores.max())[:, 0].tolist():
-        fulfilled[i] = index.expected.fulfilled(query, R[i], c[i], float(explained[i]))
-    scores = scores * fulfilled
+    fulfilled = [index.expected.fulfilled(query, *of_pose) for of_pose in zip(R, c, explained.tolist())]
+    scores = explained * torch.tensor(lit, device=c.device) * torch.tensor(fulfilled, device=c.device)
     best = int(scores.argmax())
     here = _near(R, c, R[best], c[best], index.place_m, SAME_PLACE_DEG)
     rivals, score = scores[~here], float(scores[best])
     most = max((i for i, same in enumerate(here.tolist()) if same), key=lambda i: polished[i].tracks)
     pose = polished[most]
-    confidence = _confidence(score, float(rivals.max()) if len(rivals) else 0.0, pose.tracks) * float(fulfilled[best])
+    confidence = _confidence(score, float(rivals.max()) if len(rivals) else 0.0, pose.tracks) * fulfilled[best]
     sigma_m, sigma_deg = (float(v) for v in pose_deviation(pose.covariance))
     R_world = pose.R_cam_from_world.T
     estimate = Estimate(R_world, pose.c_world, "pnp", pose.tracks, sigma_m, sigma_deg, confidence)
