@@ -18,7 +18,7 @@ from localization.triangulation import PARTNERS, Points
 # Index views whose mean is the expectation; they look where the query looks, to within so much.
 VIEWS, TURN_DEG = 3, 45.0
 # Keypoints of an index view that are matched, at most: its share is a mean over them.
-KEYPOINTS = 500
+KEYPOINTS = 250
 
 
 @dataclass(frozen=True)

@@ -49,7 +49,7 @@ SAME_MODE, SAME_MODE_DEG = 0.03, 2.0
 # Answers nearer than this share of the typical distance and this angle are of one place.
 SAME_PLACE, SAME_PLACE_DEG = 0.1, 10.0
 # Queries at least this confident serve as index views for the others.
-SURE = 0.6
+SURE = 0.5
 # When no more are, of those at least this confident the surest, this share of them at a time.
 NEARLY_SURE, NEARLY_SHARE = 0.2, 0.25
 # As helpers of a query serve those whose most similar index views are its own: so many, of so many compared.
