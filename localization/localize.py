@@ -58,7 +58,7 @@ HELPERS, COMPARED = 20, 10
 TYPICAL_INLIERS = 30
 # How much more than an answer from points one without must score.
 CLEARLY_MORE = 1.3
-# Below this many inliers or this confidence an answer is not taken from points alone, nor without the other queries.
+# Below this many inliers or this confidence an answer is not taken from points alone.
 MANY_INLIERS, DOUBTFUL = 40, 0.15
 # What a pose without points deserves, by its method.
 FALLBACK_CONFIDENCE = {"essential": 0.1, "directions": 0.05, "rotation": 0.02, "retrieval": 0.0}
