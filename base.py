@@ -9,12 +9,9 @@
 
 import argparse
 import copy
-import os
-import shlex
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -35,7 +32,6 @@ from eval import (
 )
 from model import (
     CALIBRATION_IMAGES,
-    DAMAGED,
     PRECISIONS,
     TRAIN_FROM,
     WARNINGS,
@@ -55,17 +51,16 @@ from train import (
     MARGIN,
     NEGATIVES,
     TupleLoader,
-    cache_trunk,
     draw_random,
-    split_by_place,
     train,
     validate,
 )
+from training.frozen import cache_trunk
+from training.places import split_by_place
+from training.processes import first_process_first, join_processes, silent_unless_first
+from training.resume import how_to_resume, saver, settings_of, take_up
 
 KMEANS_IMAGES = 500
-LAST = "checkpoints/last.pth"  # what --resume goes on from
-SAVED = {"settings", "images", "model", "clustered", "origin", "warnings", "training"}  # its keys
-ANY_TIME = {"output", "device", "workers", "resume"}  # settings that may differ when resuming
 
 
 class ImageListDataset(Dataset):
@@ -227,42 +222,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return take_up(parser, args, argv) if args.resume else args
 
 
-def take_up(
-    parser: argparse.ArgumentParser, args: argparse.Namespace, argv: list[str] | None
-) -> argparse.Namespace:
-    """The settings of the run that stopped in args.output, as `args.saved` all that it saved.
-
-    Raises InputError if nothing was saved there, or argv names another value for a setting.
-    """
-    file = args.output / LAST
-    if not file.is_file():
-        raise InputError(f"there is no {file} to resume from: run without --resume.")
-    try:
-        saved = torch.load(file, map_location="cpu", weights_only=True)
-        complete = isinstance(saved, dict) and saved.keys() >= SAVED
-    except DAMAGED:
-        complete = False
-    if not complete:
-        raise InputError(f"{file} is no checkpoint of base.py: run without --resume.")
-    parser.set_defaults(**saved["settings"])
-    args = parser.parse_args(argv)
-    for name, value in settings_of(args).items():
-        if name not in ANY_TIME and value != saved["settings"][name]:
-            flag = "--" + name.replace("_", "-")
-            raise InputError(
-                f"{flag} is {value} but was {saved['settings'][name]} in the run to resume: leave "
-                f"{flag} out, or run without --resume."
-            )
-    args.saved = saved
-    return args
-
-
-def settings_of(args: argparse.Namespace) -> dict:
-    """The command line's values, paths as text."""
-    settings = {k: v for k, v in vars(args).items() if k != "saved"}
-    return {k: str(v) if isinstance(v, Path) else v for k, v in settings.items()}
-
-
 def _count(text: str) -> int:
     if (number := int(text)) < 0:
         raise argparse.ArgumentTypeError(f"{text} is negative")
@@ -356,43 +315,6 @@ def initialize(
         save()
 
 
-def saver(
-    args: argparse.Namespace, model: NetVLADModel, data: LoadDataset
-) -> Callable[[dict | None], None]:
-    """A function that writes what --resume needs: the untrained model, or the state of its training.
-
-    What an earlier run left is removed, unless it is the run that is resumed; InputError if that one
-    had other training images.
-    """
-    file = args.output / LAST
-    images = [len(data.queries), len(data.index)]
-    if args.saved and args.saved["images"] != images:
-        raise InputError(
-            f"the run to resume had {args.saved['images']} training queries and index images, now "
-            f"there are {images}: bring back its data, or run without --resume."
-        )
-    untrained = {k: v for k, v in (args.saved or {}).items() if k != "training"}
-
-    def save(training: dict | None = None) -> None:
-        if rank_and_world()[0] > 0:
-            return
-        if training is None:
-            untrained.update(
-                model={name: value.cpu().clone() for name, value in model.state_dict().items()},
-                clustered=model.netvlad.initialized, images=images, origin=model.weights_origin,
-                warnings=list(WARNINGS), settings=settings_of(args),
-            )  # fmt: skip
-        with blame_input():
-            state = {**untrained, "training": training}
-            handin.write_whole(file, lambda path: torch.save(state, path))
-            if training and training["history"]:
-                handin.write_log(args.output, training["history"])
-
-    if not args.saved and rank_and_world()[0] == 0:
-        file.unlink(missing_ok=True)
-    return save
-
-
 def learn(
     args: argparse.Namespace, model: NetVLADModel, data: LoadDataset, parts: dict[str, np.ndarray],
     device: torch.device, save: Callable[[dict], None],
@@ -418,39 +340,6 @@ def learn(
         state=args.saved and args.saved["training"], **options,
     )  # fmt: skip
     return history, validate(model, test, device, **options)
-
-
-def join_processes(device: torch.device) -> torch.device:
-    """Join the processes that torchrun started, if it did; the device of this one."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        return device
-    if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
-    if not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    return device
-
-
-@contextmanager
-def first_process_first() -> Iterator[None]:
-    """Let the first process do what is inside, which may write files that the others then find."""
-    rank, world = rank_and_world()
-    if rank > 0:
-        dist.barrier()
-    yield
-    if rank == 0 and world > 1:
-        dist.barrier()
-
-
-@contextmanager
-def silent_unless_first() -> Iterator[None]:
-    """Print nothing in any but the first process of torchrun."""
-    if int(os.environ.get("RANK", "0")) == 0:
-        yield
-        return
-    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
-        yield
 
 
 def run(args: argparse.Namespace) -> None:
@@ -479,7 +368,7 @@ def run(args: argparse.Namespace) -> None:
         model = build(args)
     drawn = len(parts["train"]) * (1 + INDEX_QUERIES[args.mining])
     announce(args, model, data, splits, drawn, device)
-    save = saver(args, model, data)
+    save = saver(args, model, [len(data.queries), len(data.index)])
     initialize(model, data, args, device, seconds, save)
     print(f"VGG16 weights: {model.weights_origin}.")
     models = [copy.deepcopy(model), model] if args.epochs else [model]
@@ -556,13 +445,6 @@ def main(argv: list[str] | None = None) -> int:
         if dist.is_available() and dist.is_initialized():
             dist.destroy_process_group()
     return 0
-
-
-def how_to_resume(args: argparse.Namespace | None) -> str:
-    """What to type after an interruption."""
-    if args is None or not (args.output / LAST).is_file():
-        return "Interrupted before anything was saved: start again."
-    return f"Interrupted. To go on: python base.py --resume --output {shlex.quote(str(args.output))}"
 
 
 if __name__ == "__main__":

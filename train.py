@@ -5,24 +5,21 @@
 The loaders yield batches (q, p, n) of images. base.py passes a `TupleLoader`, which mines hard
 negatives (NetVLAD paper, section 4 and appendix A) and can be taken up in the middle of an epoch.
 What is frozen need not be computed twice: with `start=model.first_trained` batches are outputs of
-trunk[:start] instead of images (`cache_trunk`).
+trunk[:start] instead of images (training/frozen.py makes them).
 
 Works when copied out alone together with model.py and eval.py.
 """
 
 import math
-import shutil
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from eval import all_batches, own_batches, positives_within, rank_and_world
@@ -40,11 +37,7 @@ from model import (
 MARGIN = 0.1
 WARM_UP = 0.1  # share of the steps in which the rate climbs to its peak
 SAVE_SECONDS = 60
-CACHE_BATCH = 16
-CACHE_BYTES = 2 * 2**30  # most of a trunk cache in memory
 EMBED_BATCH = 32
-PARTS = {"train": 0.8, "val": 0.1, "test": 0.1}
-SPLIT_DIRECTIONS = 12
 STUCK = 0.995  # share of violating triplets
 COLLAPSED = 0.05  # distance of the loss from the margin, as a share of it
 
@@ -178,6 +171,9 @@ class TupleLoader:
         self.utm = np.concatenate([data.utm_query, data.utm_index])
         near = positives_within(self.utm, data.utm_index, POSITIVE_RADIUS * data.threshold)
         self.positives = [p[p != i - len(data.utm_query)] for i, p in enumerate(near)]
+        held_out_places = positives_within(data.utm_query[held_out], data.utm_index, data.threshold)
+        self.near_held_out = np.zeros(len(data.utm_index), dtype=bool)
+        self.near_held_out[np.concatenate([np.zeros(0, int), *held_out_places])] = True
         self.can_join = self.index_queries()
         self.joining = min(INDEX_QUERIES[mining] * len(rows), len(self.can_join))
         self.remembered = np.full((len(self.utm), REMEMBERED), -1)
@@ -191,10 +187,7 @@ class TupleLoader:
 
     def index_queries(self) -> np.ndarray:
         """Index images that can be queries: another is near them, no held-out query is."""
-        data = self.data
-        held_out = positives_within(data.utm_query[self.held_out], data.utm_index, data.threshold)
-        free = np.setdiff1d(np.arange(len(data.utm_index)), np.concatenate([[], *held_out]))
-        free += len(data.utm_query)
+        free = np.flatnonzero(~self.near_held_out) + len(self.data.utm_query)
         return free[[len(self.positives[i]) > 0 for i in free]]
 
     def epoch(self, model: NetVLADModel, number: int, done: int = 0) -> Iterator[list[Tensor]]:
@@ -252,12 +245,15 @@ class TupleLoader:
         """Tuples of these queries, of which the first belongs to `step`."""
         data, n = self.data, len(queries)
         found = Tuples(queries, np.zeros(n, int), np.zeros((n, self.count), int), np.zeros(n, bool))
-        descriptors = similarity = None
+        similarity = None
         if self.mining == "hard":
-            descriptors = self.embed(model, "queries", queries)
             index = self.embed_index(model)
             self.index_descriptors = None  # training is about to change the model
-            similarity = descriptors @ index.T
+            of_index = queries >= len(data.utm_query)
+            similarity = np.empty((n, len(index)), np.float32)
+            similarity[of_index] = index[queries[of_index] - len(data.utm_query)] @ index.T
+            if not of_index.all():
+                similarity[~of_index] = self.embed(model, "queries", queries[~of_index]) @ index.T
         for begin in range(0, n, self.batch_size):
             rng = np.random.default_rng([self.seed, epoch, step + begin // self.batch_size])
             for i in range(begin, min(begin + self.batch_size, n)):
@@ -317,14 +313,23 @@ class TupleLoader:
         return self.index_descriptors
 
     def score(self, model: NetVLADModel) -> Tensor:
-        """Reciprocal ranks (n,) of the held-out queries' first positives among all index images."""
-        queries = self.embed(model, "queries", self.held_out)
+        """Reciprocal ranks (n,) of the first positives of the held-out queries among the index images.
+
+        After them those of the index images near a held-out query, each ranking the other index images:
+        they are several times as many, so that it is less by chance which epoch is best.
+        """
+        data = self.data
         index = self.embed_index(model)
-        utm_query = self.data.utm_query[self.held_out]
-        positives = positives_within(utm_query, self.data.utm_index, self.data.threshold)
-        similarity = queries @ index.T
-        best = np.array([row[near].max() for row, near in zip(similarity, positives)])
-        return torch.from_numpy(1 / (1 + (similarity > best[:, None]).sum(axis=1)))
+        near = np.flatnonzero(self.near_held_out)
+        similarity = np.concatenate([self.embed(model, "queries", self.held_out), index[near]]) @ index.T
+        similarity[len(self.held_out) + np.arange(len(near)), near] = -np.inf
+        places = np.concatenate([data.utm_query[self.held_out], data.utm_index[near]])
+        ranks = []
+        for row, positives in zip(similarity, positives_within(places, data.utm_index, data.threshold)):
+            best = row[positives].max()
+            if np.isfinite(best):  # not where an index image is its own only positive
+                ranks.append(1 + (row > best).sum())
+        return 1 / torch.tensor(ranks)
 
     def state_dict(self) -> dict[str, Tensor]:
         """What mining has found so far, for `load_state_dict`."""
@@ -618,98 +623,3 @@ def _images(loader: Iterable) -> Iterator[Tensor]:
             yield part
             if gathered >= enough:
                 return
-
-
-@torch.no_grad()
-def cache_trunk(
-    model: NetVLADModel, dataset: Dataset, device: torch.device, *, workers: int = 0,
-    folder: Path | str = ".", desc: str,
-) -> Tensor:  # fmt: skip
-    """Outputs of the frozen trunk[:first_trained], computed once for each image of `dataset`.
-
-    dataset: items (image, …). -> (n, C, h, w) on the CPU, bfloat16 unless the model's precision is
-    float32; 0.2 MB an image at 224 x 224 and conv5. More than CACHE_BYTES go to a file in `folder`.
-    """
-    frozen = model.to(device, memory_format=torch.channels_last).trunk[: model.first_trained].eval()
-    dtype = torch.float32 if model.precision == "float32" else torch.bfloat16
-    batches = own_batches(len(dataset), CACHE_BATCH)
-    loader = DataLoader(dataset, batch_sampler=batches, num_workers=workers)
-
-    def parts() -> Iterator[Tensor]:
-        for images, *_ in loader:
-            images = images.to(device).contiguous(memory_format=torch.channels_last)
-            with model.autocast(device):
-                yield frozen(images).to(dtype).contiguous()
-
-    outputs: Tensor | None = None
-    done = 0
-    with tqdm(total=len(dataset), desc=desc, unit="image", leave=False) as bar:
-        for part in all_batches(parts(), len(dataset), CACHE_BATCH):
-            if outputs is None:
-                outputs = _room((len(dataset), *part.shape[1:]), dtype, Path(folder))
-            outputs[done : done + len(part)] = part
-            done += len(part)
-            bar.update(len(part))
-    return outputs
-
-
-def _room(shape: tuple[int, ...], dtype: torch.dtype, folder: Path) -> Tensor:
-    """An empty tensor; beyond CACHE_BYTES a nameless file in `folder`, mapped into memory."""
-    size = math.prod(shape) * dtype.itemsize
-    if size <= CACHE_BYTES:
-        return torch.empty(shape, dtype=dtype)
-    free = shutil.disk_usage(folder).free
-    what = f"the frozen trunk's outputs for {shape[0]} images take {size / 1e9:.1f} GB"
-    if size > free:
-        raise InputError(
-            f"{what} but {folder} has only {free / 1e9:.1f} GB free: name another --output, or train "
-            "fewer layers (--train-from)."
-        )
-    tqdm.write(f"{what}: they go to a memory-mapped file in {folder}, removed at the end.")
-    plain = np.float32 if dtype == torch.float32 else np.int16  # numpy has no bfloat16
-    with tempfile.TemporaryFile(dir=folder) as file:
-        return torch.from_numpy(np.memmap(file, plain, "w+", shape=shape)).view(dtype)
-
-
-def split_by_place(
-    utm_query: np.ndarray, utm_index: np.ndarray, threshold: float, seed: int
-) -> tuple[dict[str, np.ndarray], int]:
-    """Queries in three parts, 80/10/10, such that no index image is near queries of two parts.
-
-    Cuts across a direction of the map put val at one end, test at the other; queries that share an
-    index image within `threshold` with another part are dropped. Of SPLIT_DIRECTIONS (the first is
-    random by seed) the one that drops fewest is taken. -> (part -> rows, number dropped).
-    Raises InputError if every direction leaves a part empty.
-    """
-    positives = positives_within(utm_query, utm_index, threshold)
-    count = len(utm_query)
-    held_out = max(1, round(PARTS["val"] * count))
-    first = np.random.default_rng(seed).uniform(0, 2 * np.pi)
-    best: np.ndarray | None = None
-    for angle in first + np.arange(SPLIT_DIRECTIONS) * 2 * np.pi / SPLIT_DIRECTIONS:
-        along = np.argsort(utm_query @ [np.cos(angle), np.sin(angle)], kind="stable")
-        part = np.zeros(count, dtype=int)
-        part[along[:held_out]], part[along[count - held_out :]] = 1, 2
-        part = _drop_between(part, positives, len(utm_index))
-        kept = np.bincount(part[part >= 0], minlength=3)
-        if kept.min() > 0 and (best is None or (part >= 0).sum() > (best >= 0).sum()):
-            best = part
-    if best is None:
-        raise InputError(
-            f"the {count} training queries cannot be split 80/10/10 by place: they need at least "
-            f"three places that share no index image within {threshold:g} m."
-        )
-    return {name: np.flatnonzero(best == i) for i, name in enumerate(PARTS)}, int((best < 0).sum())
-
-
-def _drop_between(part: np.ndarray, positives: list[np.ndarray], index_count: int) -> np.ndarray:
-    """`part` (nq,) with -1 for queries whose index images are near a query of a later part."""
-    part = part.copy()
-    claimed = np.zeros(index_count, dtype=bool)
-    for number in (2, 1, 0):
-        for query in np.flatnonzero(part == number):
-            if claimed[positives[query]].any():
-                part[query] = -1
-        for query in np.flatnonzero(part == number):
-            claimed[positives[query]] = True
-    return part

@@ -17,7 +17,7 @@ from datetime import datetime
 from pathlib import Path
 
 SCRIPTS = ("base.py", "model.py", "train.py", "eval.py", "test.py")
-PACKAGES = ("localization", "reporting")
+PACKAGES = ("localization", "reporting", "training")
 SAMPLE_FILES = ("dataset/__init__.py", "dataset/lists.py", "dataset/sample.py")
 OTHER_FILES = ("requirements.txt", "LICENSE")
 IGNORED_FOLDERS = {"__pycache__", ".cache"}

@@ -15,6 +15,7 @@ from PIL import Image
 
 import base
 from model import InputError
+from training.resume import LAST
 
 
 def make_lists(root: Path, queries: int = 3, index: int = 6, split: str = "train") -> None:
@@ -138,7 +139,7 @@ def test_killed_then_resumed_ends_with_the_weights_of_an_unbroken_run(tmp_path):
     killed.send_signal(signal.SIGKILL if hasattr(signal, "SIGKILL") else signal.SIGTERM)
     killed.communicate()
     assert not (outputs[0] / "checkpoints/netvlad_final.pth").exists()
-    last = torch.load(outputs[0] / base.LAST, weights_only=True)
+    last = torch.load(outputs[0] / LAST, weights_only=True)
     assert last["training"]["epoch"] == 2
 
     lists = tmp_path / "data" / "query_train.txt", tmp_path / "data" / "gt/pitts30k_train.npz"
@@ -176,39 +177,12 @@ def test_interrupting_ends_with_a_line_on_how_to_go_on(tmp_path):
         make_lists(tmp_path / "data", queries, 2 * queries, split)
     output = tmp_path / "o"
     process = start("--dataset", tmp_path / "data", "--weights", "none", "--output", output)
-    wait_for(output / base.LAST, process)
+    wait_for(output / LAST, process)
     process.send_signal(signal.SIGINT)
     _, complaints = process.communicate()
     assert process.returncode == 130
     assert complaints.splitlines()[-1].endswith(f"python base.py --resume --output {output}")
     assert "Traceback" not in complaints
-
-
-def saved_run(output: Path, **settings) -> None:
-    """A last.pth as a run with these settings leaves it."""
-    settings = base.settings_of(base.parse(["--output", str(output)])) | settings
-    (output / "checkpoints").mkdir(parents=True)
-    torch.save(dict.fromkeys(base.SAVED) | {"settings": settings}, output / base.LAST)
-
-
-def test_resuming_takes_the_settings_of_the_run_and_refuses_others(tmp_path):
-    output = ["--resume", "--output", str(tmp_path)]
-    with pytest.raises(InputError, match=r"no .*last\.pth to resume from: run without --resume"):
-        base.parse(output)
-    saved_run(tmp_path, lr=3e-4, batch_size=2, dataset="there", train_from="conv4")
-    args = base.parse(output)
-    assert (args.lr, args.batch_size, args.dataset) == (3e-4, 2, Path("there"))
-    assert base.parse([*output, "--lr", "3e-4", "--workers", "2"]).workers == 2
-    with pytest.raises(InputError, match="--batch-size is 4 but was 2 in the run to resume"):
-        base.parse([*output, "--batch-size", "4"])
-    for damage in ("cut", "foreign"):
-        if damage == "cut":
-            whole = (tmp_path / base.LAST).read_bytes()
-            (tmp_path / base.LAST).write_bytes(whole[: len(whole) // 2])
-        else:
-            torch.save({"settings": {}}, tmp_path / base.LAST)
-        with pytest.raises(InputError, match=r"last\.pth is no checkpoint of base\.py"):
-            base.parse(output)
 
 
 def test_out_of_gpu_memory_names_the_flag(tmp_path, monkeypatch, capsys):

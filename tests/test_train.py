@@ -1,4 +1,4 @@
-"""Ranking loss by hand and against PyTorch, mining, the loop and its resuming, the split by place."""
+"""Ranking loss by hand and against PyTorch, mining, the loop and its resuming."""
 
 import copy
 import subprocess
@@ -14,14 +14,12 @@ import train as training
 from model import WARNINGS, InputError, NetVLADModel, half_precision
 from train import (
     TupleLoader,
-    cache_trunk,
     centralize_gradients,
     diagnose,
     draw_random,
     hardest_negatives,
     ranking_loss,
     rate_factor,
-    split_by_place,
     train,
     validate,
     violates,
@@ -122,24 +120,6 @@ def test_a_loaded_model_is_not_initialized_again():
     fresh = NetVLADModel(4, pretrained=False)
     train(fresh, triplets(1, 3, 32), [], "cpu", epochs=0)
     assert fresh.netvlad.initialized
-
-
-def test_a_large_trunk_cache_is_a_file_and_one_too_large_is_refused(tmp_path, monkeypatch, capsys):
-    torch.manual_seed(0)
-    model = NetVLADModel(4, pretrained=False)
-    images = [(image, i) for i, image in enumerate(torch.randn(20, 3, 32, 32))]
-    there = {"device": torch.device("cpu"), "desc": "", "folder": tmp_path}
-    in_memory = cache_trunk(model, images, **there)
-    monkeypatch.setattr(training, "CACHE_BYTES", 1000)
-    for precision, kind in (("float32", torch.float32), ("auto", torch.bfloat16)):
-        model.precision = precision
-        mapped = cache_trunk(model, images, **there)
-        assert mapped.shape == (20, 512, 2, 2) and mapped.dtype == kind
-    assert torch.equal(in_memory, mapped)
-    assert "take 0.0 GB: they go to a memory-mapped file" in capsys.readouterr().out
-    assert not list(tmp_path.iterdir())
-    with pytest.raises(InputError, match="for 4000000000 images take .* GB free: name another"):
-        training._room((4 * 10**9, 512, 14, 14), torch.bfloat16, tmp_path)
 
 
 def test_precisions_agree_and_float32_computes_in_it():
@@ -275,15 +255,20 @@ def test_random_tuples_keep_the_distances_of_the_assignment():
     assert list(n) == [2, 2]
 
 
-def test_the_held_out_score_is_the_reciprocal_ranks():
+def test_the_held_out_score_is_the_reciprocal_ranks_of_queries_and_of_index_images_near_them():
     data, model = places(), a_model()
-    tuples = loader(data)
-    tuples.held_out = np.arange(6)
-    index, queries = tuples.embed(model, "index", np.arange(18)), tuples.embed(model, "queries", np.arange(6))
+    data.utm_index[15] += [0, 300]  # near nothing: no positive of the last query, and none of its own
+    tuples = TupleLoader(data, np.arange(4), np.array([4, 5]), torch.device("cpu"), start=24)
+    index = tuples.embed(model, "index", np.arange(18))
+    queries = tuples.embed(model, "queries", np.array([4, 5]))
     expected = []
-    for i, order in enumerate(np.argsort(-queries @ index.T, axis=1)):
-        expected.append(1 / (1 + next(r for r, j in enumerate(order) if j // 3 == i)))
+    rows = [(queries[0], 4, None), (queries[1], 5, None), *((index[i], i // 3, i) for i in (12, 13, 14, 16, 17))]
+    for descriptor, place, own in rows:
+        order = [j for j in np.argsort(-index @ descriptor) if j != own]
+        right = [j for j in range(18) if j // 3 == place and j not in (15, own)]
+        expected.append(1 / (1 + min(order.index(j) for j in right)))
     assert tuples.score(model).tolist() == pytest.approx(expected)
+    assert len(set(expected)) > 1
 
 
 # ---------------------------------------------------------------- resuming
@@ -428,28 +413,3 @@ def test_two_processes_train_as_one_does_on_items_of_their_own(tmp_path):
             assert not set(a) & set(b)
         if mining == "random":
             assert sorted(seen) == sorted(2 * list(range(7)))
-
-
-# ---------------------------------------------------------------- split by place
-
-
-@pytest.mark.parametrize("seed", range(5))
-def test_split_by_place_shares_no_index_image(seed):
-    rng = np.random.default_rng(seed)
-    streets = rng.uniform(0, 3000, (30, 2))
-    utm_query = np.repeat(streets, 6, axis=0) + rng.uniform(-60, 60, (180, 2))
-    utm_index = np.repeat(streets, 15, axis=0) + rng.uniform(-60, 60, (450, 2))
-    parts, dropped = split_by_place(utm_query, utm_index, 25, seed)
-    rows = np.concatenate(list(parts.values()))
-    assert len(set(rows)) == len(rows) == 180 - dropped
-    assert len(parts["train"]) > 120 and 8 <= len(parts["val"]) <= 18 and 8 <= len(parts["test"]) <= 18
-    distance = np.linalg.norm(utm_query[:, None] - utm_index[None], axis=2)
-    near = [set(np.flatnonzero((distance[part] <= 25).any(axis=0))) for part in parts.values()]
-    assert not (near[0] & near[1] or near[0] & near[2] or near[1] & near[2])
-    again, _ = split_by_place(utm_query, utm_index, 25, seed)
-    assert all(np.array_equal(parts[k], again[k]) for k in parts)
-
-
-def test_split_of_one_place_is_refused():
-    with pytest.raises(InputError, match="three places"):
-        split_by_place(np.zeros((20, 2)), np.zeros((5, 2)), 25, 0)

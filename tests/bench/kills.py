@@ -18,8 +18,8 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from base import LAST
 from reporting.handin import CHECKPOINT
+from training.resume import LAST
 
 KILLS = 10
 

@@ -19,7 +19,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from base import read_split
 from model import NetVLADModel, calibrate_trunk, initialize_netvlad
-from train import TupleLoader, cache_trunk, train
+from train import TupleLoader, train
+from training.frozen import cache_trunk
 
 
 def main() -> None:
