@@ -12,6 +12,7 @@ import copy
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -244,7 +245,8 @@ def announce(
     probe = torch.zeros(8, 3, IMAGE_SIZE, IMAGE_SIZE)
     speed = [image_seconds(model, probe, device) for _ in range(2)][-1]
     head = model.trunk_share(model.first_trained)
-    cost = (len(data) + len(data.index)) * (1 - head) * (model.first_trained > 0)
+    passes = 2 if args.mining == "hard" and args.epochs > 1 else 1  # the images, their mirror images
+    cost = passes * (len(data) + len(data.index)) * (1 - head) * (model.first_trained > 0)
     cost += sum(len(split) + len(split.index) for split in splits.values()) * (1 + head)
     trained = 3 * tuples * (2 + NEGATIVES[args.mining])
     cost += args.epochs * head * (trained + len(data) + len(data.index))
@@ -284,6 +286,18 @@ def build(args: argparse.Namespace) -> NetVLADModel:
     return model
 
 
+def frozen_outputs(
+    model: NetVLADModel, data: LoadDataset, args: argparse.Namespace, device: torch.device,
+    mirrored: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """Outputs of the frozen trunk for all (mirror) images of queries and index."""
+    options = {"device": device, "workers": args.workers, "folder": args.output, "mirrored": mirrored}
+    return (
+        cache_trunk(model, data.queries, desc="queries", **options),
+        cache_trunk(model, data.index, desc="index images", **options),
+    )
+
+
 def initialize(
     model: NetVLADModel, data: LoadDataset, args: argparse.Namespace, device: torch.device,
     seconds: dict[str, float], save: Callable[[], None],
@@ -298,11 +312,7 @@ def initialize(
     start = model.first_trained
     if start:
         with phase("frozen trunk, once per training image", seconds):
-            options = {"device": device, "workers": args.workers, "folder": args.output}
-            data.cached = (
-                cache_trunk(model, data.queries, desc="queries", **options),
-                cache_trunk(model, data.index, desc="index images", **options),
-            )
+            data.cached = frozen_outputs(model, data, args, device)
     if not model.netvlad.initialized:
         with phase("k-means", seconds):
             rows = np.linspace(0, len(data.index) - 1, min(KMEANS_IMAGES, len(data.index))).astype(int)
@@ -323,7 +333,7 @@ def learn(
     tuples = TupleLoader(
         data, parts["train"], np.concatenate([parts["val"], parts["test"]]), device,
         batch_size=args.batch_size, seed=args.seed, start=model.first_trained, mining=args.mining,
-        margin=args.margin,
+        margin=args.margin, mirrored=partial(frozen_outputs, model, data, args, device, mirrored=True),
     )  # fmt: skip
     fixed = copy.copy(data)
     fixed.seed = args.seed

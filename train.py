@@ -152,8 +152,10 @@ class TupleLoader:
     queries and index images. rows: the queries to train on; held_out: those to rank by.
     mining: "random" negatives, or "hard" ones, looked for with descriptors of the model as it is.
 
-    With hard negatives as many index images, other ones in each epoch, are queries too, against the
-    other index images: with few queries the same tuples over and over are learned by heart.
+    With few queries the same tuples over and over are learned by heart. So with hard negatives as many
+    index images, other ones in each epoch, are queries too, against the other index images; and every
+    second epoch takes the mirror images of all. mirrored: gives what `cached` is for those, when the
+    first such epoch begins; without it cached outputs are never mirrored.
     Every draw is keyed by (seed, epoch, step), so an epoch can be taken up at any step.
     """
 
@@ -161,6 +163,7 @@ class TupleLoader:
         self, data: Dataset, rows: np.ndarray, held_out: np.ndarray, device: torch.device, *,
         batch_size: int = 8, seed: int = 0, start: int = 0, mining: str = "hard",
         negatives: int | None = None, margin: float = MARGIN, squared: bool = False,
+        mirrored: Callable[[], tuple[Tensor, Tensor]] | None = None,
     ) -> None:  # fmt: skip
         if mining not in NEGATIVES:
             raise ValueError(f"mining must be 'random' or 'hard', not {mining!r}")
@@ -180,6 +183,10 @@ class TupleLoader:
         self.window: Tuples | None = None
         self.window_steps = max(1, REFRESH_QUERIES // batch_size)
         self.index_descriptors: np.ndarray | None = None
+        self.mirrors = mining == "hard" and (data.cached is None or mirrored is not None)
+        self.make_mirrored = mirrored
+        self.mirrored: tuple[Tensor, Tensor] | None = None
+        self.in_mirror = False  # whether inputs are of mirror images at the moment
 
     def __len__(self) -> int:
         """Steps of an epoch, those included in which all tuples are skipped."""
@@ -195,12 +202,21 @@ class TupleLoader:
         rng = np.random.default_rng([self.seed, number])
         joining = rng.choice(self.can_join, self.joining, replace=False)
         order = rng.permutation(np.concatenate([self.rows, joining]))
+        self.look_at(mirrored=self.mirrors and number % 2 == 0)
         for step in range(done, len(self)):
             first = step - step % self.window_steps
             if step == first:
                 queries = order[step * self.batch_size :][: self.window_steps * self.batch_size]
                 self.window = self.draw(model, queries, number, step)
             yield self.fetch(_own_share(self.in_step(step)))
+
+    def look_at(self, *, mirrored: bool) -> None:
+        """Give inputs of the images, or of their mirror images, from now on."""
+        if mirrored != self.in_mirror:
+            self.index_descriptors = None
+        if mirrored and self.mirrored is None and self.data.cached is not None:
+            self.mirrored = self.make_mirrored()
+        self.in_mirror = mirrored
 
     def in_step(self, step: int) -> Tuples:
         """The tuples that `step` trains on."""
@@ -230,8 +246,9 @@ class TupleLoader:
         of_index = row >= len(self.data.utm_query)
         row -= of_index * len(self.data.utm_query)
         if self.data.cached is not None:
-            return self.data.cached[of_index][row]
-        return (self.data.index if of_index else self.data.queries)[row][0]
+            return (self.mirrored if self.in_mirror else self.data.cached)[of_index][row]
+        image = (self.data.index if of_index else self.data.queries)[row][0]
+        return image.flip(-1) if self.in_mirror else image
 
     def names(self, step: int) -> list[str]:
         """The files of a step's tuples."""
@@ -318,6 +335,7 @@ class TupleLoader:
         After them those of the index images near a held-out query, each ranking the other index images:
         they are several times as many, so that it is less by chance which epoch is best.
         """
+        self.look_at(mirrored=False)
         data = self.data
         index = self.embed_index(model)
         near = np.flatnonzero(self.near_held_out)

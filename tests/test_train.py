@@ -255,6 +255,40 @@ def test_random_tuples_keep_the_distances_of_the_assignment():
     assert list(n) == [2, 2]
 
 
+def test_every_second_epoch_takes_mirror_images_and_the_score_never_does():
+    data, model, made = places(), a_model(), []
+    other = tuple(part.flip(3) + 1 for part in data.cached)
+    tuples = loader(data, margin=10.0, mirrored=lambda: made.append(1) or other)
+    score = tuples.score(model)
+    for epoch in (1, 2, 3, 4):
+        (q, p, n), *_ = tuples.epoch(model, epoch)
+        assert len(made) == (epoch > 1)  # not before they are needed, and once
+        queries, index = data.cached if epoch % 2 else other
+        rows, w = tuples.window.queries[:2], tuples.window
+        assert torch.equal(q, torch.cat([queries, index])[rows])
+        assert torch.equal(p, index[w.positives[:2]]) and torch.equal(n, index[w.negatives[:2]])
+        with torch.inference_mode(), half_precision("cpu"):
+            q, d = (model(x.contiguous(memory_format=torch.channels_last), 24) for x in (queries, index))
+        i = int(rows[0])
+        similar = d.float() @ torch.cat([q, d])[i].float()
+        assert w.positives[0] == max(tuples.positives[i], key=lambda j: similar[j])
+        assert torch.equal(tuples.score(model), score)
+    assert not loader(data).mirrors and not loader(data, mining="random", mirrored=lambda: other).mirrors
+
+
+def test_images_are_mirrored_too():
+    data = places()
+    images = torch.rand(24, 3, 32, 32)
+    data.cached = None
+    data.queries, data.index = [(x,) for x in images[:6]], [(x,) for x in images[6:]]
+    tuples = loader(data, margin=10.0, start=0)
+    for epoch in (1, 2):
+        (q, p, _), *_ = tuples.epoch(a_model(), epoch)
+        rows, positives = tuples.window.queries[:2], tuples.window.positives[:2]
+        for found, expected in ((q, images[rows]), (p, images[6 + positives])):
+            assert torch.equal(found, expected.flip(3) if epoch == 2 else expected)
+
+
 def test_the_held_out_score_is_the_reciprocal_ranks_of_queries_and_of_index_images_near_them():
     data, model = places(), a_model()
     data.utm_index[15] += [0, 300]  # near nothing: no positive of the last query, and none of its own
@@ -276,8 +310,10 @@ def test_the_held_out_score_is_the_reciprocal_ranks_of_queries_and_of_index_imag
 
 def epochs_of(data: SimpleNamespace, save=None, state=None, **options) -> tuple[NetVLADModel, list]:
     model = a_model()
+    mirrored = tuple(part.flip(3) for part in data.cached)
+    tuples = loader(data, margin=0.5, mirrored=lambda: mirrored, **options)
     history = train(
-        model, loader(data, margin=0.5, **options), [], "cpu", epochs=2, margin=0.5, start=24,
+        model, tuples, [], "cpu", epochs=2, margin=0.5, start=24,
         save=save, state=state,
     )  # fmt: skip
     return model, history

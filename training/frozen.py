@@ -22,9 +22,9 @@ CACHE_BYTES = 2 * 2**30  # most of a cache in memory
 @torch.no_grad()
 def cache_trunk(
     model: NetVLADModel, dataset: Dataset, device: torch.device, *, workers: int = 0,
-    folder: Path | str = ".", desc: str,
+    folder: Path | str = ".", desc: str, mirrored: bool = False,
 ) -> Tensor:  # fmt: skip
-    """Outputs of the frozen trunk[:first_trained], computed once for each image of `dataset`.
+    """Outputs of the frozen trunk[:first_trained], computed once for each (mirror) image of `dataset`.
 
     dataset: items (image, …). -> (n, C, h, w) on the CPU, bfloat16 unless the model's precision is
     float32; 0.2 MB an image at 224 x 224 and conv5. More than CACHE_BYTES go to a file in `folder`.
@@ -36,7 +36,7 @@ def cache_trunk(
 
     def parts() -> Iterator[Tensor]:
         for images, *_ in loader:
-            images = images.to(device).contiguous(memory_format=torch.channels_last)
+            images = (images.flip(3) if mirrored else images).to(device).contiguous(memory_format=torch.channels_last)
             with model.autocast(device):
                 yield frozen(images).to(dtype).contiguous()
 

@@ -1,4 +1,4 @@
-"""The cache of the frozen trunk's outputs: in memory, in a file, refused."""
+"""The cache of the frozen trunk's outputs: in memory, in a file, refused, of mirror images."""
 
 import pytest
 import torch
@@ -23,3 +23,13 @@ def test_a_large_trunk_cache_is_a_file_and_one_too_large_is_refused(tmp_path, mo
     assert not list(tmp_path.iterdir())
     with pytest.raises(InputError, match="for 4000000000 images take .* GB free: name another"):
         frozen._room((4 * 10**9, 512, 14, 14), torch.bfloat16, tmp_path)
+
+
+def test_mirrored_outputs_are_those_of_the_mirror_images():
+    torch.manual_seed(0)
+    model = NetVLADModel(4, pretrained=False)
+    images = torch.randn(20, 3, 32, 32)
+    there = {"device": torch.device("cpu"), "desc": ""}
+    mirrored = frozen.cache_trunk(model, [(x,) for x in images], **there, mirrored=True)
+    assert torch.equal(mirrored, frozen.cache_trunk(model, [(x,) for x in images.flip(3)], **there))
+    assert not torch.equal(mirrored, frozen.cache_trunk(model, [(x,) for x in images], **there))
