@@ -219,8 +219,9 @@ MINING: tuple[Block, ...] = (
          "for the query before, the most similar to it are taken, and a query none of whose negatives "
          "violates the margin is skipped. The positive is the most similar of the near ones. "
          "Descriptors for this are made anew as the weights change. In each epoch as many index images "
-         "as there are queries, drawn anew, serve as queries too. The weights kept are those of the "
-         "epoch that ranks the held-out queries best (mean reciprocal rank, MRR)."),
+         "as there are queries, drawn anew, serve as queries too, and every second epoch takes the mirror "
+         "images of all. The weights kept are those of the epoch that ranks the held-out queries and "
+         "the index images near them best (mean reciprocal rank, MRR)."),
 )
 
 RECALL_AND_POSES: tuple[Block, ...] = (
