@@ -298,13 +298,17 @@ def calibrate_trunk(model: NetVLADModel, images: Tensor) -> None:
         with model.autocast(images.device):
             chunks = [module(chunk) for chunk in chunks]
         if isinstance(module, nn.Conv2d):
-            moments = [(c.float().mean((0, 2, 3)), c.float().square().mean((0, 2, 3))) for c in chunks]
+            moments = []
+            for chunk in chunks:
+                values = chunk.to(torch.float32, copy=True)
+                moments.append((values.mean((0, 2, 3)), values.square_().mean((0, 2, 3))))
             shares = torch.tensor([len(c) / len(images) for c in chunks], device=images.device)
             mean, square = (shares @ torch.stack(column) for column in zip(*moments))
             scale = (square - mean.square()).clamp(min=1e-12).rsqrt()
             module.weight.mul_(scale[:, None, None, None])
             module.bias.copy_((module.bias - mean) * scale)
-            chunks = [((c - mean[:, None, None]) * scale[:, None, None]).to(c.dtype) for c in chunks]
+            mean, scale = mean[:, None, None], scale[:, None, None]
+            chunks = [c.float().sub_(mean).mul_(scale).to(c.dtype) for c in chunks]
     model.trunk_initialized = True
     model.weights_origin = f"random, calibrated on {len(images)} training images"
 
@@ -340,9 +344,10 @@ def kmeans(x: Tensor, k: int, seed: int = 0) -> Tensor:
     """Lloyd's algorithm from a greedy k-means++ start. x (n, D) -> centers (k, D)."""
     generator = torch.Generator().manual_seed(seed)
     centers = _kmeans_seeds(x, k, generator)
+    squares = x.square().sum(dim=1)
     labels = None
     for _ in tqdm(range(KMEANS_ITERATIONS), desc="k-means", unit="round", leave=False):
-        cost = centers.square().sum(dim=1) - 2 * x @ centers.T  # squared distance less |x|^2
+        cost = centers.square().sum(dim=1) - x @ (2 * centers.T)  # squared distance less |x|^2
         nearest, new_labels = cost.min(dim=1)
         if labels is not None and torch.equal(labels, new_labels):
             break
@@ -350,7 +355,7 @@ def kmeans(x: Tensor, k: int, seed: int = 0) -> Tensor:
         counts = torch.bincount(labels, minlength=k)
         centers = torch.zeros_like(centers).index_add_(0, labels, x) / counts.clamp(min=1)[:, None]
         empty = (counts == 0).nonzero().flatten()
-        farthest = (nearest + x.square().sum(dim=1)).topk(len(empty)).indices
+        farthest = (nearest + squares).topk(len(empty)).indices
         centers[empty] = x[farthest]
     return centers
 
