@@ -2,10 +2,12 @@
 
     python tests/bench/kills.py --dataset DIR --weights none --limit 40 --epochs 3
 
-The arguments are those of base.py. Run by hand: it takes some ten times as long as the run itself.
+The arguments are those of base.py. A run that ends before its next kill is compared, then begun anew.
+Run by hand: it takes some ten times as long as the run itself.
 """
 
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -37,6 +39,12 @@ def resumed(output: Path, given: list[str]) -> list[object]:
     return [*words, "--output", output]
 
 
+def same_weights(first: Path, second: Path) -> bool:
+    """Whether two runs ended with the same weights, bit for bit."""
+    a, b = (torch.load(path / CHECKPOINT, weights_only=True) for path in (first, second))
+    return all(torch.equal(a[name], b[name]) for name in a)
+
+
 def main() -> None:
     given = sys.argv[1:]
     with tempfile.TemporaryDirectory() as folder:
@@ -47,22 +55,24 @@ def main() -> None:
         seconds = time.monotonic() - began
         print(f"unbroken: {seconds:.0f} s", flush=True)
         draw = random.Random(0)
-        for kill in range(KILLS):
+        kills = 0
+        while kills < KILLS or (broken / LAST).is_file():
             process = start(*resumed(broken, given))
-            lived = draw.uniform(0, seconds)
+            lived = draw.uniform(0, seconds) if kills < KILLS else None
             try:
-                process.wait(lived)
+                if process.wait(lived):
+                    sys.exit("a run failed")
             except subprocess.TimeoutExpired:
                 process.send_signal(signal.SIGKILL)
                 process.wait()
-            state = torch.load(broken / LAST, weights_only=True) if (broken / LAST).is_file() else {}
-            at = state.get("training") or {"epoch": 0, "step": 0}
-            print(f"{kill + 1}: after {lived:.0f} s; epoch {at['epoch']}, step {at['step']} saved", flush=True)
-        if start(*resumed(broken, given)).wait():
-            sys.exit("the last run failed")
-        first, second = (torch.load(path / CHECKPOINT, weights_only=True) for path in (whole, broken))
-        same = all(torch.equal(first[name], second[name]) for name in first)
-        print("the same weights" if same else "OTHER WEIGHTS")
+                kills += 1
+                state = torch.load(broken / LAST, weights_only=True) if (broken / LAST).is_file() else {}
+                at = state.get("training") or {"epoch": 0, "step": 0}
+                where = f"epoch {at['epoch']}, step {at['step']} saved"
+                print(f"kill {kills} after {lived:.0f} s: {where}", flush=True)
+                continue
+            print("ended: " + ("the same weights" if same_weights(whole, broken) else "OTHER WEIGHTS"), flush=True)
+            shutil.rmtree(broken)
 
 
 if __name__ == "__main__":
