@@ -257,7 +257,7 @@ def test_random_tuples_keep_the_distances_of_the_assignment():
 
 def test_every_second_epoch_takes_mirror_images_and_the_score_never_does():
     data, model, made = places(), a_model(), []
-    other = tuple(part.flip(3) + 1 for part in data.cached)
+    other = data.cached[0].flip(3), data.cached[1].flip(0, 3)  # in another order, so that ranks differ
     tuples = loader(data, margin=10.0, mirrored=lambda: made.append(1) or other)
     score = tuples.score(model)
     for epoch in (1, 2, 3, 4):
