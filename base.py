@@ -50,6 +50,7 @@ from reporting.screen import aloud, on_screen, phase, print_recall_table, versio
 from train import (
     INDEX_QUERIES,
     MARGIN,
+    MIRRORS,
     NEGATIVES,
     TupleLoader,
     draw_random,
@@ -246,15 +247,15 @@ def announce(
     probe = torch.zeros(8, 3, IMAGE_SIZE, IMAGE_SIZE)
     speed = [image_seconds(model, probe, device) for _ in range(2)][-1]
     head = model.trunk_share(model.first_trained)
-    passes = 2 if args.mining == "hard" and args.epochs > 1 else 1  # the images, their mirror images
+    passes = 1 + (MIRRORS[args.mining] and args.epochs > 1)  # the images, their mirror images
     cost = passes * (len(data) + len(data.index)) * (1 - head) * (model.first_trained > 0)
     cost += sum(len(split) + len(split.index) for split in splits.values()) * (1 + head)
     trained = 3 * tuples * (2 + NEGATIVES[args.mining])
     cost += args.epochs * head * (trained + len(data) + len(data.index))
+    minutes = SLOWER * cost * speed / 60 + 0.3
     print(
         f"{args.epochs} epochs of {tuples} tuples on {device}; {1 / speed:.1f} images a second "
-        f"through the trunk: at most about {SLOWER * cost * speed / 60 + 0.3:.1f} minutes; 240 MB on disk in "
-        f"{args.output}."
+        f"through the trunk: at most about {minutes:.1f} minutes; 240 MB on disk in {args.output}."
     )
 
 

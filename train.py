@@ -43,6 +43,7 @@ COLLAPSED = 0.05  # distance of the loss from the margin, as a share of it
 
 NEGATIVES = {"hard": 2, "random": 1}  # a tuple
 INDEX_QUERIES = {"hard": 1, "random": 0}  # index images that are queries too, for each query
+MIRRORS = {"hard": True, "random": False}  # whether every second epoch takes mirror images
 POSITIVE_RADIUS = 0.4  # potential positives lie within this share of posDistThr
 POOL = 1000  # random index images among which hard negatives are looked for
 REMEMBERED = 10  # hardest negatives of a query that join its next pool
@@ -183,7 +184,7 @@ class TupleLoader:
         self.window: Tuples | None = None
         self.window_steps = max(1, REFRESH_QUERIES // batch_size)
         self.index_descriptors: np.ndarray | None = None
-        self.mirrors = mining == "hard" and (data.cached is None or mirrored is not None)
+        self.mirrors = MIRRORS[mining] and (data.cached is None or mirrored is not None)
         self.make_mirrored = mirrored
         self.mirrored: tuple[Tensor, Tensor] | None = None
         self.in_mirror = False  # whether inputs are of mirror images at the moment
@@ -387,9 +388,9 @@ def train(
     train_loader, val_loader: batches (q, p, n), each (B, 3, H, W), n also (B, N, 3, H, W); with
     `start` > 0 outputs of trunk[:start] in place of images. A model whose weights were neither
     initialized nor loaded is initialized from the training loader's first batches.
-    With a TupleLoader the weights kept are those of the epoch that ranks its held-out queries best
-    (ties: lower val loss), and `save` is given a state every SAVE_SECONDS and after each epoch, from
-    which a later call with `state` goes on, to the same result.
+    With a TupleLoader the weights kept are those of the epoch that ranks its held-out queries, and the
+    index images near them, best (ties: lower val loss), and `save` is given a state every SAVE_SECONDS
+    and after each epoch, from which a later call with `state` goes on, to the same result.
     Returns a dict an epoch: epoch, train_loss, val_loss, violations (share of triplets), seconds and,
     with a TupleLoader, skipped (tuples) and held_out_mrr (mean reciprocal rank).
     Raises InputError when the loss is no longer a number.
@@ -535,8 +536,8 @@ def set_weights(parameters: dict[str, Tensor], weights: dict[str, Tensor]) -> No
 def _keep_best(best: dict, record: dict, reciprocal_ranks: Tensor, parameters: dict[str, Tensor]) -> None:
     """Make `best` this epoch if it ranks the held-out queries better, or as well at a lower loss.
 
-    As well: the mean difference of the reciprocal ranks (n,) is within its standard error. With some
-    dozen queries a larger mean alone is mostly chance, and favors early epochs.
+    As well: the mean difference of the reciprocal ranks (n,) is within its standard error. With few
+    queries a larger mean alone is mostly chance, and favors early epochs.
     """
     if best:
         gain = reciprocal_ranks - best["reciprocal_ranks"]

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-import train as training
+import train as train_py
 from model import WARNINGS, InputError, NetVLADModel, half_precision
 from train import (
     TupleLoader,
@@ -313,14 +313,13 @@ def epochs_of(data: SimpleNamespace, save=None, state=None, **options) -> tuple[
     mirrored = tuple(part.flip(3) for part in data.cached)
     tuples = loader(data, margin=0.5, mirrored=lambda: mirrored, **options)
     history = train(
-        model, tuples, [], "cpu", epochs=2, margin=0.5, start=24,
-        save=save, state=state,
+        model, tuples, [], "cpu", epochs=2, margin=0.5, start=24, save=save, state=state,
     )  # fmt: skip
     return model, history
 
 
 def test_descriptors_are_made_anew_for_each_window_of_queries(monkeypatch):
-    monkeypatch.setattr(training, "REFRESH_QUERIES", 4)
+    monkeypatch.setattr(train_py, "REFRESH_QUERIES", 4)
     tuples, model = loader(places(12), margin=10.0), a_model()
     windows = []
     for _ in tuples.epoch(model, 1):
@@ -333,8 +332,8 @@ def test_descriptors_are_made_anew_for_each_window_of_queries(monkeypatch):
 
 @pytest.mark.parametrize(("mining", "steps"), [("hard", 7), ("random", 4)])
 def test_a_run_goes_on_from_any_step_to_the_same_weights(mining, steps, monkeypatch):
-    monkeypatch.setattr(training, "SAVE_SECONDS", 0)  # a checkpoint after every step
-    monkeypatch.setattr(training, "REFRESH_QUERIES", 4)  # a window of two steps
+    monkeypatch.setattr(train_py, "SAVE_SECONDS", 0)  # a checkpoint after every step
+    monkeypatch.setattr(train_py, "REFRESH_QUERIES", 4)  # a window of two steps
     data, states = places(8), []
     whole, history = epochs_of(data, lambda state: states.append(copy.deepcopy(state)), mining=mining)
     assert [(s["epoch"], s["step"]) for s in states] == [
@@ -370,7 +369,7 @@ def test_the_epoch_that_ranks_best_is_kept_and_ties_within_the_standard_error_go
     ]
     for epoch, (each, loss) in enumerate(ranks, 1):
         parameter["w"].fill_(epoch)
-        training._keep_best(best, {"epoch": epoch, "val_loss": loss}, torch.tensor(each), parameter)
+        train_py._keep_best(best, {"epoch": epoch, "val_loss": loss}, torch.tensor(each), parameter)
         kept.append(best["epoch"])
     assert kept == [1, 2, 3, 3, 3] and float(best["weights"]["w"]) == 3
 
@@ -429,7 +428,7 @@ torch.save(results, f"{folder}/{rank}.pth")
 
 def test_two_processes_train_as_one_does_on_items_of_their_own(tmp_path):
     command = [sys.executable, "-c", PROCESS]
-    root = Path(training.__file__).parent
+    root = Path(train_py.__file__).parent
     both = [subprocess.Popen([*command, str(rank), str(tmp_path)], cwd=root) for rank in (0, 1)]
     assert [process.wait(timeout=300) for process in both] == [0, 0]
     results = [torch.load(tmp_path / f"{rank}.pth") for rank in (0, 1)]

@@ -36,7 +36,8 @@ def cache_trunk(
 
     def parts() -> Iterator[Tensor]:
         for images, *_ in loader:
-            images = (images.flip(3) if mirrored else images).to(device).contiguous(memory_format=torch.channels_last)
+            images = (images.flip(3) if mirrored else images).to(device)
+            images = images.contiguous(memory_format=torch.channels_last)
             with model.autocast(device):
                 yield frozen(images).to(dtype).contiguous()
 

@@ -71,7 +71,8 @@ def main() -> None:
                 where = f"epoch {at['epoch']}, step {at['step']} saved"
                 print(f"kill {kills} after {lived:.0f} s: {where}", flush=True)
                 continue
-            print("ended: " + ("the same weights" if same_weights(whole, broken) else "OTHER WEIGHTS"), flush=True)
+            same = same_weights(whole, broken)
+            print(f"ended: {'the same weights' if same else 'OTHER WEIGHTS'}", flush=True)
             shutil.rmtree(broken)
 
 
