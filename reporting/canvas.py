@@ -1,500 +1,294 @@
-"""What the pictures and the pages of the report are drawn with, on Pillow alone.
+"""What the pictures are drawn with, on Pillow alone: blocks, text, lines, photos, charts.
 
-A `Canvas` is a block of finished drawing; blocks are put beside and below one another. Every piece
-of text goes through `draw_text`, which knows its bounds and how to shorten it, and writes the
-characters the font lacks as escapes instead of boxes. Lines are drawn by a `Pen` at three times the
-size and reduced, because Pillow does not smooth them.
+A block is a finished image; blocks are put beside and below one another. Pillow does not smooth
+lines: all is drawn SCALE times as large, in these px, and `save` reduces it.
 """
 
 import itertools
 import math
 import unicodedata
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-FONT_FILES = {False: "DejaVuSans.ttf", True: "DejaVuSans-Bold.ttf"}
-INK, MUTED, GRID, PAPER = "#1c2430", "#566070", "#dde2e8", "#ffffff"
+from reporting.handin import write_whole
+
+SCALE = 2
+INNER, MARGIN, GAP = 3008, 96, 56  # px: a picture's width without its margins; between blocks
+SMALL, BODY, HEAD, TITLE = 40, 46, 56, 80  # text sizes in px
+LINE_HEIGHT = 1.35  # of the text size
+INK, MUTED, GRID, PAPER, YELLOW = "#1c2430", "#566070", "#dde2e8", "#ffffff", "#fff2d0"
 RIGHT, WRONG, ACCENT, GOLD = "#00785a", "#cf4307", "#1d5fa8", "#e0a100"
 BROWN, MINT = "#a3570f", "#17c08a"
-WARNING_FILL = "#fff2d0"
-SMALL, BODY, HEAD, TITLE = 20, 23, 28, 40  # text sizes in px; SMALL is 10 px at half size
-SMOOTHING = 3  # a Pen draws this many times larger
-LINE_HEIGHT = 1.35  # of the text size
-
-Box = tuple[float, float, float, float]  # left, top, right, bottom
+FONT_FILE = Path(__file__).parent / "fonts" / "DejaVuSans.ttf"
+Block = Image.Image
+Point = tuple[float, float]
 
 
-@dataclass
-class Canvas:
-    """A drawing, and where its texts and tiles (photos, plots) lie: what the layout's tests read."""
-
-    image: Image.Image
-    texts: list[tuple[Box, str]] = field(default_factory=list)
-    tiles: list[Box] = field(default_factory=list)
-
-    @property
-    def width(self) -> int:
-        return self.image.width
-
-    @property
-    def height(self) -> int:
-        return self.image.height
+def save(path: Path, block: Block) -> None:
+    """Write a block as an image file, whole or not at all."""
+    write_whole(path, block.reduce(SCALE).save)
 
 
-def blank(width: float, height: float, fill: str = PAPER) -> Canvas:
-    """An empty canvas."""
-    return Canvas(Image.new("RGB", (math.ceil(width), math.ceil(height)), fill))
+def blank(width: float, height: float, fill: str = PAPER) -> Block:
+    """An empty block."""
+    return Image.new("RGB", (math.ceil(width), math.ceil(height)), fill)
 
 
-def place(canvas: Canvas, block: Canvas, x: float, y: float) -> None:
-    """Put `block` on `canvas` with its top left corner at (x, y)."""
-    x, y = round(x), round(y)
-    canvas.image.paste(block.image, (x, y))
-    canvas.texts += [(_moved(box, x, y), text) for box, text in block.texts]
-    canvas.tiles += [_moved(box, x, y) for box in block.tiles]
-
-
-def _moved(box: Box, x: float, y: float) -> Box:
-    return box[0] + x, box[1] + y, box[2] + x, box[3] + y
-
-
-def below(blocks: Sequence[Canvas], gap: float, margin: float = 0) -> Canvas:
+def below(blocks: Sequence[Block], gap: int = GAP, margin: int = 0) -> Block:
     """The blocks one below the other."""
-    width = max(block.width for block in blocks)
     height = sum(block.height for block in blocks) + gap * (len(blocks) - 1)
-    canvas = blank(width + 2 * margin, height + 2 * margin)
+    whole = blank(max(block.width for block in blocks) + 2 * margin, height + 2 * margin)
     y = margin
     for block in blocks:
-        place(canvas, block, margin, y)
+        whole.paste(block, (margin, y))
         y += block.height + gap
-    return canvas
+    return whole
 
 
-def beside(blocks: Sequence[Canvas], gap: float) -> Canvas:
+def beside(blocks: Sequence[Block], gap: int = 2 * GAP) -> Block:
     """The blocks one beside the other, tops aligned."""
     width = sum(block.width for block in blocks) + gap * (len(blocks) - 1)
-    canvas = blank(width, max(block.height for block in blocks))
-    x = 0.0
+    whole = blank(width, max(block.height for block in blocks))
+    x = 0
     for block in blocks:
-        place(canvas, block, x, 0)
+        whole.paste(block, (x, 0))
         x += block.width + gap
-    return canvas
+    return whole
 
 
-# ---------------------------------------------------------------- text
-
-@lru_cache(maxsize=64)
-def font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
+@lru_cache(maxsize=16)
+def font(size: int) -> ImageFont.FreeTypeFont:
     """The bundled font, DejaVu Sans."""
-    path = Path(__file__).parent / "fonts" / FONT_FILES[bold]
-    return ImageFont.truetype(str(path), size, layout_engine=ImageFont.Layout.BASIC)
+    return ImageFont.truetype(str(FONT_FILE), size, layout_engine=ImageFont.Layout.BASIC)
 
 
 @lru_cache(maxsize=4096)
-def has_glyph(character: str, bold: bool = False) -> bool:
+def has_glyph(sign: str) -> bool:
     """Whether the bundled font can draw this character, left to right."""
-    if not character.isprintable() or unicodedata.bidirectional(character) in ("R", "AL"):
+    if not sign.isprintable() or unicodedata.bidirectional(sign) in ("R", "AL"):
         return False
-    face = font(32, bold)
-    unknown = face.getmask("\U0010ffff")  # not a character: the font draws its box for "unknown"
-    mask = face.getmask(character)
-    return (mask.size, bytes(mask)) != (unknown.size, bytes(unknown))
+    drawn, unknown = (font(32).getmask(each) for each in (sign, "\U0010ffff"))
+    return (drawn.size, bytes(drawn)) != (unknown.size, bytes(unknown))
 
 
 def printable(text: str) -> str:
-    r"""`text` with each character that the font lacks written as \uXXXX (or \UXXXXXXXX)."""
-    return "".join(
-        character if has_glyph(character) and has_glyph(character, bold=True)
-        else f"\\u{ord(character):04x}" if ord(character) < 0x10000
-        else f"\\U{ord(character):08x}"
-        for character in unicodedata.normalize("NFC", text)
-    )
+    r"""`text` with each character that the font lacks written as an escape such as \ubc29."""
+    text = unicodedata.normalize("NFC", text)
+    return "".join(sign if has_glyph(sign) else ascii(sign)[1:-1] for sign in text)
 
 
-def shortened(text: str, size: int, width: float, bold: bool = False) -> str:
+def text_width(text: str, size: int) -> float:
+    """Width in px of one line of text."""
+    return font(size).getlength(printable(text))
+
+
+def shortened(text: str, size: int, width: float) -> str:
     """`text`, its middle replaced by … until it is at most `width` px wide."""
-    measure = font(size, bold).getlength
-    if measure(text) <= width:
-        return text
-    low, high = 0, len(text)  # how many characters may stay
-    while low < high:
-        middle = (low + high + 1) // 2
-        if measure(_without_middle(text, middle)) <= width:
-            low = middle
-        else:
-            high = middle - 1
-    return _without_middle(text, low)
+    short, keep = text, len(text)
+    while keep and font(size).getlength(short) > width:
+        keep -= 1
+        short = text[: keep - keep // 2] + "…" + text[len(text) - keep // 2 :]
+    return short
 
 
-def _without_middle(text: str, keep: int) -> str:
-    tail = keep // 2
-    return text[: keep - tail] + "…" + (text[-tail:] if tail else "")
-
-
-def wrapped(text: str, size: int, width: float, bold: bool = False) -> list[str]:
-    """`text` in lines of at most `width` px; a word that is too long is broken."""
-    measure = font(size, bold).getlength
-    lines = [""]
-    for word in printable(text).split():
-        joined = f"{lines[-1]} {word}".strip()
-        if measure(joined) <= width:
-            lines[-1] = joined
-            continue
-        if lines[-1]:
-            lines.append("")
-        for character in word:
-            if lines[-1] and measure(lines[-1] + character) > width:
-                lines.append("")
-            lines[-1] += character
-    return lines
-
-
-def draw_text(
-    canvas: Canvas, x: float, y: float, text: str, size: int = BODY, *, color: str = INK,
-    bold: bool = False, align: str = "left", width: float | None = None,
+def write(
+    block: Block,
+    x: float,
+    y: float,
+    text: str,
+    size: int = BODY,
+    color=INK,
+    anchor="l",
+    width=math.inf,
 ) -> float:
     """Write one line with its top at y (`size` · LINE_HEIGHT high) and return its width in px.
 
-    x is its left end, middle or right end, as `align` says; longer than `width`: shortened.
+    x is its left end, middle or right end, as `anchor` says (l, m, r); longer than `width`: shortened.
     """
-    text = printable(text)
-    if width is not None:
-        text = shortened(text, size, width, bold)
-    length = font(size, bold).getlength(text)
-    left = round(x - {"left": 0.0, "center": length / 2, "right": length}[align])
-    baseline = round(y + size * 1.05)
-    draw = ImageDraw.Draw(canvas.image)
-    draw.text((left, baseline), text, fill=color, font=font(size, bold), anchor="ls")
-    if text.strip():
-        box = draw.textbbox((left, baseline), text, font=font(size, bold), anchor="ls")
-        canvas.texts.append((box, text))
-    return length
+    text = shortened(printable(text), size, width)
+    at = round(x), round(y + size * 1.05)
+    ImageDraw.Draw(block).text(at, text, fill=color, font=font(size), anchor=f"{anchor}s")
+    return font(size).getlength(text)
 
 
-def paragraph(
-    text: str, width: float, size: int = BODY, *, color: str = INK, bold: bool = False,
-    fill: str = PAPER, padding: float = 0,
-) -> Canvas:
-    """`text` wrapped into `width` px."""
-    lines = wrapped(text, size, width - 2 * padding, bold)
-    canvas = blank(width, len(lines) * size * LINE_HEIGHT + 2 * padding, fill)
+def paragraph(text: str, size: int = BODY, color: str = INK, fill: str = PAPER) -> Block:
+    """`text` wrapped into the width of a picture; a word too long for a line is shortened."""
+    padding = 0 if fill == PAPER else 28
+    room, lines = INNER - 2 * padding, [""]
+    for word in text.split():
+        if lines[-1] and text_width(f"{lines[-1]} {word}", size) > room:
+            lines.append("")
+        lines[-1] = f"{lines[-1]} {word}".strip()
+    block = blank(INNER, len(lines) * size * LINE_HEIGHT + 2 * padding, fill)
     for number, line in enumerate(lines):
-        y = padding + number * size * LINE_HEIGHT
-        draw_text(canvas, padding, y, line, size, color=color, bold=bold)
-    return canvas
+        write(block, padding, padding + number * size * LINE_HEIGHT, line, size, color, width=room)
+    return block
 
 
-def table(
-    header: Sequence[str], rows: Sequence[Sequence[str]], width: float, size: int = BODY,
-    bold_rows: Sequence[int] = (),
-) -> Canvas:
-    """A table `width` px wide; columns of numbers stand to the right, long cells are wrapped."""
-    return below(table_rows(header, rows, width, size, bold_rows), 0)
+def table(rows: Sequence[Sequence[str]], size: int = BODY, whole: bool = False) -> Block:
+    """A table as wide as a picture, its first row the header; cells that are too long are shortened.
+
+    whole: as wide as its longest cells, if that is more.
+    """
+    wanted = [max(text_width(cell, size) for cell in column) + size for column in zip(*rows)]
+    width = max(INNER, sum(wanted)) if whole else INNER
+    rooms = [room * width / sum(wanted) for room in wanted]
+    lines = []
+    for number, row in enumerate(rows):
+        block = blank(width, size * LINE_HEIGHT + 24)
+        for left, room, cell in zip(itertools.accumulate(rooms, initial=0), rooms, row):
+            write(block, left, 12, cell, size, INK if number else MUTED, width=room - size / 2)
+        line(block, [(0, block.height - 1), (width, block.height - 1)], GRID, 2)
+        lines.append(block)
+    return below(lines, 0)
 
 
-def table_rows(
-    header: Sequence[str], rows: Sequence[Sequence[str]], width: float, size: int = BODY,
-    bold_rows: Sequence[int] = (),
-) -> list[Canvas]:
-    """The header and the rows of a `table`, one by one."""
-    padding = 0.6 * size
-    wanted = [
-        max(font(size, True).getlength(printable(row[column])) for row in (header, *rows))
-        + 2 * padding
-        for column in range(len(header))
-    ]
-    widths = _column_widths(wanted, width)
-    aligns = column_aligns(rows, len(header))
-    blocks = []
-    for number, cells in enumerate((header, *rows)):
-        bold = number == 0 or number - 1 in bold_rows
-        lines = [
-            wrapped(cell, size, room - 2 * padding + 1, bold)
-            for cell, room in zip(cells, widths, strict=True)
-        ]
-        row = blank(width, max(map(len, lines)) * size * LINE_HEIGHT + padding)
-        left = 0.0
-        for column, (cell, room) in enumerate(zip(lines, widths, strict=True)):
-            align = aligns[column]
-            x = left + padding if align == "left" else left + room - padding
-            for line_number, line in enumerate(cell):
-                y = padding / 2 + line_number * size * LINE_HEIGHT
-                draw_text(row, x, y, line, size, bold=bold, align=align)
-            left += room
-        rule = INK if number == 0 else GRID
-        ImageDraw.Draw(row.image).line(
-            (0, row.height - 1, row.width, row.height - 1), fill=rule, width=1)
-        blocks.append(row)
-    return blocks
+def line(block: Block, xy: Sequence[Point], color: str, width: float = 4) -> None:
+    """A polyline through points (x, y) in px."""
+    ImageDraw.Draw(block).line([*map(tuple, xy)], color, round(width), joint="curve")
 
 
-def column_aligns(rows: Sequence[Sequence[str]], columns: int) -> list[str]:
-    """"right" for columns in which every cell begins like a number, "left" for the others."""
-    return [
-        "right" if rows and all(row[column][:1] in "0123456789–-?" for row in rows) else "left"
-        for column in range(columns)
-    ]
-
-
-def _column_widths(wanted: Sequence[float], width: float) -> list[float]:
-    """Room for each column: in proportion to what it wants, or, if that is too much, the widest cut."""
-    if sum(wanted) <= width:
-        return [room * width / sum(wanted) for room in wanted]
-    low, high = 0.0, max(wanted)
-    for _ in range(40):  # bisection for the cap at which the columns just fit
-        cap = (low + high) / 2
-        low, high = (low, cap) if sum(min(room, cap) for room in wanted) > width else (cap, high)
-    return [min(room, low) for room in wanted]
-
-
-# ---------------------------------------------------------------- lines and marks
-
-@dataclass
-class Pen:
-    """Draws smooth lines into a region of a canvas; coordinates are the canvas's own, in px."""
-
-    draw: ImageDraw.ImageDraw
-    left: float
-    top: float
-
-    def _points(self, xy: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-        return [((x - self.left) * SMOOTHING, (y - self.top) * SMOOTHING) for x, y in xy]
-
-    def line(
-        self, xy: Sequence[tuple[float, float]], color: str, width: float = 2,
-        dash: tuple[float, float] | None = None,
-    ) -> None:
-        """A polyline; `dash` = (drawn, left out) in px."""
-        for piece in [xy] if dash is None else _dashes(xy, *dash):
-            self.draw.line(
-                self._points(piece), fill=color, width=round(width * SMOOTHING), joint="curve")
-
-    def polygon(self, xy: Sequence[tuple[float, float]], fill: str | tuple) -> None:
-        self.draw.polygon(self._points(xy), fill=fill)
-
-    def rectangle(
-        self, box: Box, color: str, width: float, dash: tuple[float, float] | None = None,
-    ) -> None:
-        """A frame whose line runs along the inside of `box`."""
-        left, top, right, bottom = box
-        half = width / 2
-        corners = [(left + half, top + half), (right - half, top + half),
-                   (right - half, bottom - half), (left + half, bottom - half)]
-        for start, end in zip(corners, corners[1:] + corners[:1]):
-            self.line([start, end], color, width, dash)
-        for x, y in corners:
-            self.mark("square", x, y, half, color)
-
-    def mark(self, shape: str, x: float, y: float, radius: float, color: str) -> None:
-        """A filled sign: circle, square, triangle or diamond; or a ring, a tick, a cross."""
-        r = radius
-        if shape in ("circle", "ring"):
-            (left, top), (right, bottom) = self._points([(x - r, y - r), (x + r, y + r)])
-            fill, line = (color, None) if shape == "circle" else (None, color)
-            self.draw.ellipse(
-                (left, top, right, bottom), fill=fill, outline=line, width=round(r * 0.5 * SMOOTHING))
-        elif shape == "tick":
-            self.line([(x - r, y), (x - 0.3 * r, y + 0.7 * r), (x + r, y - 0.7 * r)], color, 0.4 * r)
-        elif shape == "cross":
-            self.line([(x - r, y - r), (x + r, y + r)], color, 0.4 * r)
-            self.line([(x - r, y + r), (x + r, y - r)], color, 0.4 * r)
-        else:
-            self.polygon([(x + dx * r, y + dy * r) for dx, dy in MARKS[shape]], color)
-
-
-MARKS = {
-    "square": ((-1, -1), (1, -1), (1, 1), (-1, 1)),
-    "diamond": ((0, -1.2), (1.2, 0), (0, 1.2), (-1.2, 0)),
-    "triangle": ((0, -1.2), (1.1, 0.9), (-1.1, 0.9)),
-}
-
-
-@contextmanager
-def pen(canvas: Canvas, box: Box) -> Iterator[Pen]:
-    """A Pen for the region `box` of `canvas`; what it drew is there when the block ends."""
-    left, top = math.floor(box[0]), math.floor(box[1])
-    size = math.ceil(box[2]) - left, math.ceil(box[3]) - top
-    layer = Image.new("RGBA", (size[0] * SMOOTHING, size[1] * SMOOTHING), (255, 255, 255, 0))
-    yield Pen(ImageDraw.Draw(layer), left, top)
-    layer = layer.resize(size, Image.Resampling.BOX)
-    canvas.image.paste(layer, (left, top), layer)
-
-
-def _dashes(
-    xy: Sequence[tuple[float, float]], drawn: float, skipped: float,
-) -> Iterator[list[tuple[float, float]]]:
-    """The drawn pieces of a dashed polyline; the pattern runs on around its corners."""
-    travelled = 0.0
-    for (x0, y0), (x1, y1) in itertools.pairwise(xy):
-        length = math.hypot(x1 - x0, y1 - y0)
-        first = math.floor(travelled / (drawn + skipped))
-        last = math.ceil((travelled + length) / (drawn + skipped))
-        for number in range(first, last if length else first):
-            start = max(number * (drawn + skipped) - travelled, 0)
-            end = min(number * (drawn + skipped) + drawn - travelled, length)
-            if end > start:
-                yield [(x0 + (x1 - x0) * at / length, y0 + (y1 - y0) * at / length)
-                       for at in (start, end)]
-        travelled += length
-
-
-def photo(path: str | Path, width: int, height: int) -> Canvas:
-    """An image file inside width × height px, whole and upright; a grey tile if it does not open."""
-    canvas = blank(width, height, "#eceff3")
-    try:
-        with Image.open(path) as file:
-            image = ImageOps.exif_transpose(file).convert("RGB")
-    except (OSError, ValueError, SyntaxError):
-        draw_text(canvas, width / 2, height / 2 - SMALL, "cannot be opened", SMALL,
-                  color=MUTED, align="center", width=width)
+def mark(block: Block, shape: str, x: float, y: float, radius: float, color: str) -> None:
+    """A sign: a filled circle or square, or a ring, a tick, a cross."""
+    draw, r = ImageDraw.Draw(block), radius
+    box = (x - r, y - r, x + r, y + r)
+    if shape == "circle":
+        draw.ellipse(box, fill=color)
+    elif shape == "ring":
+        draw.ellipse(box, outline=color, width=round(r / 2))
+    elif shape == "square":
+        draw.rectangle(box, fill=color)
+    elif shape == "tick":
+        line(block, [(x - r, y), (x - 0.3 * r, y + 0.7 * r), (x + r, y - 0.7 * r)], color, 0.4 * r)
     else:
-        image = ImageOps.contain(image, (width, height), Image.Resampling.LANCZOS)
-        canvas.image.paste(image, ((width - image.width) // 2, (height - image.height) // 2))
-    canvas.tiles.append((0, 0, width, height))
-    return canvas
+        line(block, [(x - r, y - r), (x + r, y + r)], color, 0.4 * r)
+        line(block, [(x - r, y + r), (x + r, y - r)], color, 0.4 * r)
 
 
-def image_size(path: str | Path) -> tuple[int, int]:
-    """Width and height of an image as `photo` shows it; 4:3 if it does not open."""
+def opened(path: str | Path) -> Block:
+    """The image of a file, upright; a grey tile of 4:3 that says so if it does not open."""
     try:
         with Image.open(path) as file:
-            return ImageOps.exif_transpose(file).size
-    except (OSError, ValueError, SyntaxError):
-        return 640, 480
+            return ImageOps.exif_transpose(file).convert("RGB")
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        tile = blank(640, 480, "#eceff3")
+        write(tile, 320, 210, "cannot be opened", SMALL, MUTED, "m")
+        return tile
 
 
-# ---------------------------------------------------------------- plots
+def resized(image: Block, width: int) -> Block:
+    """An image scaled to `width` px."""
+    height = max(1, round(image.height * width / image.width))
+    return image.resize((width, height), Image.Resampling.LANCZOS)
+
 
 @dataclass(frozen=True)
 class Series:
-    """A line of a plot: values (None breaks it), an interval around each, and how it is drawn."""
+    """A line of a chart: values (None breaks it), how it is drawn, and an interval around each."""
 
     name: str
     x: Sequence[float]
     y: Sequence[float | None]
     color: str
     mark: str | None = None
-    dash: tuple[float, float] | None = None
+    width: int = 6
     low: Sequence[float] = ()
     high: Sequence[float] = ()
 
 
 @dataclass(frozen=True)
 class Axis:
-    """A plot's axis: its range, and the ticks with what is written at them; maybe logarithmic."""
+    """An axis: its range, and the ticks with what is written at them."""
 
     low: float
     high: float
     ticks: Sequence[tuple[float, str]]
-    logarithmic: bool = False
 
     def share(self, value: float) -> float:
         """Where `value` lies between the ends of the axis: 0 at `low`, 1 at `high`."""
-        if self.logarithmic:
-            value = max(value, self.low)
-            return math.log(value / self.low) / math.log(self.high / self.low)
         return (value - self.low) / (self.high - self.low)
 
 
-def round_axis(values: Sequence[float], count: int = 4) -> Axis:
-    """An axis from 0 (or below) over all `values`, with about `count` ticks at round numbers."""
-    low, high = min([0.0, *values]), max([0.0, *values])
-    if high == low:
-        high = low + 1
-    raw = (high - low) / count
-    power = 10 ** math.floor(math.log10(raw))
-    step = power * next(factor for factor in (1, 2, 2.5, 5, 10) if factor * power >= raw * 0.999)
-    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    ticks = [(number * step, f"{number * step:.6g}") for number in range(first, last + 1)]
-    return Axis(first * step, last * step, ticks)
+PERCENT = Axis(0, 100, [(share, f"{share} %") for share in range(0, 101, 20)])
 
 
-def plot(
-    title: str, series: Sequence[Series], x_axis: Axis, y_axis: Axis, x_label: str,
-    width: int, height: int, rules: Sequence[tuple[float, str]] = (),
-) -> Canvas:
-    """A chart: title, legend, axes, lines; `rules` are vertical lines at x with a word on top."""
-    canvas = blank(width, height)
-    draw_text(canvas, 0, 0, title, BODY, bold=True, width=width)
-    legend = _legend(series, width)
-    place(canvas, legend, 0, BODY * LINE_HEIGHT + 4)
-    left = 14 + max(font(SMALL).getlength(text) for _, text in y_axis.ticks)
-    last_tick = font(SMALL).getlength(x_axis.ticks[-1][1])
-    top = BODY * LINE_HEIGHT + legend.height + 22 + (2 * SMALL * LINE_HEIGHT if rules else 0)
-    right, bottom = width - max(14, last_tick / 2 + 2), height - 2 * SMALL * LINE_HEIGHT - 10
+def axis_from_zero(values: Sequence[float]) -> Axis:
+    """An axis from 0 over all `values` (not negative), which ends at a number of one digit."""
+    power = 10.0 ** math.floor(math.log10(max([*values, 1e-9])))
+    high = math.ceil(max([*values, 1e-9]) / power - 1e-9) * power
+    return Axis(0, high, [(high * part / 4, f"{high * part / 4:.4g}") for part in range(5)])
 
-    def at(x: float, y: float) -> tuple[float, float]:
-        return (left + x_axis.share(x) * (right - left), bottom - y_axis.share(y) * (bottom - top))
+
+def chart(
+    title: str,
+    series: Sequence[Series],
+    x_axis: Axis,
+    y_axis: Axis,
+    x_label: str,
+    rules: Sequence = (),
+) -> Block:
+    """A chart half a picture wide; `rules`: (x, word) of vertical lines with a word on top."""
+    width, height, row = INNER // 2 - GAP, 960 if rules else 860, SMALL * LINE_HEIGHT
+    block = blank(width, height)
+    write(block, 0, 0, title, width=width)
+    legend = key([(one.mark, one.color, one.name, one.width) for one in series], width)
+    block.paste(legend, (0, 70))
+    left = 28 + max(text_width(text, SMALL) for _, text in y_axis.ticks)
+    right = width - max(28, text_width(x_axis.ticks[-1][1], SMALL) / 2 + 4)
+    top, bottom = 106 + legend.height + (2 * row if rules else 0), height - 2 * row - 20
+
+    def at(x: float, y: float) -> Point:
+        across, up = x_axis.share(x), y_axis.share(y)
+        return left + across * (right - left), bottom - up * (bottom - top)
 
     for value, text in y_axis.ticks:
         y = at(x_axis.low, value)[1]
-        draw_text(canvas, left - 10, y - 0.65 * SMALL, text, SMALL, color=MUTED, align="right")
+        write(block, left - 20, y - 0.65 * SMALL, text, SMALL, MUTED, "r")
+        line(block, [(left, y), (right, y)], GRID, 2)
     for value, text in x_axis.ticks:
-        x = at(value, y_axis.low)[0]
-        draw_text(canvas, x, bottom + 8, text, SMALL, color=MUTED, align="center")
-    draw_text(canvas, (left + right) / 2, height - SMALL * LINE_HEIGHT - 2, x_label, SMALL,
-              color=MUTED, align="center", width=right - left)
-    with pen(canvas, (0, top - 40, width, bottom + 10)) as lines:
-        for value, _ in y_axis.ticks:
-            lines.line([at(x_axis.low, value), at(x_axis.high, value)], GRID, 1)
-        for number, (value, text) in enumerate(rules):
-            x, y = at(value, y_axis.high)
-            y -= SMALL * LINE_HEIGHT * (number % 2)  # neighbors may stand close
-            lines.line([(x, y - 4), (x, bottom)], MUTED, 1, (4, 4))
-            draw_text(canvas, x, y - SMALL * LINE_HEIGHT - 4, text, SMALL, color=MUTED, align="center")
-        lines.line([(left, top), (left, bottom), (right, bottom)], MUTED, 2)
-        for one in series:
-            _draw_series(lines, one, at)
-    canvas.tiles.append((left, top, right, bottom))
-    return canvas
+        write(block, at(value, y_axis.low)[0], bottom + 16, text, SMALL, MUTED, "m")
+    write(block, (left + right) / 2, height - row - 4, x_label, SMALL, MUTED, "m")
+    for number, (value, text) in enumerate(rules):
+        x, y = at(value, y_axis.high)[0], top - row * (number % 2)  # neighbors may stand close
+        line(block, [(x, y - 8), (x, bottom)], MUTED, 2)
+        write(block, x, y - row - 8, text, SMALL, MUTED, "m")
+    line(block, [(left, top), (left, bottom), (right, bottom)], MUTED)
+    for one in series:
+        if len(one.low) > 1:
+            edge = [*zip(one.x, one.low), *reversed([*zip(one.x, one.high)])]
+            ImageDraw.Draw(block, "RGBA").polygon(
+                [at(x, y) for x, y in edge], fill=one.color + "2d"
+            )
+        points = [None if y is None else at(x, y) for x, y in zip(one.x, one.y)]
+        for both in itertools.pairwise(points):
+            if None not in both:
+                line(block, both, one.color, one.width)
+        for point in points if one.mark else ():
+            if point is not None:
+                mark(block, one.mark, *point, 12, one.color)
+    return block
 
 
-def _draw_series(lines: Pen, one: Series, at) -> None:
-    if one.low and one.high:
-        edge = [at(x, y) for x, y in zip(one.x, one.low, strict=True)]
-        edge += [at(x, y) for x, y in reversed(list(zip(one.x, one.high, strict=True)))]
-        if len(edge) > 2:
-            red, green, blue = (int(one.color[i:i + 2], 16) for i in (1, 3, 5))
-            lines.polygon(edge, (red, green, blue, 45))
-    piece: list[tuple[float, float]] = []
-    for x, y in [*zip(one.x, one.y, strict=True), (0, None)]:
-        if y is not None:
-            piece.append(at(x, y))
-            continue
-        if len(piece) > 1:
-            lines.line(piece, one.color, 3, one.dash)
-        for point in piece if one.mark else ():
-            lines.mark(one.mark, *point, 6, one.color)
-        piece = []
-
-
-def _legend(series: Sequence[Series], width: float) -> Canvas:
-    return key([(one.mark, one.color, one.name, one.dash) for one in series], width)
-
-
-def key(entries: Sequence[tuple], width: float) -> Canvas:
+def key(entries: Sequence[tuple[str | None, str, str, int]], width: int = INNER) -> Block:
     """Signs and what they mean, in as many rows as it takes.
 
-    An entry: mark (or None), color, words, dashes of its line (None: a solid one, (): no line).
+    An entry: mark (or None), color, words, width of its line (0: no line).
     """
-    canvas = blank(width, len(entries) * SMALL * LINE_HEIGHT)
-    x, y = 0.0, 0.0
-    for mark, color, words, dash in entries:
-        length = 50 + font(SMALL).getlength(printable(words))
+    row = round(SMALL * LINE_HEIGHT)
+    block = blank(width, max(len(entries), 1) * row)
+    x, y = 0.0, 0
+    for sign, color, words, thickness in entries:
+        length = 100 + text_width(words, SMALL)
         if x and x + length > width:
-            x, y = 0.0, y + SMALL * LINE_HEIGHT
-        middle = y + 0.65 * SMALL
-        with pen(canvas, (x, y, x + 44, y + SMALL * LINE_HEIGHT)) as lines:
-            if dash != ():
-                lines.line([(x + 2, middle), (x + 42, middle)], color, 3, dash)
-            if mark:
-                lines.mark(mark, x + 22, middle, 7, color)
-        draw_text(canvas, x + 50, y, words, SMALL, width=width - 50)
-        x += length + 26
-    canvas.image = canvas.image.crop((0, 0, canvas.width, math.ceil(y + SMALL * LINE_HEIGHT)))
-    return canvas
+            x, y = 0.0, y + row
+        if thickness:
+            line(block, [(x + 4, y + 26), (x + 84, y + 26)], color, thickness)
+        if sign:
+            mark(block, sign, x + 44, y + 26, 14, color)
+        write(block, x + 100, y, words, SMALL, width=width - 100)
+        x += length + 52
+    return block.crop((0, 0, width, y + row))

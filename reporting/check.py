@@ -1,40 +1,44 @@
-"""Looks at a hand-in as a grader would, and packs it: `python -m reporting.handin [OUTPUT]`.
+"""Looks at a hand-in as a grader would, and packs it.
+
+    python -m reporting.check                      # output/
+    python -m reporting.check DIR --zip pa1.zip    # and pack it if all holds
 
 Each check looks at what lies in the folder and says what it found; none trusts another.
 """
 
 import argparse
+import json
 import math
 import os
-import pickle
 import re
 import subprocess
 import sys
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-from PIL import Image, PdfParser
+import torch
+from PIL import Image
 
+from model import DAMAGED, InputError, NetVLADModel, refuse
 from reporting import handin
+from reporting.pose_file import ASSIGNED_SCENES, pose_text, read_pose_text
 from reporting.screen import on_screen
 
 PROJECT = Path(__file__).resolve().parents[1]
-ASSIGNED_SCENES = ["P001", "P002", "P003", "P004"]
 RUN_TIMEOUT_S = 120
-POSE_HEAD = (
-    ("Top-1 retrieval pose evaluation", r"Top-1 retrieval pose evaluation"),
-    ("(queries=N, index=M)", r"\(queries=(\d+), index=(\d+)\)"),
-    ("", r""),
-)
-POSE_ENTRY = (
-    ("Query: <path>", r"Query: (.+)"),
-    ("Best Match: <path>", r"Best Match: (.+)"),
-    ("Embed Dist: <4 decimals>", r"Embed Dist: (\d+\.\d{4})"),
-    ("Translation Error: <4 decimals> m, Rotation Error: <2 decimals> deg",
-     r"Translation Error: (\d+\.\d{4}|nan) m, Rotation Error: (\d+\.\d{2}|nan) deg"),
-    ("", r""),
-)  # fmt: skip
+RESULTS = {  # what a hand-in holds besides the code, and which script makes it
+    handin.CHECKPOINT: "base.py",
+    handin.DESCRIPTION: "base.py",
+    "task3_result.png": "base.py",
+    "result_pose_eval.txt": "test.py",
+    "estimated_poses.tsv": "test.py",
+    "metrics.json": "base.py and test.py",
+    "report/report.md": "base.py and test.py",
+    "report/report.html": "base.py and test.py",
+}
 
 
 @dataclass(frozen=True)
@@ -46,53 +50,79 @@ class Finding:
     detail: str
 
 
+def finding(subject: str, faults: list[str], else_good: str) -> Finding:
+    """The finding of a check that lists what is wrong."""
+    return Finding(not faults, subject, "; ".join(faults) or else_good)
+
+
+def missing(output: Path) -> list[str]:
+    """What the hand-in still lacks, a line each, by the checks that take no time."""
+    sha256, metrics, broken = _read(Path(output))
+    found = [_files(output), *broken, *_sections(output, metrics, sha256), *_data(metrics, False)]
+    return [f"{each.subject}: {each.detail}" for each in found if each.holds is False]
+
+
 def examine(output: Path, allow_sample: bool = False) -> list[Finding]:
     """The findings on the hand-in that lies in `output`."""
-    output = Path(output)
-    findings = [_files(output), _checkpoint(output)]
-    try:
-        metrics = handin.read_metrics(output)
-    except ValueError as error:
-        metrics = {}
-        findings.append(Finding(False, "metrics.json", str(error)))
-    sha256 = handin.file_sha256(output / handin.CHECKPOINT) if findings[1].holds else None
+    sha256, metrics, broken = _read(output)
     return [
-        *findings, _pose_file(output, metrics.get("test") or {}), _pictures(output, metrics),
-        _code(output), _scripts(output), *_sections(output, metrics, sha256),
-        _report(output, sha256), *_data(metrics, allow_sample),
-    ]  # fmt: skip
+        _files(output),
+        _checkpoint(output),
+        *broken,
+        _pose_file(output, metrics.get("test") or {}),
+        _pictures(output, metrics),
+        _code(output),
+        _scripts(output),
+        *_sections(output, metrics, sha256),
+        _report(output, sha256),
+        *_data(metrics, allow_sample),
+    ]
 
 
-# ---------------------------------------------------------------- the checks
+def _read(output: Path) -> tuple[str | None, dict, list[Finding]]:
+    """The checkpoint's hash, what metrics.json holds, and that it is broken if it is."""
+    checkpoint = output / handin.CHECKPOINT
+    sha256 = handin.file_sha256(checkpoint) if checkpoint.is_file() else None
+    try:
+        return sha256, handin.read_metrics(output), []
+    except InputError as error:
+        return sha256, {}, [Finding(False, "metrics.json", str(error))]
+
 
 def _files(output: Path) -> Finding:
-    absent = [
-        f"{name} ({maker} writes it)"
-        for name, maker in handin.RESULTS.items() if not (output / name).is_file()
+    lacks = [
+        f"{name} ({maker})" for name, maker in RESULTS.items() if not (output / name).is_file()
     ]
-    detail = f"missing: {', '.join(absent)}" if absent else f"all {len(handin.RESULTS)} are there"
-    return Finding(not absent, "result files", detail)
+    faults = [f"missing: {', '.join(lacks)}"] if lacks else []
+    return finding("result files", faults, f"all {len(RESULTS)} are there")
 
 
 def _checkpoint(output: Path) -> Finding:
-    """Whether the state dict is one of the module that the course builds, and describes an image."""
-    import torch  # only here: the other checks do without
+    """Whether any computer loads the state dict into the module that the course builds."""
+    subject, devices = "checkpoint", set()
 
-    from model import NetVLADModel  # likewise
+    def note(storage, location: str):
+        devices.add(location)
+        return storage
 
     try:
-        state = torch.load(output / handin.CHECKPOINT, map_location="cpu", weights_only=True)
+        state = torch.load(output / handin.CHECKPOINT, map_location=note, weights_only=True)
         model = NetVLADModel(num_clusters=16, pretrained=False)
         model.load_state_dict(state)
         with torch.inference_mode():
             norm = float(model.eval()(torch.rand(1, 3, 64, 64)).norm())
-    except (OSError, RuntimeError, EOFError, ValueError, LookupError, AttributeError, TypeError,
-            pickle.UnpicklingError) as error:  # what torch raises for damaged and for other files
+    except (*DAMAGED, AttributeError, TypeError) as error:
         reason = " ".join(str(error).split())[:200]
-        return Finding(False, "checkpoint", f"no state dict of NetVLADModel(num_clusters=16): {reason}")
+        return Finding(False, subject, f"no state dict of NetVLADModel(num_clusters=16): {reason}")
+    faults = []
+    if elsewhere := sorted(devices - {"cpu"}):
+        faults.append(
+            f"tensors lie on {', '.join(elsewhere)}: a computer without one cannot load them"
+        )
     if not math.isclose(norm, 1, abs_tol=1e-3):
-        return Finding(False, "checkpoint", f"its descriptors have norm {norm:g}, not 1")
-    return Finding(True, "checkpoint", "loads into NetVLADModel(num_clusters=16), descriptors of norm 1")
+        faults.append(f"its descriptors have norm {norm:g}, not 1")
+    good = "loads anywhere into NetVLADModel(num_clusters=16), descriptors of norm 1"
+    return finding(subject, faults, good)
 
 
 def _pose_file(output: Path, test: dict) -> Finding:
@@ -100,44 +130,14 @@ def _pose_file(output: Path, test: dict) -> Finding:
     subject = "result_pose_eval.txt"
     try:
         text = (output / subject).read_bytes().decode("utf-8")
-        found = parse_pose_text(text)
+        rows = read_pose_text(text)
     except (OSError, ValueError) as error:
         return Finding(False, subject, str(error))
-    expected = [(a["path"], _said(a["error_m"], 4), _said(a["error_deg"], 2))
-                for a in test.get("per_query") or []]
-    if found != expected:
-        return Finding(False, subject, "its queries and errors are not those of metrics.json; run test.py again")
-    return Finding(True, subject, f"{len(found)} queries, to the letter, errors as in metrics.json")
-
-
-def _said(value: float | None, decimals: int) -> str:
-    return "nan" if value is None else f"{value:.{decimals}f}"
-
-
-def parse_pose_text(text: str) -> list[tuple[str, str, str]]:
-    """(query, translation error, rotation error) of each entry of a result_pose_eval.txt, as written.
-
-    ValueError naming the first line that is not as the assignment has it.
-    """
-    lines = text.split("\n")
-    if lines.pop():
-        raise ValueError("its last line does not end")
-    fields = []
-    for number, line in enumerate(lines):
-        head = number < len(POSE_HEAD)
-        shape, pattern = POSE_HEAD[number] if head else POSE_ENTRY[(number - len(POSE_HEAD)) % len(POSE_ENTRY)]
-        match = re.fullmatch(pattern, line)
-        if not match:
-            raise ValueError(f"line {number + 1} is {line[:60]!r}, not {shape!r}")
-        fields.append(match.groups())
-    entries = fields[len(POSE_HEAD):]
-    if len(fields) < len(POSE_HEAD) or len(entries) % len(POSE_ENTRY):
-        raise ValueError(f"it ends after {len(lines)} lines in the middle of an entry")
-    if int(fields[1][0]) != len(entries) // len(POSE_ENTRY):
-        raise ValueError(f"it announces {fields[1][0]} queries and holds {len(entries) // len(POSE_ENTRY)}")
-    return [
-        (entries[start][0], *entries[start + 3]) for start in range(0, len(entries), len(POSE_ENTRY))
-    ]
+    said = pose_text(test.get("per_query") or [], test.get("index", 0))
+    faults = [] if text == said else ["it is not of the results in metrics.json: run test.py again"]
+    return finding(
+        subject, faults, f"{len(rows)} queries, to the letter, errors as in metrics.json"
+    )
 
 
 def _pictures(output: Path, metrics: dict) -> Finding:
@@ -150,8 +150,8 @@ def _pictures(output: Path, metrics: dict) -> Finding:
                 image.load()
         except (OSError, SyntaxError, ValueError):
             bad.append(name)
-    detail = f"missing or not to be opened: {', '.join(bad)}" if bad else f"{len(names)} open"
-    return Finding(not bad, "pictures", detail)
+    faults = [f"missing or not to be opened: {', '.join(bad)}"] if bad else []
+    return finding("pictures", faults, f"{len(names)} open")
 
 
 def _code(output: Path) -> Finding:
@@ -159,133 +159,129 @@ def _code(output: Path) -> Finding:
     subject = "copies of the code"
     if PROJECT == output.resolve():
         return Finding(None, subject, "this is the copy: run the check from the project to compare")
-    names = handin.code_files(PROJECT)
-    copied = set(handin.code_files(output))
-    absent = [name for name in names if not (output / name).is_file()]
-    changed = [
-        name for name in names
-        if name not in absent and (output / name).read_bytes() != (PROJECT / name).read_bytes()
-    ]
-    faults = [
-        f"{word} {', '.join(found)}"
-        for word, found in (("missing", absent), ("not the project's", changed),
-                            ("not in the project", sorted(copied - set(names)))) if found
-    ]
-    detail = "; ".join(faults) if faults else f"{len(names)} files, identical to the project's"
-    return Finding(not faults, subject, detail)
+    ours, copied = handin.code_files(PROJECT), handin.code_files(output)
+    both = [name for name in ours if name in copied]
+    kinds = {
+        "missing": [name for name in ours if name not in copied],
+        "not in the project": [name for name in copied if name not in ours],
+        "not the project's": [
+            name for name in both if (output / name).read_bytes() != (PROJECT / name).read_bytes()
+        ],
+    }
+    faults = [f"{kind} {', '.join(names)}" for kind, names in kinds.items() if names]
+    return finding(subject, faults, f"{len(ours)} files, identical to the project's")
 
 
 def _scripts(output: Path) -> Finding:
     """Whether each script starts in the folder, with what lies there alone."""
+    with ThreadPoolExecutor(max_workers=2) as pool:  # each imports PyTorch
+        faults = [fault for fault in pool.map(partial(_start, output), handin.SCRIPTS) if fault]
+    return finding("scripts", faults, f"all {len(handin.SCRIPTS)} run where they lie")
+
+
+def _start(output: Path, name: str) -> str:
+    """What goes wrong when a script is asked for help; "" if nothing does."""
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     environment |= {"PYTHONDONTWRITEBYTECODE": "1", "PYTHONIOENCODING": "utf-8"}
-    runs = {
-        name: subprocess.Popen(
-            [sys.executable, name, "--help"], cwd=output, env=environment, text=True, encoding="utf-8",
-            errors="replace", stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-        )
-        for name in handin.SCRIPTS
-    }  # fmt: skip
-    faults = []
-    for name, run in runs.items():
-        try:
-            said = run.communicate(timeout=RUN_TIMEOUT_S)[1]
-        except subprocess.TimeoutExpired:
-            run.kill()
-            said = run.communicate()[1] + f"no end within {RUN_TIMEOUT_S} s"
-        if run.returncode:
-            faults.append(f"{name}: {(said.strip().splitlines() or ['fails without a word'])[-1]}")
-    detail = "; ".join(faults) if faults else f"all {len(handin.SCRIPTS)} run where they lie"
-    return Finding(not faults, "scripts", detail)
+    command, options = [sys.executable, name, "--help"], {"cwd": output, "env": environment}
+    try:
+        subprocess.run(command, check=True, capture_output=True, timeout=RUN_TIMEOUT_S, **options)
+    except subprocess.TimeoutExpired:
+        return f"{name}: no end within {RUN_TIMEOUT_S} s"
+    except subprocess.CalledProcessError as error:
+        said = error.stderr.decode("utf-8", "replace").strip() or "fails without a word"
+        return f"{name}: {said.splitlines()[-1]}"
+    return ""
 
 
 def _sections(output: Path, metrics: dict, sha256: str | None) -> list[Finding]:
     """Whether both scripts' results and the description are of the checkpoint that lies there."""
     findings = []
     for section, script in handin.SECTIONS.items():
-        subject = f"results of {script}"
+        faults = []
         if section not in metrics:
-            findings.append(Finding(False, subject, f"not in metrics.json: run {script}"))
+            faults.append(f"not in metrics.json: run {script}")
         elif metrics[section].get("checkpoint") != sha256:
-            findings.append(Finding(False, subject, f"of another checkpoint: run {script} again"))
-        else:
-            findings.append(Finding(True, subject, f"of this checkpoint, {metrics[section].get('date')}"))
+            faults.append(f"of another checkpoint: run {script} again")
+        date = (metrics.get(section) or {}).get("date")
+        findings.append(finding(f"results of {script}", faults, f"of this checkpoint, {date}"))
     try:
-        text = (output / handin.DESCRIPTION).read_text(encoding="utf-8")
-    except (OSError, ValueError):
-        text = ""
-    if sha256 is None or sha256 not in text:
-        findings.append(Finding(False, handin.DESCRIPTION, "missing or of another checkpoint: run base.py again"))
+        described = json.loads((output / handin.DESCRIPTION).read_text(encoding="utf-8")).get(
+            "sha256"
+        )
+    except (OSError, ValueError, AttributeError):
+        described = None
+    if described is None or described != sha256:
+        fault = "missing or of another checkpoint: run base.py again"
+        findings.append(Finding(False, handin.DESCRIPTION, fault))
     return findings
 
 
 def _report(output: Path, sha256: str | None) -> Finding:
-    """Whether both forms of the report are of this checkpoint, and its pictures are there."""
-    folder = output / "report"
-    faults = []
-    try:
-        text = (folder / "report.md").read_text(encoding="utf-8")
-    except (OSError, ValueError):
-        faults.append("report.md cannot be read")
-    else:
+    """Whether both forms of the report are of this checkpoint, with all their pictures."""
+    faults, pictures = [], []
+    for name in ("report.md", "report.html"):
+        try:
+            text = (output / "report" / name).read_text(encoding="utf-8")
+        except (OSError, ValueError):
+            faults.append(f"{name} cannot be read")
+            continue
         if set(re.findall(r"\b[0-9a-f]{64}\b", text)) != {sha256}:
-            faults.append("report.md is of another checkpoint")
-        links = re.findall(r"!\[.*?\]\(<(.+?)>\)", text)
-        faults += [f"report.md shows {link}, which is missing" for link in links
-                   if not (folder / link).is_file()]
-    try:
-        with PdfParser.PdfParser(folder / "report.pdf") as pdf:
-            pages = len(pdf.pages)
-            if getattr(pdf.info, "Subject", None) != f"checkpoint {sha256}":
-                faults.append("report.pdf is of another checkpoint")
-    except (OSError, ValueError, PdfParser.PdfFormatError):
-        faults.append("report.pdf cannot be read")
-    if faults:
-        return Finding(False, "report", "; ".join(faults) + ": run base.py or test.py again")
-    return Finding(True, "report", f"of this checkpoint, {pages} pages, all its pictures there")
+            faults.append(f"{name} is of another checkpoint")
+        if name == "report.md":
+            pictures = re.findall(r"!\[.*?\]\(<(.+?)>\)", text)
+            lost = [link for link in pictures if not (output / "report" / link).is_file()]
+            faults += [f"{name} shows {link}, which is missing" for link in lost]
+        elif text.count("<figure>") != len(pictures):
+            faults.append(f"{name} does not hold the pictures of report.md")
+    faults += ["run base.py or test.py again"] if faults else []
+    return finding("report", faults, f"of this checkpoint, {len(pictures)} pictures")
 
 
 def _data(metrics: dict, allow_sample: bool) -> list[Finding]:
     """Whether the figures are of the course's data, and what else a grader should know."""
-    findings = []
-    if sample := handin.sample_sections(metrics):
-        detail = f"{sample} used the built-in sample, not the course's data"
-        findings.append(Finding(None if allow_sample else False, "data", detail))
-    elif metrics:
-        findings.append(Finding(True, "data", "not the built-in sample"))
-    base, test = metrics.get("base") or {}, metrics.get("test") or {}
-    weights = base.get("weights") or {}
+    base, test = (metrics.get(section) or {} for section in handin.SECTIONS)
+    samples = [
+        script
+        for script, section in zip(handin.SECTIONS.values(), (base, test))
+        if (section.get("data") or {}).get("is_sample")
+    ]
+    findings = [Finding(True, "data", "not the built-in sample")] if metrics else []
+    if samples:
+        detail = f"{' and '.join(samples)} used the built-in sample, not the course's data"
+        findings = [Finding(None if allow_sample else False, "data", detail)]
+    weights, limit = base.get("weights") or {}, (base.get("settings") or {}).get("limit")
+    notes = {}
     if weights.get("pretrained") is False:
-        findings.append(Finding(None, "weights", f"VGG16's were {weights.get('origin')}, not ImageNet's"))
-    if limit := (base.get("settings") or {}).get("limit"):
-        findings.append(Finding(None, "queries", f"base.py used {limit} of each list (--limit)"))
-    if test and test.get("scenes") != ASSIGNED_SCENES:
-        findings.append(Finding(None, "scenes", f"{' '.join(test.get('scenes') or [])}, not {' '.join(ASSIGNED_SCENES)}"))
-    return findings
+        notes["weights"] = f"VGG16's were {weights.get('origin')}, not ImageNet's"
+    if limit:
+        notes["queries"] = f"base.py used {limit} of each list (--limit)"
+    if test and test.get("scenes") != list(ASSIGNED_SCENES):
+        notes["scenes"] = f"{' '.join(test.get('scenes') or [])}, not {' '.join(ASSIGNED_SCENES)}"
+    return findings + [Finding(None, subject, detail) for subject, detail in notes.items()]
 
-
-# ---------------------------------------------------------------- the command
 
 def table(findings: list[Finding]) -> str:
-    """A line a finding: tick, cross or exclamation mark, subject, detail."""
-    signs = {True: "✓", False: "✗", None: "!"}
-    try:
-        "".join(signs.values()).encode(sys.stdout.encoding or "utf-8")
-    except UnicodeEncodeError:
-        signs = {True: "+", False: "x", None: "!"}
-    width = max(len(finding.subject) for finding in findings)
-    return "\n".join(f"{signs[f.holds]} {f.subject:{width}s}  {f.detail}" for f in findings)
+    """A line a finding: whether it holds, subject, detail."""
+    words = {True: "ok", False: "FAILS", None: "note"}
+    width = max(len(each.subject) for each in findings)
+    return "\n".join(f"{words[f.holds]:6s}{f.subject:{width}s}  {f.detail}" for f in findings)
 
 
 def pack(output: Path, archive: Path) -> int:
     """Zip what lies in `output`, in a folder of the archive's name; the number of files.
 
-    ValueError when it cannot be written.
+    Left out are caches, hidden files, rendered images and what only resuming a training needs.
+    InputError when it cannot be written.
     """
-    files = [
-        file for file in sorted(output.rglob("*"))
-        if file.is_file() and file.resolve() != archive.resolve() and _is_packed(file.relative_to(output))
-    ]
+    files = []
+    for file in sorted(output.rglob("*")):
+        inside = file.relative_to(output)
+        hidden = any(part.startswith(".") or part == "__pycache__" for part in inside.parts)
+        resuming = inside.parts[0] == "checkpoints" and inside.as_posix() not in RESULTS
+        rendered = inside.parts[:2] == ("dataset", "sample") and file.suffix != ".py"
+        if file.is_file() and file.resolve() != archive.resolve():
+            files += [] if hidden or resuming or rendered else [file]
 
     def write(part: Path) -> None:
         with zipfile.ZipFile(part, "w", zipfile.ZIP_DEFLATED) as packed:
@@ -296,46 +292,39 @@ def pack(output: Path, archive: Path) -> int:
     return len(files)
 
 
-def _is_packed(file: Path) -> bool:
-    """Whether a file of the folder goes into the archive: no caches, hidden files, rendered sample, and
-    nothing that only resuming a training needs."""
-    if any(part.startswith(".") or part == "__pycache__" for part in file.parts):
-        return False
-    if file.parts[0] == "checkpoints":
-        return file.as_posix() in handin.RESULTS
-    return file.parts[:2] != ("dataset", "sample")
-
-
 def main(argv: list[str] | None = None) -> int:
     """The command: 0 when all holds, 1 when something fails, 2 for bad input."""
-    parser = argparse.ArgumentParser(prog="python -m reporting.handin", description="Check a hand-in as a grader would.")
-    parser.add_argument("output", type=Path, nargs="?", default=Path("output"), help="default: %(default)s")
-    parser.add_argument("--zip", type=Path, metavar="NAME", help="pack the folder into this file if all holds")
-    parser.add_argument("--allow-sample", action="store_true", help="accept results on the built-in sample")
+    parser = argparse.ArgumentParser(
+        prog="python -m reporting.check", description="Check a hand-in as a grader would."
+    )
+    option = parser.add_argument
+    option("output", type=Path, nargs="?", default=Path("output"), help="default: %(default)s")
+    option("--zip", type=Path, metavar="NAME", help="pack the folder into this file if all holds")
+    option("--allow-sample", action="store_true", help="accept results on the built-in sample")
     args = parser.parse_args(argv)
-    with on_screen():
-        return run(args)
+    try:
+        with on_screen():
+            return run(args.output, args.zip, args.allow_sample)
+    except InputError as error:
+        return refuse("reporting.check", error)
 
 
-def run(args: argparse.Namespace) -> int:
+def run(output: Path, archive: Path | None, allow_sample: bool) -> int:
     """Print the findings, and pack what holds; the exit code."""
-    if not args.output.is_dir():
-        print(f"reporting.handin: {args.output} is no folder: run base.py, or name its --output.", file=sys.stderr)
-        return 2
-    findings = examine(args.output, args.allow_sample)
+    if not output.is_dir():
+        raise InputError(f"{output} is no folder: run base.py, or name its --output.")
+    findings = examine(output, allow_sample)
     print(table(findings))
-    failed = sum(finding.holds is False for finding in findings)
-    if failed:
-        not_packed = "" if args.zip is None else f" {args.zip} was not written."
-        print(f"Not ready to be handed in: {failed} {'check fails' if failed == 1 else 'checks fail'}.{not_packed}")
+    if failed := sum(each.holds is False for each in findings):
+        not_packed = "" if archive is None else f" {archive} was not written."
+        print(f"Not ready to be handed in, checks that fail: {failed}.{not_packed}")
         return 1
     print("Ready to be handed in.")
-    if args.zip is not None:
-        archive = args.zip if args.zip.suffix else args.zip.with_suffix(".zip")
-        try:
-            count = pack(args.output, archive)
-        except ValueError as error:
-            print(f"reporting.handin: {error}", file=sys.stderr)
-            return 2
-        print(f"{count} files packed into {archive}.")
+    if archive is not None:
+        archive = archive if archive.suffix else archive.with_suffix(".zip")
+        print(f"{pack(output, archive)} files packed into {archive}.")
     return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,69 +1,174 @@
-"""Fills output/, the folder that is handed in, and says what it still lacks.
+"""Fills output/, the folder that is handed in: files written whole, metrics.json, copies of the code.
 
-    python -m reporting.handin                      # check output/ as a grader would (check.py)
-    python -m reporting.handin DIR --zip pa1.zip    # and pack it if all holds
-
-The scripts call `write_whole`, `copy_code`, `update_metrics` and `missing`; nothing here calls them
-back.
+The scripts call this room; it calls none of them back. check.py looks at what lies there.
 """
 
 import hashlib
 import json
 import math
 import os
-import sys
+import time
+import traceback
 from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
+from typing import TypeVar
+from uuid import uuid4
+
+import torch
+
+from model import InputError, warn
 
 SCRIPTS = ("base.py", "model.py", "train.py", "eval.py", "test.py")
-PACKAGES = ("localization", "reporting", "training")
-SAMPLE_FILES = ("dataset/__init__.py", "dataset/lists.py", "dataset/sample.py")
-OTHER_FILES = ("requirements.txt", "LICENSE")
-IGNORED_FOLDERS = {"__pycache__", ".cache"}
+OTHER_FILES = ("requirements.txt", "LICENSE", "reporting/method.md", "reporting/fonts/LICENSE")
+# Whose code is handed in; not what lies deeper, where data may be.
+FOLDERS = "dataset dataset/sample localization recognition reporting reporting/fonts training"
+CODE_SUFFIXES = {".py", ".ttf", ".html"}
 
 CHECKPOINT = "checkpoints/netvlad_final.pth"
 DESCRIPTION = "checkpoints/netvlad_final.json"
-# What a hand-in holds besides the code, and which script makes it.
-RESULTS = {
-    CHECKPOINT: "base.py",
-    DESCRIPTION: "base.py",
-    "task3_result.png": "base.py",
-    "result_pose_eval.txt": "test.py",
-    "estimated_poses.tsv": "test.py",
-    "metrics.json": "base.py and test.py",
-    "report/report.md": "base.py and test.py",
-    "report/report.pdf": "base.py and test.py",
-}
-SECTIONS = {"base": "base.py", "test": "test.py"}
+LAST = "checkpoints/last.pth"  # what an unfinished run goes on from
+SECTIONS = {"base": "base.py", "test": "test.py"}  # of metrics.json, and who writes them
+README_TITLE = "# The hand-in of the NetVLAD project"
+README = f"""{README_TITLE}
+
+`python base.py` and `python test.py` write into this folder: checkpoint, recall picture, pose results,
+report, copies of the code. Nothing in here is made by hand. Git ignores all of it but this file.
+"""
+UNSEEN = {"Thumbs.db", "desktop.ini"}  # what file managers leave behind, beside hidden files
+PAUSES_S = (0.1, 0.3, 1.0)  # before each new try to replace a file that is open elsewhere
+
+T = TypeVar("T")
 
 
-# ---------------------------------------------------------------- writing
+def check_output(folder: Path) -> None:
+    """InputError if `folder` cannot be written, or holds files and is not ours.
 
-def write_whole(path: Path, write: Callable[[Path], None]) -> None:
+    It is by our README, which claim_output puts there, metrics.json or an unfinished run's checkpoint.
+    """
+    folder = Path(folder)
+    try:
+        names = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
+    except OSError as error:
+        raise InputError(
+            f"cannot read {folder}: {error.strerror}; choose another folder."
+        ) from error
+    names = [name for name in names if not name.startswith(".") and name not in UNSEEN]
+    if names and not _is_ours(folder):
+        some = ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
+        raise InputError(
+            f"{folder} holds files that this program did not write ({some}): name a new or an empty "
+            "folder with --output."
+        )
+    probe = folder / f".{uuid4().hex}.probe"
+    write_text(probe, "")
+    probe.unlink()
+
+
+def claim_output(folder: Path) -> None:
+    """Make a folder that check_output allows ours, before a run writes into it."""
+    readme = Path(folder) / "README.md"
+    if not readme.exists() or _has_title(readme):
+        write_text(readme, README)
+
+
+def _is_ours(folder: Path) -> bool:
+    try:
+        sections = [read_metrics(folder).get(name) for name in SECTIONS]
+    except InputError:
+        sections = []
+    return (
+        _has_title(folder / "README.md")
+        or any(isinstance(section, dict) and "checkpoint" in section for section in sections)
+        or (folder / LAST).exists()
+    )
+
+
+def _has_title(readme: Path) -> bool:
+    try:
+        return readme.read_text(encoding="utf-8").startswith(README_TITLE)
+    except (OSError, ValueError):
+        return False
+
+
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill a temporary file beside `path`, then move it there in one step.
 
     Whoever reads `path` sees the old file or the new one, never half of one. The temporary file has
-    the suffix of `path`, by which Pillow chooses the format. ValueError when it cannot be written.
+    the suffix of `path`, by which Pillow chooses the format, and a name that no other thread or run
+    takes. InputError when it cannot be written.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}.part{path.suffix}")
+    temporary = path.with_name(f".{uuid4().hex}.part{path.suffix}")
     try:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             write(temporary)
-            os.replace(temporary, path)
+            _replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
     except OSError as error:
-        reason = error.strerror or str(error)
-        raise ValueError(f"cannot write {path}: {reason}; choose another --output") from error
+        mend = "close what has it open, or " if isinstance(error, PermissionError) else ""
+        raise InputError(
+            f"cannot write {path}: {error.strerror or error}; {mend}choose another folder."
+        ) from error
+
+
+def _replace(source: Path, target: Path) -> None:
+    """os.replace; Windows refuses while another program has the target open: tried a few times."""
+    for pause_s in PAUSES_S:
+        try:
+            return os.replace(source, target)
+        except PermissionError:
+            time.sleep(pause_s)
+    return os.replace(source, target)
+
+
+def write_or_warn(path: Path, write: Callable[[Path], object]) -> None:
+    """As write_whole, but what cannot be written now costs a warning, not the run."""
+    try:
+        write_whole(path, write)
+    except InputError as error:
+        warn(f"{error} The run goes on without.")
+
+
+def draw_or_warn(what: str, draw: Callable[[], T]) -> T | None:
+    """What `draw` returns; None when it fails, which costs this picture and a warning that names it.
+
+    The traceback of what is not bad input goes to stderr.
+    """
+    try:
+        return draw()
+    except Exception as error:  # noqa: BLE001, whatever fails in a picture must not cost the run
+        if not isinstance(error, InputError):
+            traceback.print_exc()
+        warn(f"{what} is missing, it could not be drawn: {type(error).__name__}: {error}")
+        return None
+
+
+def tensors(state: object) -> Callable[[Path], None]:
+    """What `write_whole` needs to torch.save `state`; on a full disk an OSError, as of any file."""
+
+    def write(path: Path) -> None:
+        with open(path, "wb") as file:
+            torch.save(state, file)
+
+    return write
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write UTF-8 with \\n line ends, whole; what is no valid Unicode in file names as escapes."""
+    content = text.encode("utf-8", "backslashreplace")
+    write_whole(path, lambda part: part.write_bytes(content))
 
 
 def file_sha256(path: Path) -> str:
     """SHA-256 of a file's bytes as hexadecimal: what ties results to a checkpoint."""
+    digest = hashlib.sha256()
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def describe_checkpoint(checkpoint: Path, section: dict) -> str:
@@ -73,97 +178,108 @@ def describe_checkpoint(checkpoint: Path, section: dict) -> str:
     """
     sha256 = file_sha256(checkpoint)
     keys = ("weights", "data", "seed", "clusters", "versions", "settings")
-    text = json.dumps(
-        {"sha256": sha256, **{key: section[key] for key in keys}}, indent=2, ensure_ascii=False
-    )
-    content = text.encode("utf-8", "backslashreplace")
-    write_whole(checkpoint.with_suffix(".json"), lambda part: _write_bytes(part, content))
+    described = {"sha256": sha256, **{key: section[key] for key in keys}}
+    write_text(checkpoint.with_suffix(".json"), json.dumps(described, indent=2, ensure_ascii=False))
     return sha256
 
 
 def write_log(output: Path, epochs: list[dict]) -> None:
-    """train_log.csv: the numbers of each epoch, a line each."""
+    """train_log.csv: the numbers of each epoch, a line each; a warning where it cannot be written."""
     rows = [epochs[0], *(epoch.values() for epoch in epochs)]
     text = "".join(",".join(map(str, row)) + "\n" for row in rows)
-    write_whole(output / "train_log.csv", lambda part: _write_bytes(part, text.encode()))
+    write_or_warn(output / "train_log.csv", lambda part: part.write_bytes(text.encode()))
 
 
 def code_files(project: Path) -> list[str]:
     """The code that is handed in, as paths relative to `project` with forward slashes."""
-    packaged = [
+    single = [name for name in (*SCRIPTS, *OTHER_FILES) if (project / name).is_file()]
+    return single + [
         file.relative_to(project).as_posix()
-        for package in PACKAGES
-        for file in sorted((project / package).rglob("*"))
-        if file.is_file()
-        and not file.name.startswith(".")
-        and not IGNORED_FOLDERS & set(file.relative_to(project).parts)
+        for folder in FOLDERS.split()
+        for file in sorted((project / folder).glob("[!.]*"))
+        if file.is_file() and file.suffix in CODE_SUFFIXES
     ]
-    single = [name for name in (*SCRIPTS, *SAMPLE_FILES, *OTHER_FILES) if (project / name).is_file()]
-    return single + packaged
 
 
 def copy_code(project: Path, output: Path) -> None:
     """Copy the code to `output`, so that it runs from there; nothing when both are one folder.
 
-    A .py file in the copied packages that the project no longer has is removed: it would be
-    imported. ValueError when something cannot be written.
+    metrics.json keeps the hash of each copy. A file that is no copy, or was edited since, is neither
+    replaced nor removed; a warning names it. InputError when something cannot be written.
     """
     project, output = Path(project).resolve(), Path(output).resolve()
     if project == output:
         return
-    names = code_files(project)
-    for name in names:
-        content = (project / name).read_bytes()
-        target = output / name
-        if not (target.is_file() and target.read_bytes() == content):
-            write_whole(target, lambda part, content=content: _write_bytes(part, content))
-    for package in PACKAGES:
-        for copy in (output / package).rglob("*.py"):
-            if copy.relative_to(output).as_posix() not in names:
-                copy.unlink()
+    metrics = _metrics_or_new(output)
+    copies = metrics.setdefault("copies", {})
+    names, kept = code_files(project), []
+    try:
+        for name in names:
+            target, content = output / name, (project / name).read_bytes()
+            there = file_sha256(target) if target.is_file() else None
+            wanted = hashlib.sha256(content).hexdigest()
+            if there not in (None, wanted, copies.get(name)):
+                kept.append(name)
+                continue
+            if there != wanted:
+                write_whole(
+                    target, lambda part, content=content: part.write_bytes(content) and None
+                )
+            copies[name] = wanted
+        for name in sorted(copies.keys() - set(names)):  # the project has it no more
+            target = output / name
+            if target.is_file() and file_sha256(target) == copies[name]:
+                target.unlink()
+            del copies[name]
+    finally:
+        _write_metrics(output, metrics)
+    if kept:
+        warn(
+            f"{', '.join(kept)} in {output} were not written by this program, or edited since, and "
+            "are kept as they are: move them away and run again to have the project's."
+        )
 
-
-def _write_bytes(path: Path, content: bytes) -> None:
-    path.write_bytes(content)
-
-
-# ---------------------------------------------------------------- metrics.json
 
 def read_metrics(output: Path) -> dict:
-    """What metrics.json holds; {} without the file; ValueError when it is broken."""
+    """What metrics.json holds; {} without the file; InputError when it is broken."""
     path = Path(output) / "metrics.json"
     if not path.exists():
         return {}
     try:
         return dict(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
-        raise ValueError(f"{path} cannot be read ({error}); delete it and run again") from error
+        raise InputError(f"{path} cannot be read ({error}); delete it and run again.") from error
 
 
 def update_metrics(output: Path, section: str, data: dict, checkpoint_sha256: str) -> dict:
     """Replace one script's section of metrics.json, and return the whole.
 
     The section gets the checkpoint's hash and the date; sections of another checkpoint are marked
-    `"stale": true`, those of this one are unmarked. A broken file is begun anew, and its "warnings"
-    say so. Numbers that JSON does not have (NaN, infinities) become null.
+    `"stale": true`, those of this one are unmarked. Numbers that JSON does not have (NaN, infinities)
+    become null.
     """
-    output = Path(output)
-    try:
-        metrics = read_metrics(output)
-    except ValueError:
-        lost = f"metrics.json was broken and was begun anew on {_now()}: earlier sections are lost"
-        metrics = {"warnings": [lost]}
+    metrics = _metrics_or_new(output)
     metrics[section] = {**data, "checkpoint": checkpoint_sha256, "date": _now()}
-    for value in metrics.values():
-        if isinstance(value, dict) and "checkpoint" in value:
-            value.pop("stale", None)
-            if value["checkpoint"] != checkpoint_sha256:
-                value["stale"] = True
+    for name in SECTIONS.keys() & metrics.keys():
+        metrics[name].pop("stale", None)
+        if metrics[name].get("checkpoint") != checkpoint_sha256:
+            metrics[name]["stale"] = True
+    return _write_metrics(output, metrics)
+
+
+def _metrics_or_new(output: Path) -> dict:
+    """What metrics.json holds; a broken file is begun anew, and its "warnings" say so."""
+    try:
+        return read_metrics(output)
+    except InputError:
+        lost = f"metrics.json was broken and was begun anew on {_now()}: earlier sections are lost"
+        return {"warnings": [lost]}
+
+
+def _write_metrics(output: Path, metrics: dict) -> dict:
     metrics = _plain(metrics)
     text = json.dumps(metrics, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-    # A file name that is no valid Unicode has lone surrogates, which UTF-8 cannot hold.
-    content = text.encode("utf-8", "backslashreplace")
-    write_whole(output / "metrics.json", lambda part: _write_bytes(part, content))
+    write_text(Path(output) / "metrics.json", text)
     return metrics
 
 
@@ -184,44 +300,3 @@ def _plain(value):
     if value is None or isinstance(value, (bool, int, str)):
         return value
     return str(value)
-
-
-# ---------------------------------------------------------------- what is missing
-
-def missing(output: Path) -> list[str]:
-    """What the hand-in still lacks, a short sentence each; [] when it looks complete.
-
-    Cheap enough for the last lines of both scripts.
-    """
-    output = Path(output)
-    lacks = [
-        f"{name}: {maker} writes it" for name, maker in RESULTS.items()
-        if not (output / name).is_file()
-    ]
-    lacks += [f"{name}: base.py copies it" for name in SCRIPTS if not (output / name).is_file()]
-    try:
-        metrics = read_metrics(output)
-    except ValueError as error:
-        return [*lacks, str(error)]
-    for section, script in SECTIONS.items():
-        if section not in metrics:
-            lacks.append(f"the results of {script}: run it")
-        elif metrics[section].get("stale"):
-            lacks.append(f"results of {script} for this checkpoint: run it again")
-    if sample := sample_sections(metrics):
-        lacks.append(f"results on the course's data: {sample} used the built-in sample")
-    return lacks
-
-
-def sample_sections(metrics: dict) -> str:
-    """The scripts whose results come from the built-in sample, joined by "and"; "" for none."""
-    return " and ".join(
-        script for section, script in SECTIONS.items()
-        if metrics.get(section, {}).get("data", {}).get("is_sample")
-    )
-
-
-if __name__ == "__main__":
-    from reporting.check import main  # only here: it imports this module
-
-    sys.exit(main())

@@ -1,11 +1,12 @@
-"""The pictures of task 4, computed from the views and poses of a run and drawn by figures.py.
+"""The pictures of task 4, computed from the views and poses of a run and drawn by pose_figures.py.
 
 Only three queries are shown with their matches, so matches and points are found again for these
 instead of being carried along for all.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,11 @@ import torch
 from localization.cameras import Convention, poses_from_file, project
 from localization.matching import Matches, View, epipolar_mask, mutual_matches
 from localization.triangulation import triangulate_views
-from reporting import figures
+from model import InputError
+from reporting.canvas import Block, save
+from reporting.figures import meters
+from reporting.handin import draw_or_warn, read_metrics
+from reporting.pose_figures import ShownMatches, draw_errors, draw_matches, draw_poses
 
 SHOWN_RATIO = 0.9  # matches less distinct than this are neither drawn nor counted
 PARTNERS = 8  # index images, nearest to the shown one, from which its points are triangulated
@@ -41,107 +46,132 @@ def write_pose_pictures(output: Path, frames: PosedFrames, answers: Sequence[dic
     """Write errors, scenes and matches into `output`/report; -> {"file", "caption"} of each.
 
     answers: the dictionaries "per_query" of metrics.json, one a query in the order of frames.queries.
-    Pictures of an earlier run are removed.
+    A picture that fails is left out with a warning. Pictures that metrics.json names, those of the
+    run before, are removed: so this comes before update_metrics.
     """
     folder = Path(output) / "report"
-    for old in (*folder.glob("poses_*.png"), *folder.glob("matches_*.png"), folder / "errors.png"):
-        old.unlink(missing_ok=True)
+    for old in _earlier(output):
+        (folder / old).unlink(missing_ok=True)
+    curves = "Share of queries below a position or rotation error."
+    drawings = [("errors.png", curves, partial(_errors, answers))]
+    for scene in dict.fromkeys(frames.scenes):
+        caption = f"Scene {scene}: index cameras, true and estimated query cameras."
+        drawings.append((f"poses_{scene}.png", caption, partial(_scene, frames, answers, scene)))
     return [
-        *_errors(folder, answers),
-        *(_scene(folder, scene, frames, answers) for scene in dict.fromkeys(frames.scenes)),
-        *_matches(folder, frames, answers),
+        {"file": name, "caption": caption}
+        for name, caption, draw in [*drawings, *_matches(frames, answers)]
+        if draw_or_warn(f"report/{name}", partial(_write, folder / name, draw))
     ]
 
 
-def _errors(folder: Path, answers: Sequence[dict]) -> list[dict]:
+def _write(file: Path, draw: Callable[[], Block | None]) -> bool:
+    """Draw a picture and write it, if there is something to draw."""
+    picture = draw()
+    if picture is not None:
+        save(file, picture)
+    return picture is not None
+
+
+def _earlier(output: Path) -> list[str]:
+    """The names of the pictures that the run before wrote."""
+    try:
+        pictures = (read_metrics(output).get("test") or {}).get("pictures") or []
+    except InputError:
+        return []
+    return [Path(picture["file"]).name for picture in pictures]
+
+
+def _errors(answers: Sequence[dict]) -> Block | None:
+    """The curves of the errors; None where none is known."""
     ours, retrieval = (
         np.array([[answer[f"{kind}_m"], answer[f"{kind}_deg"]] for answer in answers], float)
         for kind in ("error", "retrieval")
     )
-    if not np.isfinite(ours).all(axis=1).any():
-        return []
-    figures.error_curve_picture(folder / "errors.png", ours, retrieval)
-    return [{"file": "errors.png", "caption": "Share of queries below a position or rotation error."}]
+    known = np.isfinite(ours).all(axis=1).any()
+    return draw_errors(ours, retrieval) if known else None
 
 
-def _scene(folder: Path, scene: str, frames: PosedFrames, answers: Sequence[dict]) -> dict:
-    convention = frames.conventions[scene]
+def _scene(frames: PosedFrames, answers: Sequence[dict], scene: str) -> Block:
     index = [row for row in frames.index if frames.scenes[row] == scene]
-    shown = [(row, answer) for row, answer in zip(frames.queries, answers, strict=True)
-             if frames.scenes[row] == scene]
+    shown = [
+        (row, answer)
+        for row, answer in zip(frames.queries, answers, strict=True)
+        if frames.scenes[row] == scene
+    ]
     true = frames.poses[[row for row, _ in shown]]
     estimated = np.array([answer["pose"] for _, answer in shown]).reshape(-1, 7)
-    name = f"poses_{scene}.png"
-    figures.poses_picture(
-        folder / name, scene, *_centers_and_directions(frames.poses[index], convention),
-        *_centers_and_directions(true, convention), *_centers_and_directions(estimated, convention),
-        [answer["path"] for _, answer in shown],
+    cameras = (
+        _centers_and_directions(poses, frames.conventions[scene])
+        for poses in (frames.poses[index], true, estimated)
     )
-    return {"file": name, "caption": f"Scene {scene}: index cameras, true and estimated query cameras."}
+    return draw_poses(scene, *cameras, [answer["path"] for _, answer in shown])
 
 
-def _centers_and_directions(poses: np.ndarray, convention: Convention) -> tuple[np.ndarray, np.ndarray]:
+def _centers_and_directions(
+    poses: np.ndarray, convention: Convention
+) -> tuple[np.ndarray, np.ndarray]:
     """Camera centers (n, 3) and viewing directions (n, 3) in the world, of rows of a pose file."""
     R, c = poses_from_file(poses, convention)
     return c.numpy(), R[:, :, 2].numpy()
 
 
-def _matches(folder: Path, frames: PosedFrames, answers: Sequence[dict]) -> list[dict]:
-    """The best, the median and the worst query, each with the index image that its pose explains best."""
-    errors = [answer["error_m"] for answer in answers]
-    measured = np.isfinite(errors).any()
-    doubts = errors if measured else [1 - answer["confidence"] for answer in answers]
+def _matches(frames: PosedFrames, answers: Sequence[dict]) -> list[tuple[str, str, Callable]]:
+    """Worst, median and best query: the name of its picture, the caption, and what draws it."""
+    errors = np.array([answer["error_m"] for answer in answers], float)
+    measured = bool(np.isfinite(errors).any())
+    doubts = errors if measured else 1 - np.array([answer["confidence"] for answer in answers])
     ranks: dict[int, list[str]] = {}
-    for rank, number in figures.choose_queries(doubts).items():
+    for rank, number in choose_queries(doubts).items():
         ranks.setdefault(number, []).append(rank)
-    pictures = []
+    by = "position error" if measured else "confidence"
+    drawings = []
     for number, names in reversed(ranks.items()):
-        query, answer = frames.queries[number], answers[number]
-        index = [row for row in frames.index if frames.scenes[row] == frames.scenes[query]]
-        if not index:
-            continue
-        shown = _best_explained(
-            _placed(frames, query, answer), [frames.views[row] for row in index])
-        by = "position error" if measured else "confidence"
-        caption = f"{' and '.join(names).capitalize()} query by {by}: {_verdict(answer)}"
-        file = figures.matches_name(answer["path"])
-        figures.matches_picture(
-            folder / file, frames.paths[query], frames.paths[index[shown.number]], shown.query_px,
-            shown.index_px, shown.inlier, shown.projected_px, caption)
-        pictures.append({"file": file, "caption": f"{caption}."})
-    return pictures
+        answer, path = answers[number], Path(answers[number]["path"])
+        caption = f"{' and '.join(names).capitalize()} query by {by}: {_verdict(answer)}."
+        draw = partial(_match_picture, frames, answers, number, caption)
+        drawings.append(
+            (f"matches_{frames.scenes[frames.queries[number]]}_{path.stem}.png", caption, draw)
+        )
+    return drawings
+
+
+def choose_queries(error_m: Sequence[float]) -> dict[str, int]:
+    """The queries with the smallest, the median and the largest error; {} if no error is known."""
+    order = [int(query) for query in np.argsort(error_m) if np.isfinite(error_m[query])]
+    if not order:
+        return {}
+    return {"best": order[0], "median": order[(len(order) - 1) // 2], "worst": order[-1]}
+
+
+def _match_picture(
+    frames: PosedFrames, answers: Sequence[dict], number: int, caption: str
+) -> Block | None:
+    """A query with the index image that its pose explains best; None where its scene has none."""
+    query = frames.queries[number]
+    index = [row for row in frames.index if frames.scenes[row] == frames.scenes[query]]
+    if not index:
+        return None
+    placed = _placed(frames, query, answers[number])
+    best, shown = _best_explained(placed, [frames.views[row] for row in index])
+    return draw_matches((frames.paths[query], frames.paths[index[best]]), shown, caption)
 
 
 def _verdict(answer: dict) -> str:
     """Errors, method and confidence of an answer, as far as they are known."""
     facts = [f"method {answer['method']}", f"confidence {answer['confidence']:.2f}"]
     if np.isfinite(answer["error_m"]):
-        facts.insert(0, f"{figures.meters(answer['error_m'])} and {answer['error_deg']:.2f}° off")
+        facts.insert(0, f"{meters(answer['error_m'])} and {answer['error_deg']:.2f}° off")
     return ", ".join(facts)
 
 
 def _placed(frames: PosedFrames, query: int, answer: dict) -> View:
     """The view of a query at its estimated pose."""
     R, c = poses_from_file([answer["pose"]], frames.conventions[frames.scenes[query]])
-    view = frames.views[query]
-    device = view.features.xy_px.device
-    return replace(view, R_world_from_cam=R[0].to(device), c_world=c[0].to(device))
+    return replace(frames.views[query], R_world_from_cam=R[0], c_world=c[0])
 
 
-@dataclass(frozen=True)
-class _Shown:
-    """Number of an index view and m matches with it: px in both images (m, 2), which the pose allows
-    (m,), and the matched points as the pose projects them into the query, px (m, 2), NaN for none."""
-
-    number: int
-    query_px: np.ndarray
-    index_px: np.ndarray
-    inlier: np.ndarray
-    projected_px: np.ndarray
-
-
-def _best_explained(query: View, views: Sequence[View]) -> _Shown:
-    """The matches of a posed query with the index view in which most of them fit its pose."""
+def _best_explained(query: View, views: Sequence[View]) -> tuple[int, ShownMatches]:
+    """Number of the index view in which most matches of a posed query fit its pose, and these."""
     sketch = _only(query, slice(SKETCH))
     fitting = [int(_fitting_matches(sketch, _only(view, slice(SKETCH)))[1].sum()) for view in views]
     number = int(np.argmax(fitting))
@@ -154,7 +184,7 @@ def _best_explained(query: View, views: Sequence[View]) -> _Shown:
     seen = points.valid[matches.b] & (in_camera[:, 2] > 0)
     projected = project(query.camera, in_camera).where(seen[:, None], torch.nan)
     pixels = (query.features.xy_px[matches.a], view.features.xy_px[matches.b], inlier, projected)
-    return _Shown(number, *(values.cpu().numpy() for values in pixels))
+    return number, ShownMatches(*(values.numpy() for values in pixels))
 
 
 def _fitting_matches(query: View, view: View) -> tuple[Matches, torch.Tensor]:

@@ -6,42 +6,44 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
-from functools import partialmethod
 
 import numpy
 import PIL
 import torch
 import torchvision
-from tqdm import tqdm
 
-_voice = sys.stdout  # what `aloud` prints to: the standard output that `on_screen` found
+from model import progress
+
+_screen = sys.stdout  # what `always_printed` prints to: the standard output that `on_screen` found
 
 
 @contextmanager
 def on_screen(quiet: bool = False) -> Iterator[None]:
     """What a script runs in: no progress bars where nobody sees them, no character that stops it.
 
-    quiet: nothing of what is printed appears, nor bars, but for what is printed inside `aloud`;
-    warnings, on stderr, do. A character that the console's encoding lacks is printed as an escape.
+    quiet: nothing of what is printed appears, nor bars, but for what is printed inside
+    `always_printed`; warnings, on stderr, do. A character that the console's encoding lacks is
+    printed as an escape.
     """
-    global _voice
-    _voice, constructor = sys.stdout, tqdm.__init__
+    global _screen
+    _screen, progress.hidden = sys.stdout, quiet
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
-    # tqdm reads its settings from the environment when it is imported: too early for an option.
-    tqdm.__init__ = partialmethod(constructor, disable=quiet or not sys.stderr.isatty())
     try:
-        with open(os.devnull, "w", encoding="utf-8") as nowhere, redirect_stdout(nowhere if quiet else _voice):
+        with (
+            open(os.devnull, "w", encoding="utf-8") as nowhere,
+            redirect_stdout(nowhere if quiet else _screen),
+        ):
             yield
     finally:
-        tqdm.__init__ = constructor
+        progress.hidden = False
 
 
 @contextmanager
-def aloud() -> Iterator[None]:
+def always_printed() -> Iterator[None]:
     """What is printed in here appears also when the script is quiet."""
-    with redirect_stdout(_voice):
+    with redirect_stdout(_screen):
         yield
 
 
@@ -60,8 +62,8 @@ def versions() -> dict[str, str]:
     machine = f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores"
     if torch.cuda.is_available():
         machine += f", {torch.cuda.get_device_name()}"
-    found = {"python": platform.python_version(), **{k: v.__version__ for k, v in packages.items()}}
-    return {**found, "machine": machine}
+    found = {name: package.__version__ for name, package in packages.items()}
+    return {"python": platform.python_version(), **found, "machine": machine}
 
 
 def print_recall_table(recall: dict[str, dict]) -> None:

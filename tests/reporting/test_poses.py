@@ -10,7 +10,8 @@ from PIL import Image
 from localization.cameras import OPENCV, Camera, poses_to_file, project
 from localization.features import Features
 from localization.matching import View
-from reporting import poses
+from model import WARNINGS
+from reporting import handin, poses
 
 CAMERA = Camera(320.0, 320.0, 320.0, 240.0, 640, 480)
 SWAPPED = 20  # keypoints of the first image that carry another point's descriptor
@@ -35,14 +36,14 @@ def make_views(centers: list[list[float]], seed: int = 0) -> list[View]:
             order = torch.randperm(200, generator=generator)
         xy_px = project(CAMERA, points - center).float()
         ones = torch.ones(200)
-        features = Features(xy_px[order], ones, 0 * ones, ones, own[order], 0 * ones)
+        features = Features(xy_px[order], ones, 0 * ones, ones, own[order])
         views.append(View(features, CAMERA, torch.eye(3, dtype=torch.float64), center))
     return views
 
 
 def test_wrong_matches_are_outliers_and_points_fall_on_their_keypoints():
     query, *index = make_views([[0, 0, 0], [0.5, 0.1, 0], [-0.4, 0.3, 0.2], [0.2, -0.5, 0.1]])
-    shown = poses._best_explained(query, index)
+    _, shown = poses._best_explained(query, index)
     assert len(shown.inlier) == 200
     assert shown.inlier[SWAPPED:].all() and shown.inlier[:SWAPPED].sum() <= 3
     distance = np.linalg.norm(shown.projected_px - shown.query_px, axis=1)
@@ -53,7 +54,7 @@ def test_the_index_image_that_the_pose_explains_best_is_shown():
     query, *index = make_views([[0, 0, 0], [0.5, 0.1, 0], [-0.4, 0.3, 0.2], [0.2, -0.5, 0.1]])
     for view in (index[0], index[2]):  # their descriptors tell nothing of where they look
         view.features.descriptors[:] = view.features.descriptors.flip(0)
-    assert poses._best_explained(query, index).number == 1
+    assert poses._best_explained(query, index)[0] == 1
 
 
 @pytest.fixture
@@ -78,18 +79,37 @@ def run(tmp_path) -> tuple[poses.PosedFrames, list[dict]]:
     return frames, answers
 
 
-def test_worst_median_and_best_query_are_shown_and_old_pictures_go(run, tmp_path):
+def test_worst_median_and_best_query_are_shown_and_those_of_the_run_before_go(run, tmp_path):
     (tmp_path / "report").mkdir()
-    for old in ("matches_P009_000001.png", "poses_P009.png"):
-        (tmp_path / "report" / old).touch()
+    earlier = ["matches_P009_000001.png", "poses_P009.png", "../gone.png"]
+    pictures = [{"file": name, "caption": ""} for name in earlier]
+    handin.update_metrics(tmp_path, "test", {"pictures": pictures}, "one")
+    mine = "poses_of_my_own.png"
+    for name in (*earlier, mine):
+        (tmp_path / "report" / name).touch()
     written = poses.write_pose_pictures(tmp_path, *run)
     assert [picture["file"] for picture in written] == [
-        "errors.png", "poses_P001.png", "matches_P001_5.png", "matches_P001_0.png", "matches_P001_3.png",
-    ]  # fmt: skip
+        "errors.png",
+        "poses_P001.png",
+        "matches_P001_5.png",
+        "matches_P001_0.png",
+        "matches_P001_3.png",
+    ]
     assert [picture["caption"].split()[0] for picture in written[2:]] == ["Worst", "Median", "Best"]
-    assert "3.0 m and 0.10° off" in written[2]["caption"]
+    assert "3 m and 0.10° off" in written[2]["caption"]
     there = {p.name for p in (tmp_path / "report").iterdir()}
-    assert there == {picture["file"] for picture in written}
+    assert there == {picture["file"] for picture in written} | {mine}
+    assert (tmp_path / "gone.png").exists()  # outside the report, whatever metrics.json says
+
+
+def test_a_picture_that_fails_costs_itself_and_a_warning(run, tmp_path, monkeypatch, capsys):
+    WARNINGS.clear()
+    monkeypatch.setattr(poses, "draw_poses", lambda *given: 1 / 0)
+    written = poses.write_pose_pictures(tmp_path, *run)
+    assert len(written) == 4 and not any(p["file"].startswith("poses") for p in written)
+    assert "report/poses_P001.png" in WARNINGS[0] and "ZeroDivision" in WARNINGS[0]
+    assert "Traceback" in capsys.readouterr().err
+    WARNINGS.clear()
 
 
 def test_without_truth_the_confidence_chooses_and_there_is_no_error_curve(run, tmp_path):

@@ -5,10 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tqdm import tqdm
-
-from model import WARNINGS, warn
-from reporting.screen import aloud, on_screen, phase
+from model import progress, warn
+from reporting.screen import always_printed, on_screen, phase
 
 ROOT = Path(__file__).parents[2]
 
@@ -17,40 +15,50 @@ def work() -> dict[str, float]:
     """What a script does, in small."""
     seconds: dict[str, float] = {}
     with phase("counting", seconds):
-        for _ in tqdm(range(3), desc="bar"):
+        for _ in progress(range(3), desc="bar"):
             print("a remark")
     warn("a warning of this test")
-    with aloud():
+    with always_printed():
         print("the result")
     print("a last word")
     return seconds
 
 
 def test_quiet_leaves_results_and_warnings(capsys):
-    WARNINGS.clear()
     with on_screen(quiet=True):
         assert work()["counting"] >= 0
     print("afterwards")
     said = capsys.readouterr()
     assert said.out == "the result\nafterwards\n"
     assert said.err.strip() == "WARNING: a warning of this test"
-    WARNINGS.clear()
 
 
 def test_no_bars_where_stderr_is_no_terminal_and_bars_again_afterwards(capsys):
-    WARNINGS.clear()
     with on_screen():
         work()
     said = capsys.readouterr()
-    assert said.out.split("\n") == ["- counting ...", *3 * ["a remark"], "the result", "a last word", ""]
+    assert said.out.split("\n") == [
+        "- counting ...",
+        *3 * ["a remark"],
+        "the result",
+        "a last word",
+        "",
+    ]
     assert "bar" not in said.err
-    list(tqdm(range(3), desc="bar"))
-    assert "bar" in capsys.readouterr().err
-    WARNINGS.clear()
+
+
+def test_bars_go_to_a_terminal_unless_quiet(capsys, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    for quiet in (False, True):
+        with on_screen(quiet):
+            list(progress(range(3), desc="bar"))
+        assert ("bar" in capsys.readouterr().err) != quiet
 
 
 def test_letters_that_the_console_lacks_stop_nothing():
-    code = "from reporting.screen import on_screen\nwith on_screen(): print('\\ubc29/\\xe9 \\udcff')"
+    code = (
+        "from reporting.screen import on_screen\nwith on_screen(): print('\\ubc29/\\xe9 \\udcff')"
+    )
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, env={**os.environ, "PYTHONIOENCODING": "ascii"},
         capture_output=True, check=False,
