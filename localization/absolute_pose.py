@@ -1,6 +1,6 @@
-"""Camera pose from matches of image points with 3D points: P3P, MSAC, LO-RANSAC, refinement.
+"""Camera pose from matches of image points with 3D points: P3P, MSAC scores, refinement.
 
-Every function works on plain tensors, on whatever device they live, in float64, with no loop over
+Every function works on plain tensors, in float64, with no loop over
 samples. A pose is `R_cam_from_world` (3, 3), `t_cam` (3,): x_cam = R X + t. Image points are
 `xy_norm`, normalized coordinates (x/z, y/z) = K⁻¹ pixel; thresholds are in the same unit, that is
 pixels divided by the focal length. "Correspondence" i is the pair xy_norm[i], points[i].
@@ -15,29 +15,9 @@ from torch import Tensor
 
 SCORE_CHUNK = 1 << 18  # pose × correspondence pairs scored at once: stays in a core's cache
 REFINE_CHUNK = 1 << 18  # pose × correspondence pairs refined at once (about 25 MB of Jacobian)
-ROUND_SAMPLES = 1000  # minimal samples drawn, solved and scored together
-LOCAL_CANDIDATES = 8  # best poses of a round that are refined
-LOCAL_ITERATIONS = 8
 MISS_PROBABILITY = 1e-4  # RANSAC stops when a better pose is missed with this probability
-MIN_INLIERS = 4  # any three correspondences agree with some pose
-REMOVAL_FACTOR = 2.0  # a mode takes what lies within so many thresholds out of the next search
 MIN_DEPTH = 1e-6  # nearer than this counts as behind the camera
 THIN_TRIANGLE = 1e-4  # height over longest edge below which three points count as collinear
-
-
-@dataclass(frozen=True)
-class Pose:
-    """A pose found by `lo_ransac`.
-
-    inliers (n,) bool over the caller's correspondences; score: `score_poses` over all of them;
-    covariance (6, 6): see `refine_pose`.
-    """
-
-    R_cam_from_world: Tensor
-    t_cam: Tensor
-    inliers: Tensor
-    score: float
-    covariance: Tensor
 
 
 @dataclass(frozen=True)
@@ -69,11 +49,20 @@ def rotation_from_vector(omega: Tensor) -> Tensor:
     """Rotation vectors in radians (..., 3) -> matrices (..., 3, 3), by Rodrigues' formula."""
     angle = omega.norm(dim=-1)[..., None, None]
     K = skew(omega)
-    identity = torch.eye(3, dtype=omega.dtype, device=omega.device)
+    identity = torch.eye(3, dtype=omega.dtype)
     # torch.sinc(x) = sin(πx)/(πx) is smooth at zero; 1 − cos θ = 2 sin²(θ/2).
     first = torch.sinc(angle / math.pi)
     second = 0.5 * torch.sinc(angle / (2 * math.pi)).square()
     return identity + first * K + second * (K @ K)
+
+
+def angle_deg(R: Tensor) -> Tensor:
+    """Angles (...) in degrees of rotations (..., 3, 3); exact near zero: sin is half the skew part's length."""
+    axis = torch.stack(
+        [R[..., 2, 1] - R[..., 1, 2], R[..., 0, 2] - R[..., 2, 0], R[..., 1, 0] - R[..., 0, 1]], -1
+    )
+    trace = R.diagonal(dim1=-2, dim2=-1).sum(-1)
+    return torch.rad2deg(torch.atan2(axis.norm(dim=-1), trace - 1))
 
 
 # ---------------------------------------------------------------- P3P
@@ -121,7 +110,7 @@ def p3p(ray_cam: Tensor, point_world: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
     R, t = R.permute(3, 2, 0, 1), t.permute(2, 1, 0)
     valid = valid.transpose(0, 1)
-    identity = torch.eye(3, dtype=R.dtype, device=R.device)
+    identity = torch.eye(3, dtype=R.dtype)
     R = torch.where(valid[..., None, None], R, identity)
     t = torch.where(valid[..., None], t, torch.zeros_like(t))
     return R.reshape(*batch, 4, 3, 3), t.reshape(*batch, 4, 3), valid.reshape(*batch, 4)
@@ -316,7 +305,7 @@ def score_poses(
     """
     h, n = R_cam_from_world.shape[0], points.shape[0]
     if h == 0 or n == 0:
-        return torch.zeros(h, dtype=torch.float64, device=R_cam_from_world.device)
+        return torch.zeros(h, dtype=torch.float64)
     layers = [n]
     if keypoint_ids is not None:
         order, layers = _keypoint_layers(keypoint_ids)
@@ -328,7 +317,7 @@ def score_poses(
     w = None if weights is None else weights.to(torch.float32)
     R = R_cam_from_world.to(torch.float32)
     t = (t_cam + R_cam_from_world @ middle).to(torch.float32)
-    scores = torch.empty(h, dtype=torch.float64, device=R.device)
+    scores = torch.empty(h, dtype=torch.float64)
     step = max(1, SCORE_CHUNK // n)
     for start in range(0, h, step):
         rows = slice(start, start + step)
@@ -367,11 +356,11 @@ def _keypoint_layers(keypoint_ids: Tensor) -> tuple[Tensor, list[int]]:
     _, keypoint, counts = torch.unique(keypoint_ids, return_inverse=True, return_counts=True)
     by_count = torch.argsort(counts, descending=True, stable=True)
     place = torch.empty_like(by_count)
-    place[by_count] = torch.arange(len(counts), device=counts.device)
+    place[by_count] = torch.arange(len(counts))
     place = place[keypoint]
     grouped = torch.argsort(place, stable=True)
     starts = torch.cumsum(counts[by_count], 0) - counts[by_count]
-    layer = torch.arange(len(keypoint), device=counts.device) - starts[place[grouped]]
+    layer = torch.arange(len(keypoint)) - starts[place[grouped]]
     order = grouped[torch.argsort(layer, stable=True)]
     return order, torch.bincount(layer).tolist()
 
@@ -389,23 +378,6 @@ def squared_errors(
     projected = cam[..., :2] / torch.where(front, cam[..., 2], 1.0)[..., None]
     errors = (projected - xy_norm).square().sum(-1)
     return torch.where(front, errors, math.inf)
-
-
-def best_of_keypoint(errors: Tensor, keypoint_ids: Tensor) -> Tensor:
-    """Mark the correspondence of least (finite) error of each keypoint.
-
-    errors (h, n) or (n,), keypoint_ids (n,) -> bool of the shape of errors. Equal errors are told
-    apart by position: the first one is taken.
-    """
-    ids, keypoint = torch.unique(keypoint_ids, return_inverse=True)
-    keypoint = keypoint.expand_as(errors)
-    shape, n = (*errors.shape[:-1], len(ids)), errors.shape[-1]
-    least = errors.new_full(shape, math.inf).scatter_reduce(-1, keypoint, errors, "amin")
-    position = torch.arange(n, device=errors.device).expand_as(errors)
-    tied = torch.isfinite(errors) & (errors == least.gather(-1, keypoint))
-    position = torch.where(tied, position, n)
-    first = position.new_full(shape, n).scatter_reduce(-1, keypoint, position, "amin")
-    return tied & (position == first.gather(-1, keypoint))
 
 
 # ---------------------------------------------------------------- refinement
@@ -447,7 +419,7 @@ def refine_pose(
     step = max(1, REFINE_CHUNK // max(n, 1))
     parts = []
     for start in range(0, h, step):
-        rows = torch.arange(start, min(start + step, h), device=R.device)
+        rows = torch.arange(start, min(start + step, h))
         problem = _Reprojection(_rows(xy, rows), _rows(X, rows), _rows(w, rows), threshold)
         parts.append(_refine_chunk(R[rows], t[rows], problem, iterations))
     if not parts:
@@ -523,7 +495,7 @@ class _Reprojection:
 
     def covariance(self, R: Tensor, center: Tensor) -> tuple[Tensor, Tensor]:
         """Inliers (h, n) and covariance (h, 6, 6) at a minimum."""
-        rows = torch.arange(R.shape[0], device=R.device)
+        rows = torch.arange(R.shape[0])
         residual, projected, inverse, front = self._residuals(R, center, rows)
         squared = residual.square().sum(1)
         inliers = front & (squared < self.threshold**2) & (self.weights > 0)
@@ -591,7 +563,7 @@ def levenberg_marquardt(
     rises.
     """
     R, v = R.clone(), v.clone()
-    rows = torch.arange(R.shape[0], device=R.device)
+    rows = torch.arange(R.shape[0])
     cost = cost_of(R, v, rows)
     H, gradient = normal_equations(R, v, rows)
     damping = torch.full_like(cost, 1e-3)
@@ -620,17 +592,16 @@ def levenberg_marquardt(
     return R, v, cost
 
 
-# ---------------------------------------------------------------- robust estimation
+# ---------------------------------------------------------------- sampling
 
 
 def draw_samples(weights: Tensor, size: int, count: int, generator: torch.Generator) -> Tensor:
-    """Indices (count, size) drawn with probability proportional to weights (n,), on their device.
+    """Indices (count, size) drawn with probability proportional to weights (n,).
 
     An index may come twice in a sample; the minimal solvers call such samples degenerate.
     """
-    on_generator = weights.to(generator.device)
-    drawn = torch.multinomial(on_generator, size * count, replacement=True, generator=generator)
-    return drawn.reshape(count, size).to(weights.device)
+    drawn = torch.multinomial(weights, size * count, replacement=True, generator=generator)
+    return drawn.reshape(count, size)
 
 
 def samples_needed(inlier_share: float, size: int) -> float:
@@ -639,174 +610,3 @@ def samples_needed(inlier_share: float, size: int) -> float:
     if pure >= 1:
         return 0.0
     return math.log(MISS_PROBABILITY) / math.log1p(-pure) if pure > 0 else math.inf
-
-
-def lo_ransac(
-    xy_norm: Tensor,
-    points: Tensor,
-    threshold: float,
-    *,
-    generator: torch.Generator,
-    iterations: int = 10_000,
-    weights: Tensor | None = None,
-    keypoint_ids: Tensor | None = None,
-) -> Pose | None:
-    """The pose of the best MSAC score among P3P samples, locally optimized.
-
-    xy_norm (n, 2), points (n, 3); threshold: inlier bound, normalized units; iterations: most
-    samples drawn; weights (n,) ≥ 0: share of a correspondence in the score, and how often it is
-    drawn; keypoint_ids (n,): see `score_poses`, and only the best correspondence of a keypoint
-    can be an inlier. Returns None where no pose has MIN_INLIERS inliers.
-
-    The samples come in rounds of ROUND_SAMPLES; of each round the LOCAL_CANDIDATES best poses are
-    refined, and the search ends when enough samples are drawn for the inliers found (Chum, Matas,
-    Kittler, "Locally Optimized RANSAC", 2003).
-    """
-    xy, X, w = _usable(xy_norm, points, weights)
-    if int((w > 0).sum()) < MIN_INLIERS:
-        return None
-    rays = torch.cat([xy, torch.ones_like(xy[:, :1])], 1)
-    evidence = {"weights": w, "keypoint_ids": keypoint_ids}
-
-    best_R, best_t, best_score, drawn, needed = None, None, 0.0, 0, math.inf
-    while drawn < min(iterations, needed):
-        count = min(ROUND_SAMPLES, iterations - drawn)
-        drawn += count
-        sample = draw_samples(w, 3, count, generator)
-        R, t, valid = p3p(rays[sample], X[sample])
-        R, t = R[valid], t[valid]
-        scores = score_poses(R, t, xy, X, threshold, **evidence)
-        chosen = torch.topk(scores, min(LOCAL_CANDIDATES, len(scores))).indices
-        R, t = _refine_matched(R[chosen], t[chosen], xy, X, threshold, LOCAL_ITERATIONS, **evidence)
-        scores = score_poses(R, t, xy, X, threshold, **evidence)
-        if len(scores) and float(scores.max()) > best_score:
-            leader = scores.argmax()
-            best_R, best_t, best_score = R[leader], t[leader], float(scores[leader])
-            inliers = _inliers(best_R, best_t, xy, X, threshold, w, keypoint_ids)
-            needed = samples_needed(float(w[inliers].sum() / w.sum()), 3)
-    if best_R is None:
-        return None
-    return _finish(best_R, best_t, xy, X, threshold, **evidence)
-
-
-def _usable(
-    xy_norm: Tensor, points: Tensor, weights: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Correspondences in float64 and their weights; non-finite ones become zeros."""
-    xy, X = xy_norm.to(torch.float64), points.to(torch.float64)
-    w = X.new_ones(X.shape[0]) if weights is None else weights.to(X)
-    finite = torch.isfinite(X).all(1) & torch.isfinite(xy).all(1)
-    xy, X = torch.where(finite[:, None], xy, 0.0), torch.where(finite[:, None], X, 0.0)
-    return xy, X, torch.where(finite, w, 0.0)
-
-
-def _finish(
-    R_cam_from_world: Tensor,
-    t_cam: Tensor,
-    xy_norm: Tensor,
-    points: Tensor,
-    threshold: float,
-    *,
-    weights: Tensor,
-    keypoint_ids: Tensor | None = None,
-) -> Pose | None:
-    """Refine one pose to the end and judge it; None if fewer than MIN_INLIERS agree with it."""
-    mask = _matched(R_cam_from_world[None], t_cam[None], xy_norm, points, keypoint_ids)[0]
-    refined = refine_pose(
-        R_cam_from_world, t_cam, xy_norm, points, threshold, weights=weights * mask
-    )
-    R, t = refined.R_cam_from_world, refined.t_cam
-    inliers = _inliers(R, t, xy_norm, points, threshold, weights, keypoint_ids)
-    if int(inliers.sum()) < MIN_INLIERS:
-        return None
-    score = score_poses(
-        R[None], t[None], xy_norm, points, threshold, weights=weights, keypoint_ids=keypoint_ids
-    )
-    return Pose(R, t, inliers, float(score[0]), refined.covariance)
-
-
-def _matched(R: Tensor, t: Tensor, xy: Tensor, X: Tensor, keypoint_ids: Tensor | None) -> Tensor:
-    """Which correspondences each of h poses takes part in refining with, (h, n) bool."""
-    errors = squared_errors(R, t, xy, X)
-    if keypoint_ids is None:
-        return torch.ones_like(errors, dtype=torch.bool)
-    return best_of_keypoint(errors, keypoint_ids)
-
-
-def _refine_matched(
-    R: Tensor,
-    t: Tensor,
-    xy: Tensor,
-    X: Tensor,
-    threshold: float,
-    iterations: int,
-    *,
-    weights: Tensor,
-    keypoint_ids: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """`refine_pose` of h poses, each on its own best correspondence of every keypoint."""
-    w = weights * _matched(R, t, xy, X, keypoint_ids)
-    refined = refine_pose(R, t, xy, X, threshold, weights=w, iterations=iterations)
-    return refined.R_cam_from_world, refined.t_cam
-
-
-def _inliers(
-    R: Tensor,
-    t: Tensor,
-    xy: Tensor,
-    X: Tensor,
-    threshold: float,
-    weights: Tensor,
-    keypoint_ids: Tensor | None,
-) -> Tensor:
-    """Inliers (n,) of one pose, at most one a keypoint."""
-    errors = squared_errors(R, t, xy, X)
-    errors = torch.where((errors < threshold**2) & (weights > 0), errors, math.inf)
-    if keypoint_ids is None:
-        return torch.isfinite(errors)
-    return best_of_keypoint(errors, keypoint_ids)
-
-
-def sequential_modes(
-    xy_norm: Tensor,
-    points: Tensor,
-    threshold: float,
-    *,
-    modes: int,
-    generator: torch.Generator,
-    iterations: int = 10_000,
-    weights: Tensor | None = None,
-    keypoint_ids: Tensor | None = None,
-) -> list[Pose]:
-    """Up to `modes` different poses, each found among what the ones before do not explain.
-
-    Arguments as for `lo_ransac`. After each mode the correspondences within REMOVAL_FACTOR ·
-    threshold of it (not their keypoints: an alias explains the same keypoints by other points)
-    are taken out of the search. Inliers and score of every mode count all correspondences, so
-    that modes can be compared. Returned in the order found; empty where there is no pose at all.
-    """
-    xy, X, full = _usable(xy_norm, points, weights)
-    left = full.clone()
-    found = []
-    for _ in range(modes):
-        pose = lo_ransac(
-            xy,
-            X,
-            threshold,
-            generator=generator,
-            iterations=iterations,
-            weights=left,
-            keypoint_ids=keypoint_ids,
-        )
-        if pose is None:
-            break
-        R, t = pose.R_cam_from_world, pose.t_cam
-        inliers = _inliers(R, t, xy, X, threshold, full, keypoint_ids)
-        score = score_poses(
-            R[None], t[None], xy, X, threshold, weights=full, keypoint_ids=keypoint_ids
-        )
-        found.append(Pose(R, t, inliers, float(score[0]), pose.covariance))
-        left = torch.where(
-            squared_errors(R, t, xy, X) < (REMOVAL_FACTOR * threshold) ** 2, 0.0, left
-        )
-    return found

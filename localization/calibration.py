@@ -1,343 +1,378 @@
-"""Convention of the pose file and focal length of the camera, found from matches of posed index images.
+"""What a scene's own index images tell about its pose file and its lens, and how far that may be
+trusted.
 
-For every convention (quaternion order x direction x 24 camera axes) and focal length the poses of two index images say
-where a match may lie; the right hypothesis explains the most matches. The world frame cancels, and wrong focal lengths
-spoil the vote on the convention, so both are searched together. Weak evidence decides for what was assumed before.
+The poses of two images say where a match may lie. So the matches between index images judge every
+reading of the pose file (`readings`), and, the reading found, the lens: focal length, principal
+point and one radial term, each only as far as the data bear it. A scene whose poses explain few
+of its matches is not to be trusted.
 """
 
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from localization.cameras import (
-    OPENCV,
-    OPENGL,
     TARTANAIR,
     Camera,
     Convention,
     all_conventions,
-    poses_from_file,
+    camera_for,
+    default_camera,
 )
-from localization.matching import View, mutual_matches
+from localization.lens_fit import CENTER, FOCAL, K1, PosedMatches, refined
+from localization.matching import View
+from localization.posed_pairs import StillCells, matched_pairs
+from localization.readings import (
+    CLEARLY_MORE,
+    CONVENTIONS,
+    DOUBTFUL,
+    USUAL,
+    Judge,
+    Reading,
+    focal_grid,
+    limit_of,
+    relative,
+)
 
-MIN_PAIRS, MIN_IMAGES, MIN_MATCHES = 6, 4, 30
-MIN_MARGIN, MIN_INLIER_SHARE = 1.5, 0.3
-SAMPSON_PX = 3.0
-FOCAL_STEPS, FOCAL_RANGE = 37, (0.3, 2.0)
-MATCH_RATIO = 0.9
-MAX_PAIRS, PARTNERS = 40, 4
-COARSE_MATCHES, FINE_MATCHES = 60, 400
-# Keypoints an image whose matches tell which pairs overlap.
-_SKETCH = 300
-# A focal length or principal point is refined away from the prior when it is this many sigmas off, and this sure.
-_SIGNIFICANT, _FOCAL_SIGMA, _CENTER_SIGMA_PX = 4.0, 0.01, 1.5
-# The prior focal length stays where it explains this share of what the best one does.
-_FLAT_BASIN = 0.98
+# Healthy scenes explain 45 to 90 % of their matches, contradicted ones 0 to 18 %.
+MIN_SHARE = 0.3
+# Of the matches explained, those of far points in a scene that is seen from one place.
+_ONE_PLACE = 0.9
+# Less is chance.
+_LEAST_SCORE = 12.0
+# Principal points farther from the middle, in image sides, belong to an image of another size.
+_OFF_MIDDLE = 0.25
+_NO_SIZE = (640, 480)  # of a scene without images
+# So much may the shape of that size, as the principal point tells it, differ from the shape of
+# the images.
+_OTHER_SHAPE = 0.15
+# Focal lengths of images of another size, in those that the scene's lens would have there
+# (logarithms).
+_ZOOMS = np.linspace(-0.7, 0.7, 29).tolist()
+
+_UNEXPLAINED = (
+    "the poses explain only {:.0f} % of the matches between the scene's own index images (healthy: "
+    "45 to 90 %), and no pose of it is trusted: do the rows of pose.txt belong to the images in "
+    "their order, is the quaternion where and as it should be, are axes and lens those of these "
+    "images?"
+)
+_ONE_PLACE_ONLY = (
+    "all index images were taken from one place: they tell rotations, and no pose of it is trusted"
+)
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """What was found out about one camera, and on what evidence.
+    """What was found out about a scene's pose file and camera, and on what evidence.
 
-    margin: score of the winning convention over the runner-up's; pairs, images, matches: the evidence; inlier_share:
-    of the matches, those the winner explains; convention_from, focal_from: "evidence", "prior" or "given".
+    camera: of images of the size that most have (or that the given camera describes); cameras: of
+    each size (width, height); rows (N,): the pose row of each frame, -1 for none; still: where
+    the images show what does not move with the world; explained: share of the index images' own
+    matches that this reading explains; margin: score of the convention over the next one's;
+    pairs, images: the evidence; convention_from, focal_from: "evidence", "prior", "guess" or
+    "given"; trusted: whether a pose of this scene may be believed; warnings: sentences for the
+    user.
     """
 
     convention: Convention
     camera: Camera
+    cameras: dict[tuple[int, int], Camera]
+    rows: np.ndarray
+    still: StillCells | None
+    explained: float
     margin: float
     pairs: int
     images: int
-    inlier_share: float
     convention_from: str
     focal_from: str
+    trusted: bool
+    warnings: tuple[str, ...] = ()
+
+    def camera_of(self, width: int, height: int) -> Camera:
+        """The scene's lens on an image of this size."""
+        return self.cameras.get((width, height)) or camera_for(self.camera, width, height)
+
+    def applied(self, view: View) -> View:
+        """An image of the scene with its camera, without the keypoints that stand still in all
+        images.
+        """
+        camera, features = self.camera_of(view.camera.width, view.camera.height), view.features
+        if self.still is not None:
+            features = self.still.moving(features, camera)
+        return replace(view, features=features, camera=camera)
 
     def describe(self) -> str:
         """One line for the screen."""
         c = self.camera
+        lens = f"f {c.fx:.1f} {c.fy:.1f} center {c.cx:.1f} {c.cy:.1f} px" + (
+            f" k1 {c.k1:.3f}" if c.k1 else ""
+        )
         return (
-            f"{self.convention.describe()} ({self.convention_from}, margin {self.margin:.1f} from {self.pairs} pairs of "
-            f"{self.images} images, {100 * self.inlier_share:.0f} % of matches explained), f {c.fx:.1f} {c.fy:.1f} "
-            f"center {c.cx:.1f} {c.cy:.1f} px ({self.focal_from})"
+            f"{self.convention.describe()} ({self.convention_from}, margin {self.margin:.1f} from "
+            f"{self.pairs} pairs of {self.images} images, {100 * self.explained:.0f} % of matches "
+            f"explained), {lens} ({self.focal_from})"
         )
 
     def as_dict(self) -> dict:
         """Plain values for metrics.json."""
-        c = self.camera
+        lens = ("fx", "fy", "cx", "cy", "k1", "k2")
+        told = (
+            "explained",
+            "margin",
+            "pairs",
+            "images",
+            "convention_from",
+            "focal_from",
+            "trusted",
+        )
         return {
             "convention": self.convention.describe(),
-            "fx": c.fx,
-            "fy": c.fy,
-            "cx": c.cx,
-            "cy": c.cy,
-            "margin": self.margin,
-            "pairs": self.pairs,
-            "images": self.images,
-            "inlier_share": self.inlier_share,
-            "convention_from": self.convention_from,
-            "focal_from": self.focal_from,
+            **{name: getattr(self.camera, name) for name in lens},
+            **{name: getattr(self, name) for name in told},
+            "cameras": {
+                f"{width}x{height}": [getattr(c, name) for name in lens]
+                for (width, height), c in self.cameras.items()
+            },
+            "warnings": list(self.warnings),
         }
 
 
 def calibrate(
     views: list[View],
     pose7: np.ndarray,
-    camera: Camera,
-    focal_known: bool,
+    camera: Camera | None = None,
     convention: Convention | None = None,
+    *,
+    frames: list[int] | None = None,
+    orders: dict[str, list[int]] | None = None,
 ) -> Calibration:
-    """Convention and camera of index images from their features and the rows (n, 7) of their pose file.
+    """Convention, order of the rows and cameras of a scene from its index images.
 
-    camera: the known one, or the first guess; convention: given by the user, or None to find it out. Rows of NaN are
-    left out.
+    views: the index images, whose cameras only tell their sizes; pose7 (N, 7): the rows of the
+    pose file, NaN for poses not known; camera: the known one, or the first guess; convention:
+    given by the user, or None to find it out; frames (n,): the number of each view in the scene,
+    which nominally is its row (default: all in order); orders: other rows (N,) of the frames that
+    their names suggest, each with its reason in words.
     """
-    posed = torch.isfinite(torch.as_tensor(pose7)).all(1).nonzero()[:, 0].tolist()
-    pairs = _matched_pairs([views[i] for i in posed])
-    pose7 = torch.as_tensor(pose7, dtype=torch.float64)[posed].to(pairs.xy_a.device)
-    candidates = [convention] if convention else all_conventions()
-    focals = [camera.fx] if focal_known else _focal_grid(camera)
-    scores = _coarse_scores(pairs.first(COARSE_MATCHES), pose7, candidates, focals, camera, focal_known)
-    chosen, margin, decided = _decide(scores.amax(1), candidates, pairs)
-    best_focal = focals[int(scores[candidates.index(chosen)].argmax())]
-
-    enough = pairs.enough() and (decided or convention is not None)
-    refined, focal_from = camera, "given" if focal_known else "prior"
-    if not focal_known and enough:
-        refined, focal_from = _refine_camera(pairs, poses_from_file(pose7, chosen), camera, best_focal)
-    share = float(_inlier_share(pairs, poses_from_file(pose7, chosen), refined))
-    source = "given" if convention else "evidence" if decided else "prior"
-    return Calibration(chosen, refined, margin, len(pairs.a), pairs.images(), share, source, focal_from)
-
-
-@dataclass(frozen=True)
-class _Pairs:
-    """P matched image pairs: image numbers a, b (P,); positions xy_a, xy_b (P, m, 2) in pixels, used (P, m)."""
-
-    a: Tensor
-    b: Tensor
-    xy_a: Tensor
-    xy_b: Tensor
-    used: Tensor
-
-    def first(self, count: int) -> "_Pairs":
-        """The pairs with their first `count` matches only."""
-        return _Pairs(self.a, self.b, self.xy_a[:, :count], self.xy_b[:, :count], self.used[:, :count])
-
-    def images(self) -> int:
-        """Number of images that take part."""
-        return len(torch.cat([self.a, self.b]).unique())
-
-    def enough(self) -> bool:
-        """Whether there is evidence enough to decide anything."""
-        return len(self.a) >= MIN_PAIRS and self.images() >= MIN_IMAGES
-
-
-def _matched_pairs(views: list[View]) -> _Pairs:
-    """Matches of overlapping pairs with at least MIN_MATCHES each, most distinct matches first."""
-    rows = []
-    for i, j in _overlapping(views):
-        m = mutual_matches(views[i].features, views[j].features)
-        m = m.select(m.ratio <= MATCH_RATIO)
-        if len(m) >= MIN_MATCHES:
-            m = m.select(m.ratio.argsort(stable=True)[:FINE_MATCHES])
-            rows.append((i, j, views[i].features.xy_px[m.a], views[j].features.xy_px[m.b]))
     device = views[0].features.xy_px.device if views else torch.device("cpu")
-    xy_a = torch.zeros(len(rows), FINE_MATCHES, 2, dtype=torch.float64, device=device)
-    xy_b, used = torch.zeros_like(xy_a), torch.zeros(xy_a.shape[:2], dtype=torch.bool, device=device)
-    for row, (_, _, a, b) in enumerate(rows):
-        xy_a[row, : len(a)], xy_b[row, : len(b)] = a.double(), b.double()
-        used[row, : len(a)] = True
-    numbers = torch.tensor([[i, j] for i, j, _, _ in rows], dtype=torch.long, device=device).reshape(-1, 2)
-    return _Pairs(numbers[:, 0], numbers[:, 1], xy_a, xy_b, used)
+    pose7 = torch.as_tensor(pose7, dtype=torch.float64, device=device).reshape(-1, 7)
+    frame = torch.as_tensor(
+        range(len(views)) if frames is None else frames, dtype=torch.long, device=device
+    )
+    rows = torch.arange(max([len(pose7), *(frame + 1).tolist()]), device=device)
+    rows = torch.where(rows < len(pose7), rows, -1)
+    posed = [
+        i for i, row in enumerate(rows[frame].tolist()) if row >= 0 and pose7[row].isfinite().all()
+    ]
+    views, frame = [views[i] for i in posed], frame[posed]
+    sizes = [(v.camera.width, v.camera.height) for v in views]
+    warnings: list[str] = []
+    camera, focal_known = _of_a_size(camera, sizes, warnings)
+    size = (camera.width, camera.height)
+    everything, still = matched_pairs(
+        [View(v.features, camera_for(camera, *s)) for v, s in zip(views, sizes)],
+        pose7[rows[frame], 3:],
+    )
+    same = torch.tensor([s == size for s in sizes], dtype=torch.bool, device=device)
+    one_size = everything.select(same[everything.a] & same[everything.b])
+    pairs = one_size if one_size.enough() else everything
+
+    prior = camera.fx / max(size)
+    judge = Judge(
+        pairs, pose7, frame, limit_of(max(size)), [prior] if focal_known else focal_grid(prior)
+    )
+    read = judge.read([convention] if convention else CONVENTIONS, rows)
+    if pairs.enough():
+        orders = {
+            what: torch.as_tensor(order, device=device) for what, order in (orders or {}).items()
+        }
+        read = _other_reading(judge, read, orders, convention, warnings)
+        focal_known = focal_known and read.focal == prior
+    read, source = _decide(judge, read, convention)
+    poses = judge.poses(read.convention, read.rows)
+
+    with_pose = poses[1].isfinite().all(1)
+    everything, pairs = (p.select(with_pose[p.a] & with_pose[p.b]) for p in (everything, pairs))
+    lens = PosedMatches(pairs, *relative(poses, poses, pairs), judge.limit)
+    start = torch.tensor([np.log(prior), 0.0, 0.0, 0.0], dtype=torch.float64)
+    steps = [] if focal_known else [FOCAL]
+    steps += [CENTER] if one_size.enough() and not focal_known else []
+    steps += [K1] if not camera.k1 else []
+    found = refined(lens, start, read.focal, steps) if pairs.enough() else start
+    if source == "guess" and found[0] == start[0]:
+        found = found + torch.tensor(
+            [np.log(read.focal / prior), 0.0, 0.0, 0.0], dtype=torch.float64
+        )
+    cameras = {size: _camera(camera, found)}
+    for other in sorted(set(sizes) - {size}) if pairs.enough() else ():
+        own = torch.tensor([s == other for s in sizes], dtype=torch.bool, device=device)
+        near = everything.select((own | same)[everything.a] & (own | same)[everything.b])
+        near = near.select(own[near.a] | own[near.b])
+        theirs = PosedMatches(
+            near, *relative(poses, poses, near), judge.limit, found, own[near.a], own[near.b]
+        )
+        scan = [found + torch.tensor([z, 0.0, 0.0, 0.0], dtype=torch.float64) for z in _ZOOMS]
+        focal = float(max(scan, key=theirs.score)[0].exp())
+        cameras[other] = _camera(
+            camera_for(camera, *other), refined(theirs, found, focal, [FOCAL, CENTER])
+        )
+
+    explained, far = lens.shares(found)
+    grounded = pairs.enough() or source != "guess"
+    one_place = grounded and far > _ONE_PLACE * explained > 0
+    if one_place:
+        warnings.append(_ONE_PLACE_ONLY)
+    if pairs.enough() and explained < MIN_SHARE:
+        warnings.append(_UNEXPLAINED.format(100 * explained))
+    elif read.convention not in all_conventions() and not convention:
+        warnings.append(
+            f"the poses are unusual: {read.convention.describe()} explains {100 * explained:.0f} % "
+            "of the matches"
+        )
+    trusted = explained >= MIN_SHARE and not one_place and grounded
+    left = found[0] != np.log(prior)
+    focal_from = (
+        "given"
+        if focal_known
+        else "prior"
+        if not left
+        else "evidence"
+        if pairs.enough()
+        else "guess"
+    )
+    return Calibration(
+        read.convention,
+        cameras[size],
+        cameras,
+        read.rows.cpu().numpy(),
+        still,
+        explained,
+        read.margin,
+        len(pairs.a),
+        pairs.images(),
+        source,
+        focal_from,
+        trusted,
+        tuple(warnings),
+    )
 
 
-def _overlapping(views: list[View]) -> list[tuple[int, int]]:
-    """At most MAX_PAIRS pairs that probably overlap, spread over the images, from their strongest keypoints alone.
+def _of_a_size(
+    camera: Camera | None, sizes: list[tuple[int, int]], warnings: list[str]
+) -> tuple[Camera, bool]:
+    """The camera for the size of image it describes, a guess for that of most images where None;
+    whether it is known.
 
-    Of an image's partners, sorted by matches, the first and every second of the following are taken: the most alike
-    have the shortest baselines and tell least about the translation.
+    It describes the size whose middle is nearest its principal point. Where that is far from the
+    middle it was measured on images of another size: scaled it is a first guess, if its principal
+    point is a middle at all.
     """
-    sketches = [v.features.descriptors[:_SKETCH] for v in views]
-    n = len(views)
-    count = torch.zeros(n, n)
-    for i in range(n):
-        for j in range(i + 1, n):
-            if min(len(sketches[i]), len(sketches[j])) < 2:
-                continue
-            top, _ = (sketches[i] @ sketches[j].T).topk(2, dim=1)
-            distance = (2 - 2 * top).clamp_min(0).sqrt()
-            count[i, j] = count[j, i] = float((distance[:, 0] < 0.8 * distance[:, 1]).sum())
-    ranked = []
-    for i in range(n):
-        order = [j for j in count[i].argsort(descending=True, stable=True).tolist() if count[i, j] >= 5]
-        ranked += [(rank, min(i, j), max(i, j)) for rank, j in enumerate(order[: 2 * PARTNERS : 2])]
-    pairs = list(dict.fromkeys((i, j) for _, i, j in sorted(ranked)))
-    return pairs[:MAX_PAIRS]
+    count = Counter(sizes)
+    most = max(count, key=lambda s: (count[s], s), default=_NO_SIZE)
+    if camera is None or not sizes:
+        return camera or default_camera(*most), camera is not None
+    own = (camera.width, camera.height)
+
+    def off_middle(s: tuple[int, int]) -> tuple[float, bool, int]:
+        return (
+            round(max(abs(camera.cx / s[0] - 0.5), abs(camera.cy / s[1] - 0.5)), 2),
+            s != own,
+            -count[s],
+        )
+
+    size = min(count.keys() | ({own} if min(own) else set()), key=off_middle)
+    camera = replace(camera, width=size[0], height=size[1])
+    if off_middle(size)[0] <= _OFF_MIDDLE:
+        return (camera if size in count else camera_for(camera, *most)), True
+    full = (round(2 * camera.cx), round(2 * camera.cy))
+    said = (
+        f"the principal point {camera.cx:.1f} {camera.cy:.1f} is far from the middle of images "
+        f"{size[0]} x {size[1]}"
+    )
+    if min(full) <= 0 or abs(full[0] * most[1] / (full[1] * most[0]) - 1) > _OTHER_SHAPE:
+        warnings.append(f"{said}: give the intrinsics of these images; they are found out instead")
+        return default_camera(*most), False
+    warnings.append(
+        f"{said}: taken for the intrinsics of images of about {full[0]} x {full[1]}, they are "
+        "scaled"
+    )
+    return camera_for(replace(camera, width=full[0], height=full[1]), *most), False
 
 
-def _focal_grid(camera: Camera) -> list[float]:
-    """The prior focal length and log-spaced ones over FOCAL_RANGE of the longer image side, in pixels."""
-    side = max(camera.width, camera.height)
-    low, high = (np.log(side * v) for v in FOCAL_RANGE)
-    return [camera.fx, *np.exp(np.linspace(low, high, FOCAL_STEPS)).tolist()]
+def _other_reading(
+    judge: Judge,
+    read: Reading,
+    orders: dict[str, Tensor],
+    given: Convention | None,
+    warnings: list[str],
+) -> Reading:
+    """`read`, or what explains clearly more: other rows, another focal length than the known one.
 
-
-def _relative(poses: tuple[Tensor, Tensor], pairs: _Pairs) -> tuple[Tensor, Tensor]:
-    """R_b_from_a (P, 3, 3) and unit t_b_from_a (P, 3); a baseline of zero stays zero."""
-    R, c = poses
-    R_b = R[pairs.b].transpose(1, 2)
-    t = (R_b @ (c[pairs.a] - c[pairs.b])[..., None])[..., 0]
-    return R_b @ R[pairs.a], t / t.norm(dim=-1, keepdim=True).clamp_min(1e-9)
-
-
-def _gains(R: Tensor, t: Tensor, x_a: Tensor, x_b: Tensor, limit: float) -> Tensor:
-    """max(0, 1 - e^2 / limit^2) of the Sampson error of rays x_a, x_b (..., m, 3), z = 1, in front of both, (..., m).
-
-    R, t (..., 3, 3), (..., 3). With n = t x R x_a the epipolar line is n, and depths are positive where R x_a, x_b and
-    t turn the same way.
+    warnings: tells of them, and of another convention than the given one.
     """
-    turned = x_a @ R.transpose(-1, -2)
-    t = t[..., None, :].expand_as(turned)
-    line_b = torch.linalg.cross(t, turned)
-    line_a = torch.linalg.cross(x_b, t) @ R
-    residual = (x_b * line_b).sum(-1)
-    gradient2 = line_b[..., :2].square().sum(-1) + line_a[..., :2].square().sum(-1)
-    error2 = residual.square() / gradient2.clamp_min(1e-20)
-    normal = torch.linalg.cross(turned, x_b.expand_as(turned))
-    front_b = (normal * torch.linalg.cross(turned, t)).sum(-1) > 0
-    front_a = (normal * torch.linalg.cross(x_b.expand_as(t), t)).sum(-1) > 0
-    return (1 - error2 / limit**2).clamp_min(0) * (front_a & front_b)
+
+    def beats(other: Reading) -> bool:
+        return other.score >= CLEARLY_MORE * read.score and other.share >= MIN_SHARE
+
+    def told(other: Reading) -> str:
+        return f"{100 * other.share:.0f} instead of {100 * read.share:.0f} % of the matches"
+
+    usual = [given] if given else all_conventions()
+    other = max(judge.other_rows(read, orders, usual), key=lambda reading: reading.score)
+    if beats(other):
+        warnings.append(
+            f"the poses explain {told(other)} if taken in another order, and so they are: "
+            f"{other.rows_are}"
+        )
+        read = judge.read([given] if given else CONVENTIONS, other.rows, other.rows_are)
+    if given:
+        other = judge.read(CONVENTIONS, read.rows)
+        if beats(other):
+            warnings.append(
+                f"not the given convention but {other.convention.describe()} explains {told(other)}"
+            )
+    if len(judge.focals) == 1:
+        free = replace(judge, focals=focal_grid(judge.focals[0]))
+        other = free.read(
+            [given or read.convention] if given or read.share >= DOUBTFUL else CONVENTIONS,
+            read.rows,
+        )
+        if beats(other):
+            times = other.focal / judge.focals[0]
+            warnings.append(
+                f"a focal length {times:.2f} times the given one explains {told(other)}, and is "
+                "taken"
+            )
+            read = replace(other, margin=read.margin if other.margin == 1 else other.margin)
+    return read
 
 
-def _rays(xy_px: Tensor, focal: Tensor | float, center: Tensor) -> Tensor:
-    """Rays (..., 3) with z = 1."""
-    xy = (xy_px - center) / focal
-    return torch.cat([xy, torch.ones_like(xy[..., :1])], dim=-1)
+def _decide(judge: Judge, read: Reading, given: Convention | None) -> tuple[Reading, str]:
+    """The reading that counts, and whether it is "given", "evidence", "prior" or a "guess".
 
-
-def _coarse_scores(
-    pairs: _Pairs, pose7: Tensor, candidates: list[Convention], focals: list[float], camera: Camera, focal_known: bool
-) -> Tensor:
-    """Explained matches (conventions, focals): sum over pairs of the gains."""
-    scores = torch.zeros(len(candidates), len(focals), dtype=torch.float64)
-    if len(pairs.a) == 0:
-        return scores
-    relative = [_relative(poses_from_file(pose7, c), pairs) for c in candidates]
-    R = torch.stack([r for r, _ in relative], dim=1).float()  # (P, conventions, 3, 3)
-    t = torch.stack([v for _, v in relative], dim=1).float()
-    center = torch.tensor([camera.cx, camera.cy], device=R.device)
-    for column, focal in enumerate(focals):
-        scale = torch.tensor([camera.fx, camera.fy] if focal_known else [focal, focal], device=R.device)
-        x_a, x_b = (_rays(xy.float(), scale, center)[:, None] for xy in (pairs.xy_a, pairs.xy_b))
-        gains = _gains(R, t, x_a, x_b, SAMPSON_PX / focal) * pairs.used[:, None]
-        scores[:, column] = gains.sum(dim=(0, 2)).cpu().double()
-    return scores
-
-
-def _decide(best: Tensor, candidates: list[Convention], pairs: _Pairs) -> tuple[Convention, float, bool]:
-    """(convention, margin over the runner-up, whether the evidence decided) from each candidate's best score (n,).
-
-    TartanAir's convention is left only for a winner that stands out; where it is out of the running itself, the most
-    common of those that nearly tie is taken.
+    The winner counts, whatever its share, unless a more common convention is not clearly worse.
     """
-    if len(candidates) == 1:
-        return candidates[0], 1.0, True
-    order = best.argsort(descending=True, stable=True).tolist()
-    margin = float(best[order[0]] / best[order[1]].clamp_min(1e-9))
-    explained = float(best[order[0]]) / max(1, int(pairs.first(COARSE_MATCHES).used.sum()))
-    if not pairs.enough() or explained < MIN_INLIER_SHARE:
-        return TARTANAIR, margin, False
-    if margin >= MIN_MARGIN:
-        return candidates[order[0]], margin, True
-    running = [candidates[i] for i in order if best[i] * MIN_MARGIN > best[order[0]]]
-    for usual in (TARTANAIR, OPENCV, OPENGL):
-        if usual in running:
-            return usual, margin, False
-    return candidates[order[0]], margin, False
+    if given:
+        return read, "given"
+    if read.score < _LEAST_SCORE:
+        return judge.read([TARTANAIR], read.rows), "prior"
+    if len(read.rivals) == 1 and judge.pairs.enough() and read.share >= MIN_SHARE:
+        return read, "evidence"
+    chosen = next((c for c in USUAL if c in read.rivals), read.convention)
+    if chosen != read.convention:
+        read = replace(judge.read([chosen], read.rows), margin=read.margin, rows_are=read.rows_are)
+    return read, "prior" if chosen == TARTANAIR else "guess"
 
 
-def _inlier_share(pairs: _Pairs, poses: tuple[Tensor, Tensor], camera: Camera) -> Tensor:
-    """Share of the matches within SAMPSON_PX and in front."""
-    gains = _gains(*_relative(poses, pairs), *_camera_rays(pairs, _parameters(camera)), SAMPSON_PX / camera.fx)
-    return ((gains > 0) & pairs.used).sum() / pairs.used.sum().clamp_min(1)
-
-
-def _parameters(camera: Camera) -> Tensor:
-    """(log f, cx, cy) of a camera with one focal length."""
-    return torch.tensor([np.log(camera.fx), camera.cx, camera.cy], dtype=torch.float64)
-
-
-def _camera_rays(pairs: _Pairs, parameters: Tensor) -> tuple[Tensor, Tensor]:
-    """Rays of all matches (P, m, 3), twice, for parameters (log f, cx, cy)."""
-    p = parameters.to(pairs.xy_a.device)
-    return _rays(pairs.xy_a, p[0].exp(), p[1:]), _rays(pairs.xy_b, p[0].exp(), p[1:])
-
-
-def _residuals_px(pairs: _Pairs, R: Tensor, t: Tensor, parameters: Tensor) -> Tensor:
-    """Signed Sampson distances (P, m) in pixels."""
-    x_a, x_b = _camera_rays(pairs, parameters)
-    turned = x_a @ R.transpose(-1, -2)
-    t = t[:, None].expand_as(turned)
-    line_b, line_a = torch.linalg.cross(t, turned), torch.linalg.cross(x_b, t) @ R
-    gradient2 = line_b[..., :2].square().sum(-1) + line_a[..., :2].square().sum(-1)
-    return (x_b * line_b).sum(-1) / gradient2.clamp_min(1e-20).sqrt() * parameters[0].exp()
-
-
-def _refine_camera(
-    pairs: _Pairs, poses: tuple[Tensor, Tensor], prior: Camera, focal: float
-) -> tuple[Camera, str]:
-    """Focal length from a coarse one, then the principal point, each only as far as the data bear it.
-
-    Gauss-Newton with Cauchy weights on the Sampson distances of the inliers, numerical derivatives. Returns the camera
-    and "evidence", or the prior and "prior" where the basin is flat.
+def _camera(prior: Camera, lens: Tensor) -> Camera:
+    """The camera of a lens (log f, dx, dy, k1) in longer image sides, relative to the prior
+    camera.
     """
-    R, t = _relative(poses, pairs)
-    start = _parameters(prior)
-    start[0] = np.log(focal)
-    best, sigma = _gauss_newton(pairs, R, t, start, free=[0])
-    at_best, at_prior = (_explained(pairs, R, t, p) for p in (best, _parameters(prior)))
-    shift = abs(float(best[0] - np.log(prior.fx)))
-    if at_prior >= _FLAT_BASIN * at_best or shift < _SIGNIFICANT * float(sigma[0]) or float(sigma[0]) > _FOCAL_SIGMA:
-        return prior, "prior"
-    full, sigma = _gauss_newton(pairs, R, t, best, free=[0, 1, 2])
-    off = (full[1:] - start[1:]).abs()
-    if bool((sigma[1:] < _CENTER_SIGMA_PX).all()) and bool((off > _SIGNIFICANT * sigma[1:]).any()):
-        best = full if _explained(pairs, R, t, full) > at_best else best
-    f = float(best[0].exp())
-    return Camera(f, f, float(best[1]), float(best[2]), prior.width, prior.height), "evidence"
-
-
-def _explained(pairs: _Pairs, R: Tensor, t: Tensor, parameters: Tensor) -> float:
-    """Sum of the gains at parameters (log f, cx, cy)."""
-    x_a, x_b = _camera_rays(pairs, parameters)
-    limit = SAMPSON_PX / float(parameters[0].exp())
-    return float((_gains(R, t, x_a, x_b, limit) * pairs.used).sum())
-
-
-def _gauss_newton(
-    pairs: _Pairs, R: Tensor, t: Tensor, start: Tensor, free: list[int], steps: int = 15
-) -> tuple[Tensor, Tensor]:
-    """Parameters (3,) after robust steps in the free ones, and standard deviations (of the free ones, in order)."""
-    parameters, delta = start.clone(), torch.tensor([1e-4, 1e-2, 1e-2], dtype=torch.float64)
-    longest = torch.tensor([0.1, 20.0, 20.0], dtype=torch.float64)
-    covariance = torch.eye(len(free), dtype=torch.float64)
-    for _ in range(steps):
-        x_a, x_b = _camera_rays(pairs, parameters)
-        inlier = (_gains(R, t, x_a, x_b, 2 * SAMPSON_PX / float(parameters[0].exp())) > 0) & pairs.used
-        if int(inlier.sum()) < MIN_MATCHES:
-            return start, torch.full((len(free),), torch.inf, dtype=torch.float64)
-        r = _residuals_px(pairs, R, t, parameters)[inlier]
-        columns = []
-        for k in free:
-            moved = parameters.clone()
-            moved[k] += delta[k]
-            columns.append((_residuals_px(pairs, R, t, moved)[inlier] - r) / delta[k])
-        J = torch.stack(columns, dim=1)
-        weight = 1 / (1 + r.square())
-        normal = (J * weight[:, None]).T @ J
-        covariance = torch.linalg.pinv(normal).cpu() * float((weight * r.square()).sum() / weight.sum())
-        step = (torch.linalg.pinv(normal) @ (J * weight[:, None]).T @ r).cpu()
-        parameters[free] -= torch.minimum(step.abs(), longest[free]) * step.sign()
-    return parameters, covariance.diagonal().clamp_min(0).sqrt()
+    log_f, dx, dy, k1 = lens.tolist()
+    side, aspect = max(prior.width, prior.height), prior.fy / prior.fx
+    fx = side * float(np.exp(log_f))
+    cx, cy = prior.cx + dx * side, prior.cy + dy * side * aspect
+    return replace(prior, fx=fx, fy=fx * aspect, cx=cx, cy=cy, k1=prior.k1 + k1)

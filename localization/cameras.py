@@ -1,15 +1,15 @@
-"""Cameras and pose files: the only place that knows file formats.
+"""Cameras, and the conventions in which files write poses.
 
-Inside this project a pose is ``R_world_from_cam`` (3, 3) and ``c_world`` (3,) in float64, with OpenCV's camera axes
-(x right, y down, z forward). A pose file may use any quaternion order, direction and camera axes; a `Convention` says
-which, and `poses_from_file` / `poses_to_file` convert once, at the file boundary. Pixels have the center of the top-left
-pixel at (0, 0).
+Inside this project a pose is ``R_world_from_cam`` (3, 3) and ``c_world`` (3,) in float64, with
+OpenCV's camera axes (x right, y down, z forward). A pose file may use any quaternion order,
+direction and camera axes; a `Convention` says which, and `poses_from_file` / `poses_to_file`
+convert once, at the file boundary. Pixels have the center of the top-left pixel at (0, 0), so
+that the middle of an image is ((W - 1) / 2, (H - 1) / 2); COLMAP and whoever counts from the
+corner of that pixel write principal points 0.5 px larger.
 """
 
 import itertools
-import math
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -17,6 +17,11 @@ from torch import Tensor
 
 QUATERNION_ORDERS = ("xyzw", "wxyz")
 DIRECTIONS = ("camera_to_world", "world_to_camera")
+# What tools also write, and nobody means to: the quaternion before the translation; a rotation from
+# the world to the camera beside the position of the camera.
+_FIRST, _AT_POSITION = "-first", "world_to_camera_at_position"
+
+_NEWTON_STEPS = 8
 
 # Each word as a unit vector in OpenCV's camera axes.
 _WORD_CV = {
@@ -31,7 +36,12 @@ _WORD_CV = {
 
 @dataclass(frozen=True)
 class Camera:
-    """Pinhole camera without distortion: focal lengths and principal point in pixels, image size in pixels."""
+    """Focal lengths, principal point and image size in pixels, and radial distortion (0: a
+    pinhole).
+
+    A point at (x, y) = (X / Z, Y / Z), r^2 = x^2 + y^2, is seen at f (1 + k1 r^2 + k2 r^4) (x, y)
+    + c (Brown; OpenCV's k1, k2, COLMAP's RADIAL).
+    """
 
     fx: float
     fy: float
@@ -39,6 +49,8 @@ class Camera:
     cy: float
     width: int
     height: int
+    k1: float = 0.0
+    k2: float = 0.0
 
     def matrix(self) -> Tensor:
         """The calibration matrix K (3, 3), float64."""
@@ -46,25 +58,95 @@ class Camera:
             [[self.fx, 0.0, self.cx], [0.0, self.fy, self.cy], [0.0, 0.0, 1.0]], dtype=torch.float64
         )
 
+    def pinhole(self) -> "Camera":
+        """This camera without its distortion."""
+        return replace(self, k1=0.0, k2=0.0)
+
 
 def default_camera(width: int, height: int) -> Camera:
-    """The first guess for a camera nobody described (TartanAir's): f = width / 2, principal point in the middle."""
+    """The first guess for a camera nobody described: TartanAir's, f = width / 2, center (W / 2, H
+    / 2).
+    """
     return Camera(width / 2, width / 2, width / 2, height / 2, width, height)
+
+
+def turned(camera: Camera, quarter_turns: int) -> Camera:
+    """The camera of an image that was turned clockwise by so many quarter turns."""
+    for _ in range(quarter_turns % 4):
+        camera = replace(
+            camera,
+            fx=camera.fy,
+            fy=camera.fx,
+            cx=camera.height - 1 - camera.cy,
+            cy=camera.cx,
+            width=camera.height,
+            height=camera.width,
+        )
+    return camera
+
+
+def camera_for(camera: Camera, width: int, height: int, quarter_turns: int = 0) -> Camera:
+    """A camera's lens on an image of another size, turned clockwise by so many quarter turns
+    first.
+
+    The focal lengths go with the longer side. An image that stands upright where the camera's
+    lies (or the other way round), though no odd turn is given, was turned nobody knows which way:
+    its center is taken in the middle.
+    """
+    lens = turned(camera, quarter_turns)
+    unknown_turn = (lens.width - lens.height) * (width - height) < 0
+    if unknown_turn:
+        lens = replace(turned(lens, 1), cx=(lens.height - 1) / 2, cy=(lens.width - 1) / 2)
+    if (width, height) == (lens.width, lens.height):
+        return lens
+    scale = max(width, height) / max(lens.width, lens.height)
+    center_x = (lens.cx + 0.5) * width / lens.width - 0.5
+    center_y = (lens.cy + 0.5) * height / lens.height - 0.5
+    return Camera(
+        lens.fx * scale, lens.fy * scale, center_x, center_y, width, height, lens.k1, lens.k2
+    )
+
+
+def undistorted(xy: Tensor, k1: Tensor | float, k2: Tensor | float) -> Tensor:
+    """Ideal (x, y) (..., 2) of distorted normalized ones: Newton's method on r (1 + k1 r^2 + k2
+    r^4).
+
+    Where no radius is seen that far out, the position stays about as it is.
+    """
+    seen = xy.norm(dim=-1, keepdim=True)
+    r = seen.clone()
+    for _ in range(_NEWTON_STEPS):
+        r2 = r.square()
+        slope = (1 + 3 * k1 * r2 + 5 * k2 * r2.square()).clamp_min(0.1)
+        r = (r - (r * (1 + k1 * r2 + k2 * r2.square()) - seen) / slope).clamp_min(0)
+    return torch.where(r < 2 * seen, xy * (r / seen.clamp_min(1e-12)), xy)
 
 
 def rays(camera: Camera, xy_px: Tensor) -> Tensor:
     """Viewing rays (..., 3) with z = 1 in camera axes, float64, of the pixels xy_px (..., 2)."""
     xy = xy_px.to(torch.float64)
-    x = (xy[..., 0] - camera.cx) / camera.fx
-    y = (xy[..., 1] - camera.cy) / camera.fy
-    return torch.stack([x, y, torch.ones_like(x)], dim=-1)
+    xy = torch.stack(
+        [(xy[..., 0] - camera.cx) / camera.fx, (xy[..., 1] - camera.cy) / camera.fy], -1
+    )
+    if camera.k1 or camera.k2:
+        xy = undistorted(xy, camera.k1, camera.k2)
+    return torch.cat([xy, torch.ones_like(xy[..., :1])], dim=-1)
 
 
 def project(camera: Camera, point_cam: Tensor) -> Tensor:
-    """Pixels (..., 2) of points (..., 3) in camera axes; points at or behind the camera give meaningless numbers."""
+    """Pixels (..., 2) of points (..., 3) in camera axes; points at or behind the camera give
+    meaningless numbers.
+
+    Beyond the radius at which the distortion turns back it is left out: such a point is outside
+    the image.
+    """
     z = point_cam[..., 2:]
     z = torch.where(z.abs() < 1e-12, torch.full_like(z, 1e-12), z)
     xy = point_cam[..., :2] / z
+    if camera.k1 or camera.k2:
+        r2 = xy.square().sum(-1, keepdim=True)
+        rising = 1 + 3 * camera.k1 * r2 + 5 * camera.k2 * r2.square() > 0
+        xy = torch.where(rising, xy * (1 + camera.k1 * r2 + camera.k2 * r2.square()), xy)
     focal = torch.tensor([camera.fx, camera.fy], dtype=xy.dtype, device=xy.device)
     center = torch.tensor([camera.cx, camera.cy], dtype=xy.dtype, device=xy.device)
     return xy * focal + center
@@ -74,9 +156,12 @@ def project(camera: Camera, point_cam: Tensor) -> Tensor:
 class Convention:
     """How a pose file writes a pose.
 
-    quaternion: order of its four numbers, "xyzw" or "wxyz". direction: "camera_to_world" (the translation is the
-    camera's position) or "world_to_camera" (x_cam = R x_world + t). axes: where the file's camera axes x, y, z point
-    in the image, in words, as ("forward", "right", "down").
+    quaternion: order of its four numbers, "xyzw" or "wxyz"; "xyzw-first" and "wxyz-first" where
+    it stands before the translation. direction: "camera_to_world" (the translation is the
+    camera's position), "world_to_camera" (x_cam = R x_world + t) or, a mixture,
+    "world_to_camera_at_position" (R as in the second, the translation as in the first). axes:
+    where the file's camera axes x, y, z point in the image, in words, as ("forward", "right",
+    "down"); a left-handed triple says that the file's world is left-handed too (Unity, Unreal).
     """
 
     quaternion: str
@@ -84,12 +169,26 @@ class Convention:
     axes: tuple[str, str, str]
 
     def file_from_cv(self) -> Tensor:
-        """Signed permutation (3, 3), float64: coordinates in the file's camera axes from OpenCV's."""
+        """Signed permutation (3, 3), float64: coordinates in the file's camera axes from
+        OpenCV's.
+        """
         return torch.tensor([_WORD_CV[word] for word in self.axes], dtype=torch.float64)
+
+    def world_from_file(self) -> Tensor:
+        """Diagonal (3, 3), float64: a left-handed world is mirrored in its third axis, others
+        stay.
+        """
+        handed = torch.det(self.file_from_cv()).round()
+        return torch.diag(torch.stack([handed.new_ones(()), handed.new_ones(()), handed]))
 
     def describe(self) -> str:
         """One readable line, which `parse_convention` reads back."""
         return f"{self.quaternion} {self.direction} {'-'.join(self.axes)}"
+
+    def plain(self) -> "Convention":
+        """The same axes with the translation first and camera to world."""
+        quaternion = self.quaternion.removesuffix(_FIRST)
+        return replace(self, quaternion=quaternion, direction="camera_to_world")
 
 
 TARTANAIR = Convention("xyzw", "camera_to_world", ("forward", "right", "down"))
@@ -98,22 +197,38 @@ OPENGL = Convention("xyzw", "camera_to_world", ("right", "up", "back"))
 _NAMED = {"tartanair": TARTANAIR, "opencv": OPENCV, "opengl": OPENGL}
 
 
-def _right_handed_axes() -> list[tuple[str, str, str]]:
-    """The 24 triples of axis words that form a rotation (determinant +1)."""
+def _axes(determinant: int) -> list[tuple[str, str, str]]:
+    """The 24 triples of axis words of this determinant: +1 right-handed, -1 left-handed."""
     triples = itertools.permutations(_WORD_CV, 3)
-    return [t for t in triples if round(np.linalg.det(np.array([_WORD_CV[w] for w in t], dtype=float))) == 1]
-
-
-def all_conventions() -> list[Convention]:
-    """The 96 conventions: quaternion order x direction x 24 right-handed camera axes."""
     return [
-        Convention(q, d, axes)
-        for q, d, axes in itertools.product(QUATERNION_ORDERS, DIRECTIONS, _right_handed_axes())
+        t
+        for t in triples
+        if round(np.linalg.det(np.array([_WORD_CV[w] for w in t], dtype=float))) == determinant
     ]
 
 
+def all_conventions() -> list[Convention]:
+    """The 96 usual conventions: quaternion order x direction x 24 right-handed camera axes."""
+    product = itertools.product(QUATERNION_ORDERS, DIRECTIONS, _axes(1))
+    return [Convention(*words) for words in product]
+
+
+def unusual_conventions() -> list[Convention]:
+    """240 more: left-handed axes; the quaternion before the translation; rotation and position
+    mixed up.
+    """
+    first = [order + _FIRST for order in QUATERNION_ORDERS]
+    products = (
+        itertools.product(QUATERNION_ORDERS, DIRECTIONS, _axes(-1)),
+        itertools.product(first, DIRECTIONS, _axes(1)),
+        itertools.product(QUATERNION_ORDERS, [_AT_POSITION], _axes(1)),
+    )
+    return [Convention(*words) for words in itertools.chain(*products)]
+
+
 def parse_convention(text: str) -> Convention:
-    """The convention a user wrote: "tartanair", "opencv", "opengl", or "xyzw camera_to_world forward-right-down".
+    """The convention a user wrote: "tartanair", "opencv", "opengl", or "xyzw camera_to_world
+    forward-right-down".
 
     Raises ValueError when the text is none of these.
     """
@@ -122,7 +237,7 @@ def parse_convention(text: str) -> Convention:
     words = text.replace(",", " ").split()
     if len(words) == 3:
         convention = Convention(words[0], words[1], tuple(words[2].split("-")))
-        if convention in all_conventions():
+        if convention in [*all_conventions(), *unusual_conventions()]:
             return convention
     raise ValueError(
         f"convention {text!r} is not understood: use tartanair, opencv, opengl or, for example, "
@@ -131,7 +246,9 @@ def parse_convention(text: str) -> Convention:
 
 
 def rotation_from_quaternion(q_xyzw: Tensor) -> Tensor:
-    """Rotation matrices (..., 3, 3) of quaternions (..., 4) in order x y z w, which need not be of unit length."""
+    """Rotation matrices (..., 3, 3) of quaternions (..., 4) in order x y z w, which need not be
+    of unit length.
+    """
     x, y, z, w = (q_xyzw / q_xyzw.norm(dim=-1, keepdim=True)).unbind(-1)
     rows = [
         torch.stack([1 - 2 * (y * y + z * z), 2 * (x * y - z * w), 2 * (x * z + y * w)], dim=-1),
@@ -142,10 +259,11 @@ def rotation_from_quaternion(q_xyzw: Tensor) -> Tensor:
 
 
 def quaternion_from_rotation(R: Tensor) -> Tensor:
-    """Unit quaternions (..., 4) in order x y z w, with w >= 0, of rotation matrices R (..., 3, 3).
+    """Unit quaternions (..., 4) in order x y z w, with w >= 0, of rotation matrices R (..., 3,
+    3).
 
-    All four of Shepperd's forms are computed and the one with the largest divisor is taken, which is stable for any
-    angle.
+    All four of Shepperd's forms are computed and the one with the largest divisor is taken, which
+    is stable for any angle.
     """
     m = [[R[..., i, j] for j in range(3)] for i in range(3)]
     squares = torch.stack(
@@ -175,85 +293,38 @@ def quaternion_from_rotation(R: Tensor) -> Tensor:
 
 
 def poses_from_file(pose7, convention: Convention) -> tuple[Tensor, Tensor]:
-    """R_world_from_cam (n, 3, 3) and c_world (n, 3), float64, of the rows ``tx ty tz`` + quaternion of a pose file.
+    """R_world_from_cam (n, 3, 3) and c_world (n, 3), float64, of the rows of a pose file.
 
-    pose7 is an array or tensor (n, 7). Rows of NaN stay NaN.
+    pose7: array or tensor (n, 7), ``tx ty tz`` + quaternion unless the convention says otherwise.
+    A left-handed file is mirrored: its rotations as S R C, its positions as S c. Rows of NaN stay
+    NaN.
     """
     pose7 = torch.as_tensor(pose7, dtype=torch.float64)
+    if convention.quaternion.endswith(_FIRST):
+        pose7 = pose7.roll(3, dims=-1)
     t, q = pose7[..., :3], pose7[..., 3:]
-    if convention.quaternion == "wxyz":
+    if convention.quaternion.startswith("wxyz"):
         q = q.roll(-1, dims=-1)
     R_file = rotation_from_quaternion(q)
-    if convention.direction == "world_to_camera":
+    if convention.direction != "camera_to_world":
         R_file = R_file.transpose(-1, -2)
+    if convention.direction == "world_to_camera":
         t = -(R_file @ t[..., None]).squeeze(-1)
-    return R_file @ convention.file_from_cv().to(R_file.device), t
+    mirror = convention.world_from_file().to(t.device)
+    return mirror @ R_file @ convention.file_from_cv().to(t.device), t @ mirror
 
 
 def poses_to_file(R_world_from_cam: Tensor, c_world: Tensor, convention: Convention) -> Tensor:
     """The inverse of `poses_from_file`: rows (n, 7), float64, the quaternion with w >= 0."""
-    R = R_world_from_cam.to(torch.float64) @ convention.file_from_cv().to(R_world_from_cam.device).T
-    t = c_world.to(torch.float64)
-    if convention.direction == "world_to_camera":
+    mirror = convention.world_from_file().to(R_world_from_cam.device)
+    R = mirror @ R_world_from_cam.double() @ convention.file_from_cv().to(mirror.device).T
+    t = c_world.double() @ mirror
+    if convention.direction != "camera_to_world":
         R = R.transpose(-1, -2)
+    if convention.direction == "world_to_camera":
         t = -(R @ t[..., None]).squeeze(-1)
     q = quaternion_from_rotation(R)
-    if convention.quaternion == "wxyz":
+    if convention.quaternion.startswith("wxyz"):
         q = q.roll(1, dims=-1)
-    return torch.cat([t, q], dim=-1)
-
-
-def _pose_row(words: list[str], where: str) -> list[float]:
-    """The seven numbers of one line of a pose file, all NaN if the pose was taken away; `where` names file and line."""
-    if len(words) == 1 and words[0].lower() == "nan":
-        return [math.nan] * 7
-    if len(words) != 7:
-        raise ValueError(
-            f"{where}: {len(words)} columns where 7 are needed (tx ty tz and a quaternion, or nan); correct that line"
-        )
-    try:
-        row = [float(word) for word in words]
-    except ValueError:
-        raise ValueError(f"{where}: not a number in {' '.join(words)!r}; correct that line") from None
-    if all(math.isnan(v) for v in row):
-        return row
-    if not all(math.isfinite(v) for v in row):
-        raise ValueError(f"{where}: a value is not finite; write seven numbers, or nan for a pose that is not known")
-    if math.hypot(*row[3:]) < 1e-6:
-        raise ValueError(f"{where}: the quaternion is zero; write a unit quaternion, or nan for a pose not known")
-    return row
-
-
-def read_poses(path: str | Path, count: int | None = None) -> np.ndarray:
-    """Rows (n, 7) float64 of a pose file: ``tx ty tz`` and a quaternion a line, NaN where the line says ``nan``.
-
-    count: the number of images; the shorter of the two rules. Empty lines are skipped. Raises ValueError, naming file
-    and line, for a missing file, a wrong number of columns, something that is no number, and a zero quaternion.
-    """
-    path = Path(path)
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: the pose file cannot be read ({type(error).__name__}); put one there") from None
-    rows = [
-        _pose_row(line.split(), f"{path}, line {number}") for number, line in enumerate(lines, 1) if line.strip()
-    ]
-    return np.array(rows[:count], dtype=np.float64).reshape(-1, 7)
-
-
-def read_intrinsics(path: str | Path) -> tuple[float, float, float, float]:
-    """(fx, fy, cx, cy) in pixels from a file with these four numbers.
-
-    Raises ValueError, naming the file, if it cannot be read, has other than four numbers, or a focal length is not
-    positive.
-    """
-    path = Path(path)
-    try:
-        values = [float(word) for word in path.read_text(encoding="utf-8-sig").split()]
-    except (OSError, ValueError):
-        raise ValueError(f"{path}: cannot be read as numbers; it must hold the four numbers fx fy cx cy") from None
-    if len(values) != 4 or not all(math.isfinite(v) for v in values):
-        raise ValueError(f"{path}: {len(values)} values found; it must hold the four numbers fx fy cx cy")
-    if min(values[:2]) <= 0:
-        raise ValueError(f"{path}: the focal lengths must be positive, found fx={values[0]:g}, fy={values[1]:g}")
-    return tuple(values)
+    pose7 = torch.cat([t, q], dim=-1)
+    return pose7.roll(-3, dims=-1) if convention.quaternion.endswith(_FIRST) else pose7

@@ -1,8 +1,8 @@
-"""A pose from relative geometry, or from retrieval alone, where there are too few points for P3P.
+"""Answers without points, where there are too few for P3P or nothing is sure.
 
-From strongest to weakest: the essential matrix with one index image and the scale from matches with others (E5+1); the
-intersection of the directions from several index images; the rotation from one, at that image's place; the mean of the
-best index poses. One of them always answers.
+From strongest to weakest: the essential matrix with one index image and the scale from matches with
+others (E5+1); the rotation from one, at that image's place; the poses of the most similar index
+images. The last are always there.
 """
 
 import math
@@ -11,26 +11,32 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from localization.hypotheses import MATCH_RATIO, SAMPSON_PX, Bearing, index_norm
 from localization.matching import View
 from localization.relative_pose import (
-    intersect_directions,
+    RelativePose,
+    essential_ransac,
+    query_in_world,
     scale_from_other_views,
-    weighted_mean_pose,
 )
-from localization.scoring import Evidence, epipolar_scores
+from localization.scoring import SAMPSON_PX, Evidence, epipolar_scores
 
-MIN_SCALE_INLIERS = 5
-MEAN_IMAGES = 3
+MATCH_RATIO = 0.9
+ESSENTIAL_IMAGES, ESSENTIAL_SAMPLES = 8, 1000
+MIN_ESSENTIAL_INLIERS, MIN_SCALE_INLIERS = 15, 5
+# Index images whose poses are answers of their own.
+RETRIEVED = 3
 # With less parallax the direction of a relative pose means nothing.
 MIN_PARALLAX_DEG = 0.5
-# Directions this ill-conditioned are parallel.
-MAX_CONDITION = 1e4
+# Index images no farther apart than this share of the query's distance from them tell nothing of
+# that distance.
+MIN_BASELINE = 0.01
 
 
 @dataclass(frozen=True)
 class Guess:
-    """A pose without points: R_world_from_cam (3, 3), c_world (3,), its method, inliers and sigma_m, sigma_deg."""
+    """A pose R_world_from_cam (3, 3), c_world (3,), its method, inliers, and sigma_m, sigma_deg
+    (infinite: unknown).
+    """
 
     R_world_from_cam: Tensor
     c_world: Tensor
@@ -40,86 +46,119 @@ class Guess:
     sigma_deg: float
 
 
+@dataclass(frozen=True)
+class _Bearing:
+    """The query as one index view sees it: world rotation, unit direction from the view, and the
+    relative pose.
+    """
+
+    view: int
+    R_world_from_cam: Tensor
+    direction: Tensor
+    relative: RelativePose
+
+    @property
+    def inliers(self) -> int:
+        return int(self.relative.inliers.sum())
+
+
 def fall_back(
-    evidence: Evidence, views: list[View], bearings: list[Bearing], order: list[int], similarity: list[float]
-) -> Guess:
-    """The best answer without points. order: index views by retrieval, best first, with their similarity."""
-    return (
-        _scaled(evidence, views, bearings)
-        or _intersected(evidence.focal_px, views, bearings)
-        or _rotated(views, bearings)
-        or _mean(views, order, similarity)
-    )
+    evidence: Evidence, views: list[View], order: list[int], generator: torch.Generator
+) -> list[Guess]:
+    """The answers without points, the best first; order: index views by retrieval, best first.
+
+    Index images themselves are answers by how many distinct matches they have, of equal ones the
+    first retrieved.
+    """
+    bearings = _bearings(evidence, views, generator)
+    matches = torch.bincount(
+        evidence.view[evidence.ratio <= MATCH_RATIO], minlength=len(views)
+    ).tolist()
+    alike = sorted(order, key=lambda i: -matches[i])[:RETRIEVED]
+    retrieved = [
+        Guess(views[i].R_world_from_cam, views[i].c_world, "retrieval", 0, math.inf, math.inf)
+        for i in alike
+    ]
+    return [*_scaled(evidence, views, bearings), *_rotated(views, bearings), *retrieved]
 
 
-def _scaled(evidence: Evidence, views: list[View], bearings: list[Bearing]) -> Guess | None:
-    """E5+1: the bearing and scale that explain the query best; None if matches with other views give no scale."""
+def _bearings(evidence: Evidence, views: list[View], generator: torch.Generator) -> list[_Bearing]:
+    """Relative poses with the index views of most matches, most inliers first."""
+    distinct = evidence.ratio <= MATCH_RATIO
+    count = torch.bincount(evidence.view[distinct], minlength=len(views))
+    found = []
+    for i in count.topk(min(ESSENTIAL_IMAGES, len(views))).indices.tolist():
+        rows = torch.nonzero(distinct & (evidence.view == i))[:, 0]
+        relative = essential_ransac(
+            (evidence.ray_world[rows] @ views[i].R_world_from_cam)[:, :2],
+            evidence.xy_norm[rows],
+            SAMPSON_PX / evidence.focal_px,
+            generator=generator,
+            iterations=ESSENTIAL_SAMPLES,
+        )
+        if relative is not None and int(relative.inliers.sum()) >= MIN_ESSENTIAL_INLIERS:
+            R, direction = query_in_world(
+                views[i].R_world_from_cam, relative.R_b_from_a, relative.t_b_from_a
+            )
+            found.append(_Bearing(i, R, direction, relative))
+    return sorted(found, key=lambda b: -b.inliers)
+
+
+def _scaled(evidence: Evidence, views: list[View], bearings: list[_Bearing]) -> list[Guess]:
+    """E5+1: the bearing and scale that explain the query best, if matches with other views give a
+    scale.
+    """
     guesses = []
+    R_views, c_views = (
+        torch.stack([getattr(v, name) for v in views]) for name in ("R_world_from_cam", "c_world")
+    )
     for b in bearings:
         rows = torch.nonzero((evidence.ratio <= MATCH_RATIO) & (evidence.view != b.view))[:, 0]
         if b.relative.parallax_deg < MIN_PARALLAX_DEG or len(rows) == 0:
             continue
         others = evidence.view[rows]
+        index_norm = (evidence.ray_world[rows, None] @ R_views[others])[:, 0, :2]
         scale = scale_from_other_views(
-            views[b.view].c_world,
+            c_views[b.view],
             b.direction,
             b.R_world_from_cam,
             evidence.xy_norm[rows],
-            torch.stack([v.R_world_from_cam for v in views])[others],
-            torch.stack([v.c_world for v in views])[others],
-            index_norm(evidence, views, rows),
+            R_views[others],
+            c_views[others],
+            index_norm,
             SAMPSON_PX / evidence.focal_px,
         )
-        if scale is not None and int(scale.inliers.sum()) >= MIN_SCALE_INLIERS and math.isfinite(scale.scale):
-            center = views[b.view].c_world + scale.scale * b.direction
-            inliers = int(b.relative.inliers.sum()) + int(scale.inliers.sum())
+        if (
+            scale is not None
+            and int(scale.inliers.sum()) >= MIN_SCALE_INLIERS
+            and math.isfinite(scale.scale)
+        ):
             sigma_deg = _rotation_sigma_deg(evidence.focal_px, b)
             sigma_m = math.hypot(scale.sigma, scale.scale * math.radians(sigma_deg))
-            guesses.append(Guess(b.R_world_from_cam, center, "essential", inliers, sigma_m, sigma_deg))
+            baseline = float((c_views[others[scale.inliers]] - c_views[b.view]).norm(dim=1).max())
+            if baseline < MIN_BASELINE * scale.scale:
+                sigma_m = math.inf
+            center = c_views[b.view] + scale.scale * b.direction
+            guesses.append(
+                Guess(b.R_world_from_cam, center, "essential", b.inliers, sigma_m, sigma_deg)
+            )
     if not guesses:
-        return None
+        return []
     R = torch.stack([g.R_world_from_cam.T for g in guesses])
     scores = epipolar_scores(evidence, R, torch.stack([g.c_world for g in guesses]))
-    return guesses[int(scores.argmax())]
+    return [guesses[int(scores.argmax())]]
 
 
-def _rotation_sigma_deg(focal_px: float, bearing: Bearing) -> float:
-    """A rough standard deviation of a relative rotation: no formula, ten pixels over the root of the inliers."""
-    return max(0.2, math.degrees(10 / focal_px) / math.sqrt(int(bearing.relative.inliers.sum())))
+def _rotation_sigma_deg(focal_px: float, bearing: _Bearing) -> float:
+    """A rough standard deviation of a relative rotation: no formula, ten pixels over the root of
+    the inliers.
+    """
+    return max(0.2, math.degrees(10 / focal_px) / math.sqrt(bearing.inliers))
 
 
-def _intersected(focal_px: float, views: list[View], bearings: list[Bearing]) -> Guess | None:
-    """Where the directions from at least two index views meet; None if there are fewer or they are parallel."""
-    good = [b for b in bearings if b.relative.parallax_deg >= MIN_PARALLAX_DEG]
-    if len(good) < 2:
-        return None
-    centers = torch.stack([views[b.view].c_world for b in good])
-    directions = torch.stack([b.direction for b in good])
-    weights = torch.tensor([float(b.relative.inliers.sum()) for b in good], dtype=torch.float64, device=centers.device)
-    center, condition = intersect_directions(centers, directions, weights)
-    forward = ((center - centers) * directions).sum(1) > 0
-    if condition > MAX_CONDITION or not bool(forward.all()):
-        return None
-    offset = center - centers
-    miss = (offset - (offset * directions).sum(1, keepdim=True) * directions).norm(dim=1)
-    sigma_m = float(miss.square().mean().sqrt()) * math.sqrt(condition)
-    sigma_deg = _rotation_sigma_deg(focal_px, good[0])
-    return Guess(good[0].R_world_from_cam, center, "directions", int(good[0].relative.inliers.sum()), sigma_m, sigma_deg)
-
-
-def _rotated(views: list[View], bearings: list[Bearing]) -> Guess | None:
+def _rotated(views: list[View], bearings: list[_Bearing]) -> list[Guess]:
     """The rotation from the best relative pose, at the place of its index view."""
-    if not bearings:
-        return None
-    best = bearings[0]
-    return Guess(
-        best.R_world_from_cam, views[best.view].c_world, "rotation", int(best.relative.inliers.sum()), math.inf, math.inf
-    )
-
-
-def _mean(views: list[View], order: list[int], similarity: list[float]) -> Guess:
-    """The mean of the best index poses by retrieval, weighted by similarity."""
-    best = order[:MEAN_IMAGES]
-    weights = torch.tensor([max(0.0, float(s)) for s in similarity[:MEAN_IMAGES]], dtype=torch.float64)
-    R, c = (torch.stack([v[i] for i in best]) for v in ([v.R_world_from_cam for v in views], [v.c_world for v in views]))
-    return Guess(*weighted_mean_pose(R, c, weights.to(c.device)), "retrieval", 0, math.inf, math.inf)
+    return [
+        Guess(b.R_world_from_cam, views[b.view].c_world, "rotation", b.inliers, math.inf, math.inf)
+        for b in bearings[:1]
+    ]

@@ -4,7 +4,7 @@ The stages are those of the paper: a Gaussian pyramid that starts with the doubl
 the difference of Gaussians refined by a quadratic, up to two orientations, a 4x4x8 histogram of
 gradients. Pixels follow the project's convention: the center of the top-left pixel is (0, 0), x to
 the right, y down; the image is doubled so that pixel x lands exactly on 2x, hence no half-pixel
-shift. Everything runs on the device of the image and is the same from run to run.
+shift. Everything runs on the CPU and is the same from run to run.
 """
 
 import math
@@ -40,8 +40,7 @@ CELL_SAMPLES = 4  # gradient samples along a side of a cell
 CELL_BINS = 8  # orientations in a cell
 CLIP = 0.2  # of the L2 norm, for an entry of the descriptor
 
-LIGHT_CELL_PX = 16  # side of the squares whose mean intensity tells how a place is lit
-DARKEST = 0.02  # intensities below count as this
+MAX_SIDE = 1024  # pixels of the longer side at which keypoints are sought, unless told
 
 CHUNK_KEYPOINTS = 512  # keypoints whose gradient patches are in memory together (about 15 MB each)
 
@@ -57,7 +56,6 @@ class Features:
         clockwise on the screen (as OpenCV's `angle`).
     response: (n,) float32, |D| at the refined extremum for intensities in 0..1.
     descriptors: (n, 128) float32, RootSIFT with L2 norm 1, ordered by row, column, orientation.
-    log_light: (h, w) float32, logarithm of the mean intensity of each square of LIGHT_CELL_PX: see `light_at`.
     """
 
     xy_px: Tensor
@@ -65,15 +63,13 @@ class Features:
     angle_rad: Tensor
     response: Tensor
     descriptors: Tensor
-    log_light: Tensor
 
     def __len__(self) -> int:
         return len(self.xy_px)
 
     def select(self, keep: Tensor | slice) -> "Features":
-        """The keypoints that a mask, an index tensor or a slice picks, in the light of the same image."""
-        *of_keypoints, log_light = vars(self).values()
-        return Features(*(v[keep] for v in of_keypoints), log_light)
+        """The keypoints that a mask, an index tensor or a slice picks."""
+        return Features(*(v[keep] for v in vars(self).values()))
 
 
 class _Keypoints(NamedTuple):
@@ -92,15 +88,22 @@ class _Keypoints(NamedTuple):
 
 @torch.no_grad()
 def extract_features(
-    grey: Tensor, *, max_keypoints: int = 2000, contrast: float = 0.005, edge_ratio: float = 20.0
+    grey: Tensor,
+    *,
+    max_keypoints: int = 2000,
+    contrast: float = 0.005,
+    edge_ratio: float = 20.0,
+    max_side: int = MAX_SIDE,
 ) -> Features:
     """SIFT keypoints with RootSIFT descriptors.
 
-    grey: (H, W) float tensor, intensities in 0..1, on any device.
+    grey: (H, W) float tensor, intensities in 0..1.
     max_keypoints: rows returned at most, those of largest response; a keypoint with two
         orientations is two rows.
     contrast: a keypoint needs |D| * SCALES >= contrast (OpenCV's contrastThreshold).
     edge_ratio: largest ratio of the principal curvatures of D (OpenCV's edgeThreshold).
+    max_side: an image whose longer side has more pixels is shrunk to that first, which bounds time
+        and memory; positions and scales are in pixels of the image as given all the same.
     A flat or tiny image has no keypoints, which is a valid answer.
     Raises ValueError if grey is no two-dimensional float tensor.
     """
@@ -109,15 +112,16 @@ def extract_features(
             f"the image is a {tuple(grey.shape)} tensor of {grey.dtype}; "
             "give one gray channel (H, W) as floats in 0..1"
         )
+    given, grey = grey, _shrunk(grey.float(), max_side)
     fields, found = [], []
-    base = _doubled(grey.float())
+    base = _doubled(grey)
     while min(base.shape) >= MIN_SIDE:
         layers = _gaussian_layers(base)
         found.append(_detect(layers[1:] - layers[:-1], len(fields), contrast, edge_ratio))
         fields.append([_gradient(layer) for layer in layers[1 : SCALES + 1]])
         base = layers[SCALES, ::2, ::2]
     if not found:
-        return _no_features(grey)
+        return _no_features()
 
     keypoints = _strongest(_Keypoints(*map(torch.cat, zip(*found))), max_keypoints)
     angles = _per_layer(_orientations, fields, keypoints, keypoints.sigma.new_zeros(0, 2))
@@ -128,37 +132,36 @@ def extract_features(
     )
     zoom = 0.5 * 2.0**keypoints.octave
     xy_px = torch.stack([keypoints.x, keypoints.y], 1) * zoom[:, None]
+    shrink = torch.tensor(grey.shape[::-1]) / torch.tensor(given.shape[::-1])
     return Features(
-        xy_px=xy_px,
-        scale_px=keypoints.sigma * zoom,
+        xy_px=xy_px / shrink + (1 / shrink - 1) / 2,  # (x' + 0.5) / s - 0.5
+        scale_px=keypoints.sigma * zoom / shrink.prod().sqrt(),
         angle_rad=angle,
         response=keypoints.response,
         descriptors=descriptors,
-        log_light=_log_light(grey.float()),
     )
 
 
-def _no_features(grey: Tensor) -> Features:
-    none = torch.zeros(0, device=grey.device)
-    descriptors = none.reshape(0, CELLS * CELLS * CELL_BINS)
-    return Features(none.reshape(0, 2), none, none, none, descriptors, _log_light(grey.float()))
-
-
-def _log_light(grey: Tensor) -> Tensor:
-    """Logarithm of the mean intensity of the squares of an (H, W) image."""
-    cells = F.avg_pool2d(grey[None, None], LIGHT_CELL_PX, ceil_mode=True, count_include_pad=False)
-    return cells[0, 0].clamp_min(DARKEST).log()
-
-
-def light_at(log_light: Tensor, xy_px: Tensor) -> Tensor:
-    """Log intensity (n,) around pixels xy_px (n, 2) float32, linear between the squares' middles."""
-    covered = xy_px.new_tensor([log_light.shape[1], log_light.shape[0]]) * LIGHT_CELL_PX
-    grid = (2 * (xy_px + 0.5) / covered - 1)[None, None]
-    return F.grid_sample(log_light[None, None], grid, align_corners=False, padding_mode="border")[0, 0, 0]
+def _no_features() -> Features:
+    none = torch.zeros(0)
+    return Features(
+        none.reshape(0, 2), none, none, none, none.reshape(0, CELLS * CELLS * CELL_BINS)
+    )
 
 
 # ---------------------------------------------------------------------------------------------
 # Scale space
+
+
+def _shrunk(grey: Tensor, max_side: int) -> Tensor:
+    """An (H, W) image with at most max_side pixels on its longer side: each the mean of those it
+    covers.
+    """
+    scale = max_side / max(grey.shape)
+    if scale >= 1:
+        return grey
+    size = [max(1, round(side * scale)) for side in grey.shape]
+    return F.interpolate(grey[None, None], size, mode="bilinear", antialias=True)[0, 0]
 
 
 def _doubled(grey: Tensor) -> Tensor:
@@ -250,7 +253,7 @@ def _extrema(dog: Tensor, threshold: float) -> Tensor:
     center = region[1:-1, 1:-1, 1:-1]
     bright = (center > threshold) & (center >= _over_neighbors(torch.maximum, region))
     dark = (center < -threshold) & (center <= _over_neighbors(torch.minimum, region))
-    return torch.nonzero(bright | dark) + torch.tensor([1, BORDER, BORDER], device=dog.device)
+    return torch.nonzero(bright | dark) + torch.tensor([1, BORDER, BORDER])
 
 
 def _over_neighbors(reduce: Callable[[Tensor, Tensor], Tensor], volume: Tensor) -> Tensor:
@@ -268,8 +271,8 @@ def _refine(dog: Tensor, position: Tensor) -> Tensor:
     Those that leave the volume are dropped, those that arrive at one sample become one, in the
     order of their positions. One that has not settled after MAX_MOVES is returned as it is.
     """
-    low = torch.tensor([1, BORDER, BORDER], device=dog.device)
-    high = torch.tensor(dog.shape, device=dog.device) - 1 - low
+    low = torch.tensor([1, BORDER, BORDER])
+    high = torch.tensor(dog.shape) - 1 - low
     limit = max(dog.shape)  # moves farther than this leave the volume anyway, and may not be finite
     settled = []
     for _ in range(MAX_MOVES):
@@ -289,7 +292,7 @@ def _quadratic_fit(dog: Tensor, position: Tensor) -> tuple[Tensor, Tensor, Tenso
     (n, 3, 3), all float64. A singular Hessian gives a very large offset.
     """
     _, height, width = dog.shape
-    shift = torch.arange(-1, 2, device=dog.device)
+    shift = torch.arange(-1, 2)
     around = (shift[:, None, None] * height + shift[:, None]) * width + shift
     index = (position[:, 0] * height + position[:, 1]) * width + position[:, 2]
     cube = dog.flatten()[index[:, None, None, None] + around].double()
@@ -354,7 +357,7 @@ def _orientations(field: Tensor, keypoints: _Keypoints) -> Tensor:
     """(n, 2) angles in [0, 2 pi) of the highest peaks of each gradient histogram; NaN for none."""
     radius = 3 * ORIENTATION_SIGMA
     steps = int(radius / ORIENTATION_SPACING)
-    line = ORIENTATION_SPACING * torch.arange(-steps, steps + 1, device=field.device)
+    line = ORIENTATION_SPACING * torch.arange(-steps, steps + 1)
     grid = torch.cartesian_prod(line, line)
     grid = grid[grid.norm(dim=1) <= radius]
     weight = torch.exp(-0.5 * (grid.norm(dim=1) / ORIENTATION_SIGMA) ** 2)
@@ -383,8 +386,8 @@ def _descriptors(field: Tensor, keypoints: _Keypoints, angle: Tensor) -> Tensor:
     shares of the cells are the same for all and the spatial histogram is one matrix product.
     """
     samples = (CELLS + 1) * CELL_SAMPLES
-    line = (torch.arange(samples, device=field.device) + 0.5) / CELL_SAMPLES - 0.5 * (CELLS + 1)
-    cell = torch.arange(CELLS, device=field.device) - 0.5 * (CELLS - 1)
+    line = (torch.arange(samples) + 0.5) / CELL_SAMPLES - 0.5 * (CELLS + 1)
+    cell = torch.arange(CELLS) - 0.5 * (CELLS - 1)
     share = (1 - (line - cell[:, None]).abs()).clamp(min=0)  # (cells, samples)
     share = share * torch.exp(-0.5 * (line / (0.5 * CELLS)) ** 2)
     shares = torch.kron(share, share)  # (rows * columns, samples * samples), row-major

@@ -1,7 +1,8 @@
-"""From a rough pose to a precise one: search again where the points should be, then solve.
+"""From a rough pose to a precise one: look for the points where they should be, then solve.
 
-Given a hypothesis, the points that index images say should be visible are projected into the query and looked for near
-there. This is a much easier search than the first: a window of some pixels holds few keypoints to confuse.
+Given a hypothesis, the points that index images say should be visible are projected into the query
+and looked for near there. This is a much easier search than the first: a window of some pixels
+holds few keypoints to confuse.
 """
 
 import math
@@ -10,23 +11,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from localization.absolute_pose import lo_ransac, refine_pose
+from localization.absolute_pose import refine_pose
 from localization.cameras import rays
-from localization.features import light_at
 from localization.matching import View
 from localization.triangulation import Points
 
 MAX_POINTS = 6000
 MAX_VIEW_ANGLE_DEG = 60.0
 MAX_DEPTH_RATIO = 2.5
-SEARCH_RADIUS_PX = 40.0
-SEARCH_POINTS = 2000
-SEARCH_RATIO = 0.92
-SEARCH_ITERATIONS = 1000
 GUIDED_RADII_PX = (12.0, 6.0, 4.0)
 GUIDED_SIMILARITY = 0.75
 FOUND_PX = 2.0
-PREDICTED_PX = 4.0
 _DRIFT_PX = 8.0
 # Pairs of descriptors compared at once: what stays in the processor's cache is five times as fast.
 _PAIRS = 4096
@@ -35,8 +30,8 @@ _PAIRS = 4096
 @dataclass(frozen=True)
 class PointMap:
     """All P points of an index: position (P, 3), descriptor (P, 128), index view (P,)
-    and its keypoint there xy_px (P, 2), unit direction (P, 3) from the point to that view's camera, distance_m (P,) to it,
-    log_light (P,) around that keypoint."""
+    and its keypoint there xy_px (P, 2), unit direction (P, 3) from the point to that view's camera,
+    distance_m (P,) to it."""
 
     position: Tensor
     descriptor: Tensor
@@ -44,7 +39,6 @@ class PointMap:
     xy_px: Tensor
     direction: Tensor
     distance_m: Tensor
-    log_light: Tensor
 
     def select(self, keep: Tensor) -> "PointMap":
         """The points that a mask or an index tensor picks."""
@@ -55,7 +49,7 @@ def point_map(views: list[View], points: list[Points]) -> PointMap:
     """The valid points of all views in one map."""
     keep = [p.valid for p in points]
     position = torch.cat([p.position[k] for p, k in zip(points, keep)])
-    view = torch.cat([torch.full((int(k.sum()),), i, device=k.device) for i, k in enumerate(keep)])
+    view = torch.cat([torch.full((int(k.sum()),), i) for i, k in enumerate(keep)])
     offset = torch.stack([v.c_world for v in views])[view] - position
     distance = offset.norm(dim=1)
     return PointMap(
@@ -65,15 +59,17 @@ def point_map(views: list[View], points: list[Points]) -> PointMap:
         torch.cat([v.features.xy_px[k] for v, k in zip(views, keep)]).double(),
         offset / distance[:, None].clamp_min(1e-12),
         distance,
-        torch.cat([light_at(v.features.log_light, v.features.xy_px[k]) for v, k in zip(views, keep)]),
     )
 
 
-def visible_points(points: PointMap, query: View, R_cam_from_world: Tensor, c_world: Tensor) -> PointMap:
-    """The points a camera at this pose should see, from a side its index image shows; at most MAX_POINTS.
+def visible_points(
+    points: PointMap, query: View, R_cam_from_world: Tensor, c_world: Tensor
+) -> PointMap:
+    """The points a camera at this pose should see, from a side its index image shows; at most
+    MAX_POINTS.
 
-    In the image, seen from within MAX_VIEW_ANGLE_DEG of the index view and MAX_DEPTH_RATIO of its distance. Where
-    there are too many, those stay whose index view is most alike.
+    In the image, seen from within MAX_VIEW_ANGLE_DEG of the index view and MAX_DEPTH_RATIO of its
+    distance. Where there are too many, those stay whose index view is most alike.
     """
     offset = c_world - points.position
     distance = offset.norm(dim=1).clamp_min(1e-12)
@@ -82,7 +78,11 @@ def visible_points(points: PointMap, query: View, R_cam_from_world: Tensor, c_wo
     xy, depth = project_query(query, R_cam_from_world, c_world, points.position)
     size = xy.new_tensor([query.camera.width, query.camera.height])
     inside = (depth > 0) & ((xy >= 0) & (xy < size)).all(1)
-    seen = inside & (cosine > math.cos(math.radians(MAX_VIEW_ANGLE_DEG))) & (stretch < math.log(MAX_DEPTH_RATIO))
+    seen = (
+        inside
+        & (cosine > math.cos(math.radians(MAX_VIEW_ANGLE_DEG)))
+        & (stretch < math.log(MAX_DEPTH_RATIO))
+    )
     rows = torch.nonzero(seen)[:, 0]
     if len(rows) > MAX_POINTS:
         likeness = cosine[rows] - stretch[rows]
@@ -90,18 +90,24 @@ def visible_points(points: PointMap, query: View, R_cam_from_world: Tensor, c_wo
     return points.select(rows)
 
 
-def project_query(query: View, R_cam_from_world: Tensor, c_world: Tensor, points: Tensor) -> tuple[Tensor, Tensor]:
+def project_query(
+    query: View, R_cam_from_world: Tensor, c_world: Tensor, points: Tensor
+) -> tuple[Tensor, Tensor]:
     """Pixels (n, 2) and depths (n,) of points (n, 3) in a query at a pose."""
     local = (points - c_world) @ R_cam_from_world.T
     depth = local[:, 2]
-    xy = local[:, :2] / torch.where(depth.abs() < 1e-9, torch.full_like(depth, 1e-9), depth)[:, None]
+    xy = (
+        local[:, :2] / torch.where(depth.abs() < 1e-9, torch.full_like(depth, 1e-9), depth)[:, None]
+    )
     camera = query.camera
     return xy * xy.new_tensor([camera.fx, camera.fy]) + xy.new_tensor([camera.cx, camera.cy]), depth
 
 
 @dataclass(frozen=True)
 class Candidates:
-    """Pairs of a visible point and a query keypoint near its projection: point, keypoint, similarity (n,)."""
+    """Pairs of a visible point and a query keypoint near its projection: point, keypoint,
+    similarity (n,).
+    """
 
     point: Tensor
     keypoint: Tensor
@@ -112,28 +118,37 @@ class Candidates:
         return Candidates(self.point[keep], self.keypoint[keep], self.similarity[keep])
 
     def best_of(self, key: Tensor, count: int) -> Tensor:
-        """For each pair the highest similarity among the pairs of the same key (n,) in 0..count-1, (n,)."""
-        top = torch.full((count,), -2.0, dtype=self.similarity.dtype, device=key.device)
+        """For each pair the highest similarity among the pairs of the same key (n,) in 0..count-1,
+        (n,).
+        """
+        top = torch.full((count,), -2.0, dtype=self.similarity.dtype)
         return top.scatter_reduce(0, key, self.similarity, "amax")[key]
 
 
 def near_candidates(points: PointMap, query: View, xy_px: Tensor, radius_px: float) -> Candidates:
     """All pairs within radius_px of the projections xy_px (P, 2), not too unlike."""
-    # Keypoints sorted by rows of the radius' height, then by x: those near a projection lie in three short runs.
+    # Keypoints sorted by rows of the radius' height, then by x: those near a projection lie in
+    # three short runs.
     xy, keypoints = xy_px.float(), query.features.xy_px
-    row_length = query.camera.width + 4 * radius_px  # more than any x, so that rows do not run into each other
-    place_of, by_place = (torch.floor(keypoints[:, 1] / radius_px).double() * row_length + keypoints[:, 0]).sort()
-    rows = torch.floor(xy[:, 1:] / radius_px) + torch.arange(-1, 2, device=xy.device)
+    row_length = (
+        query.camera.width + 4 * radius_px
+    )  # more than any x, so that rows do not run into each other
+    place_of, by_place = (
+        torch.floor(keypoints[:, 1] / radius_px).double() * row_length + keypoints[:, 0]
+    ).sort()
+    rows = torch.floor(xy[:, 1:] / radius_px) + torch.arange(-1, 2)
     middle = rows.double() * row_length + xy[:, :1]
     first = torch.searchsorted(place_of, middle - radius_px).flatten()
     count = torch.searchsorted(place_of, middle + radius_px, right=True).flatten() - first
-    run = torch.arange(len(first), device=xy.device).repeat_interleave(count)
-    within = torch.arange(len(run), device=xy.device) - (count.cumsum(0) - count)[run]
+    run = torch.arange(len(first)).repeat_interleave(count)
+    within = torch.arange(len(run)) - (count.cumsum(0) - count)[run]
     point, keypoint = run // 3, by_place[first[run] + within]
     near = (xy[point] - keypoints[keypoint]).norm(dim=1) <= radius_px
     point, keypoint = point[near], keypoint[near]
     pairs = zip(point.split(_PAIRS), keypoint.split(_PAIRS))
-    similarity = torch.cat([(points.descriptor[p] * query.features.descriptors[k]).sum(1) for p, k in pairs])
+    similarity = torch.cat(
+        [(points.descriptor[p] * query.features.descriptors[k]).sum(1) for p, k in pairs]
+    )
     alike = similarity >= GUIDED_SIMILARITY
     return Candidates(point[alike], keypoint[alike], similarity[alike])
 
@@ -148,44 +163,19 @@ def _mutual_best(candidates: Candidates, points: int, keypoints: int) -> Candida
 
 @dataclass(frozen=True)
 class Refined:
-    """A hypothesis after the guided search.
-
-    found: number of query keypoints that agree with a point within FOUND_PX; share: of the points predicted in the
-    image, those found.
+    """A hypothesis after the guided search; found: query keypoints that agree with a point within
+    FOUND_PX.
     """
 
     R_cam_from_world: Tensor
     c_world: Tensor
     found: int
-    share: float
-
-
-def search_again(
-    points: PointMap, query: View, R: Tensor, c: Tensor, generator: torch.Generator
-) -> tuple[Tensor, Tensor] | None:
-    """A better pose from a search in wide windows around a hypothesis, by LO-RANSAC; None if there is none."""
-    visible = visible_points(points, query, R, c)
-    visible = visible.select(slice(0, SEARCH_POINTS))
-    xy, _ = project_query(query, R, c, visible.position)
-    near = near_candidates(visible, query, xy, SEARCH_RADIUS_PX)
-    if len(near.point) == 0:
-        return None
-    near = _mutual_best(near, len(visible.position), len(query.features.xy_px))
-    pose = lo_ransac(
-        rays(query.camera, query.features.xy_px)[near.keypoint, :2],
-        visible.position[near.point],
-        GUIDED_RADII_PX[-1] / query.camera.fx,
-        generator=generator,
-        iterations=SEARCH_ITERATIONS,
-        keypoint_ids=near.keypoint,
-    )
-    if pose is None:
-        return None
-    return pose.R_cam_from_world, -pose.R_cam_from_world.T @ pose.t_cam
 
 
 def guided_refinement(points: PointMap, query: View, R: Tensor, c: Tensor) -> Refined | None:
-    """Match points to keypoints near their projections and solve, in ever smaller windows; None if nothing is left."""
+    """Match points to keypoints near their projections and solve, in ever smaller windows; None if
+    nothing is left.
+    """
     visible = visible_points(points, query, R, c)
     if len(visible.position) == 0 or len(query.features.xy_px) == 0:
         return None
@@ -205,10 +195,7 @@ def guided_refinement(points: PointMap, query: View, R: Tensor, c: Tensor) -> Re
         c = -R.T @ refined.t_cam
     error = _errors(query, R, c, visible, near)
     found = _mutual_best(near.select(error <= FOUND_PX), *counts)
-    predicted = torch.zeros(counts[0], dtype=torch.bool, device=R.device)
-    predicted[near.point[error <= PREDICTED_PX]] = True
-    share = float(predicted.double().mean())
-    return Refined(R, c, len(found.point), share)
+    return Refined(R, c, len(found.point))
 
 
 def _errors(query: View, R: Tensor, c: Tensor, visible: PointMap, near: Candidates) -> Tensor:

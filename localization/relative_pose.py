@@ -1,10 +1,9 @@
 """Pose from two views and what serves where points are too few.
 
-Five-point essential matrices in MSAC with local optimization, the scale of a relative pose from
-matches with further posed views (E5+1), the intersection of directions, the mean of poses. Plain
-tensors in, float64 out, on the device of the input. A relative pose is x_b = R_b_from_a x_a +
-t_b_from_a; E = [t]× R, so that x_bᵀ E x_a = 0. Image points are normalized (K⁻¹ pixel, z = 1) and
-thresholds are pixels over the focal length.
+Five-point essential matrices in MSAC with local optimization, and the scale of a relative pose from
+matches with further posed views (E5+1). Plain tensors in, float64 out. A relative pose is x_b =
+R_b_from_a x_a + t_b_from_a; E = [t]× R, so that x_bᵀ E x_a = 0. Image points are normalized (K⁻¹
+pixel, z = 1) and thresholds are pixels over the focal length.
 """
 
 import functools
@@ -36,7 +35,7 @@ SCALE_CANDIDATES = 1000  # at most so many single-match scales are tried
 class RelativePose:
     """x_b = R x_a + s t for an unknown s > 0.
 
-    t_b_from_a is a unit vector; inliers (n,) bool; score: MSAC, 1 a perfect match; parallax_deg:
+    t_b_from_a is a unit vector; inliers (n,) bool; parallax_deg:
     median angle between the rays of the inliers once the rotation is undone. With a parallax near
     zero (pure rotation) R still holds and t means nothing.
     """
@@ -44,7 +43,6 @@ class RelativePose:
     R_b_from_a: Tensor
     t_b_from_a: Tensor
     inliers: Tensor
-    score: float
     parallax_deg: float
 
 
@@ -55,7 +53,6 @@ class ScaleEstimate:
     scale: float
     sigma: float
     inliers: Tensor
-    score: float
 
 
 # ---------------------------------------------------------------- essential matrices
@@ -130,14 +127,14 @@ def _products(degree: int) -> Tensor:
 
 def _essential_cubics(basis: Tensor) -> Tensor:
     """The ten cubics of essential matrices spanned by basis (B, 4, 3, 3): (B, 10, 20)."""
-    square, cube = _products(1).to(basis.device), _products(2).to(basis.device)
+    square, cube = _products(1), _products(2)
 
     def collect(table: Tensor, products: Tensor) -> Tensor:
         return torch.einsum("mc,bc...->bm...", table, products.flatten(1, 2))
 
     EEt = collect(square, torch.einsum("bpij,bqkj->bpqik", basis, basis))
     trace = EEt.diagonal(dim1=2, dim2=3).sum(2)[..., None, None]
-    eye = torch.eye(3, dtype=basis.dtype, device=basis.device)
+    eye = torch.eye(3, dtype=basis.dtype)
     trace_constraint = collect(cube, torch.einsum("bpij,bqjk->bpqik", 2 * EEt - trace * eye, basis))
     first, second, third = basis.unbind(2)
     minors = collect(square, torch.linalg.cross(first[:, :, None], second[:, None, :]))
@@ -174,7 +171,7 @@ def score_essentials(
     one = torch.ones_like(xy_a[:, :1])
     a, b = torch.cat([xy_a, one], 1).T.contiguous(), torch.cat([xy_b, one], 1).T.contiguous()
     w = a.new_ones(n) if weights is None else weights.to(torch.float32)
-    scores = torch.zeros(h, dtype=torch.float64, device=E.device)
+    scores = torch.zeros(h, dtype=torch.float64)
     step = max(1, SCORE_CHUNK // max(n, 1))
     for start in range(0, h, step):
         part = E[start : start + step]
@@ -223,7 +220,7 @@ def decompose_essential(
     if mask is not None:
         votes = votes & mask[:, None]
     best = votes.sum(2).argmax(1)
-    rows = torch.arange(len(best), device=best.device)
+    rows = torch.arange(len(best))
     return R[rows, best], t[rows, best]
 
 
@@ -281,7 +278,7 @@ class _Epipolar:
 
     def normal_equations(self, R: Tensor, t: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
         E = essential_from_pose(R, t)
-        axes = skew(torch.eye(3, dtype=R.dtype, device=R.device))
+        axes = skew(torch.eye(3, dtype=R.dtype))
         by_rotation = skew(t)[:, None] @ axes @ R[:, None]
         by_direction = skew(_tangent(t)) @ R[:, None]
         dE = torch.cat([by_rotation, by_direction], 1)  # (k, 5, 3, 3)
@@ -350,7 +347,6 @@ def essential_ransac(
     for _ in range(2):  # an epipolar line passes many a wrong match: the end is for inliers alone
         mask = _relative_inliers(R, t, a, b, threshold)
         R, t, _ = refine_relative_pose(R, t, a, b, threshold, weights=w * mask)
-    score = float(_score_relative(R, t, a, b, threshold, w)[0])
     R, t = R[0], t[0]
     inliers = _relative_inliers(R, t, a, b, threshold) & (w > 0)
     if int(inliers.sum()) < MIN_INLIERS:
@@ -358,7 +354,7 @@ def essential_ransac(
     turned = torch.nn.functional.normalize(rays_a[inliers] @ R.T, dim=1)
     apart = (turned - torch.nn.functional.normalize(rays_b[inliers], dim=1)).norm(dim=1)
     parallax = torch.rad2deg(2 * torch.asin((apart / 2).clamp(max=1)).median())
-    return RelativePose(R, t, inliers, score, float(parallax))
+    return RelativePose(R, t, inliers, float(parallax))
 
 
 def _relative_inliers(R: Tensor, t: Tensor, a: Tensor, b: Tensor, threshold: float) -> Tensor:
@@ -446,8 +442,7 @@ def scale_from_other_views(
         return None
     information = (w * inliers * lines.value[1].square() / size[0]).sum()
     variance = (w * inliers * squared[0]).sum() / (count - 1) / information
-    score = lines.score(scale[None], w, threshold)
-    return ScaleEstimate(float(scale), float(variance.sqrt()), inliers, float(score))
+    return ScaleEstimate(float(scale), float(variance.sqrt()), inliers)
 
 
 @dataclass(frozen=True)
@@ -501,73 +496,3 @@ class _ScaleLines:
     def score(self, scales: Tensor, weights: Tensor, threshold: float) -> Tensor:
         squared, _, front = self.errors(scales)
         return ((1 - squared / threshold**2).clamp_min(0) * front) @ weights
-
-
-def intersect_directions(
-    centers: Tensor, directions: Tensor, weights: Tensor | None = None
-) -> tuple[Tensor, float]:
-    """The point nearest to n lines: c = (Σ w (I − d dᵀ))⁻¹ Σ w (I − d dᵀ) c_i.
-
-    centers (n, 3), directions (n, 3) of any length, weights (n,) or None. Returns (c (3,),
-    condition): the condition number of the matrix, infinite where the lines are parallel (or there
-    is but one); c is then the point of the solution line or space nearest to the weighted mean of
-    the centers. Lines of zero length or weight do not count.
-
-    Raises ValueError where no line counts.
-    """
-    centers, directions = centers.to(torch.float64), directions.to(torch.float64)
-    w = centers.new_ones(len(centers)) if weights is None else weights.to(centers)
-    length = directions.norm(dim=1)
-    usable = torch.isfinite(centers).all(1) & torch.isfinite(length) & (length > 0) & (w > 0)
-    if not bool(usable.any()):
-        raise ValueError(f"None of {len(centers)} directions is usable; give at least one.")
-    centers, d, w = centers[usable], (directions / length[:, None])[usable], w[usable]
-    w = w / w.sum()
-    middle = w @ centers
-    eye = torch.eye(3, dtype=d.dtype, device=d.device)
-    projections = w[:, None, None] * (eye - d[:, :, None] * d[:, None, :])
-    A = projections.sum(0)
-    values, vectors = torch.linalg.eigh(A)
-    right = (projections @ (centers - middle)[..., None]).sum(0)[:, 0]
-    fixed = values > 1e-12
-    solution = torch.where(fixed, (vectors.T @ right) / values.clamp_min(1e-12), 0.0)
-    condition = float(values[2] / values[0]) if bool(fixed[0]) else math.inf
-    return middle + vectors @ solution, condition
-
-
-def weighted_mean_pose(
-    R_world_from_cam: Tensor, c_world: Tensor, weights: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """Mean of poses, outliers dropped: what is left to answer when all else fails.
-
-    R_world_from_cam (n, 3, 3), c_world (n, 3), weights (n,) ≥ 0 or None. Dropped are poses whose
-    center lies farther from the weighted geometric median of the centers than three times the
-    weighted median of these distances. The rotation is the one nearest to the weighted sum of
-    matrices, or, where rotations cancel out, that of the heaviest pose. Poses with a NaN do not
-    count; weights that are all zero count as equal.
-
-    Raises ValueError where there is no finite pose at all.
-    """
-    R, c = R_world_from_cam.to(torch.float64), c_world.to(torch.float64)
-    finite = torch.isfinite(R).flatten(1).all(1) & torch.isfinite(c).all(1)
-    if not bool(finite.any()):
-        raise ValueError(f"None of {len(c)} poses is finite; give at least one.")
-    w = c.new_ones(len(c)) if weights is None else weights.to(c)
-    R, c, w = R[finite], c[finite], torch.nan_to_num(w[finite]).clamp_min(0)
-    w = w / w.sum() if bool(w.sum() > 0) else torch.full_like(w, 1 / len(w))
-    median = w @ c
-    for _ in range(20):  # Weiszfeld's iteration
-        pull = w / (c - median).norm(dim=1).clamp_min(1e-9)
-        median = pull @ c / pull.sum()
-    distance = (c - median).norm(dim=1)
-    ordered = torch.argsort(distance)
-    half = int((torch.cumsum(w[ordered], 0) < 0.5).sum())
-    bound = 3 * distance[ordered[min(half, len(ordered) - 1)]]
-    w = torch.where(distance <= bound + 1e-9, w, 0.0)
-    w = w / w.sum()
-    U, strength, Vt = torch.linalg.svd((w[:, None, None] * R).sum(0))
-    handed = torch.ones_like(strength)
-    handed[2] = torch.sign(torch.linalg.det(U @ Vt))
-    mean = U @ torch.diag(handed) @ Vt
-    clear = strength[1] + handed[2] * strength[2] > 1e-6
-    return (mean if bool(clear) else R[w.argmax()]), w @ c

@@ -1,18 +1,19 @@
-"""3D points from posed images: one point per keypoint by depth consensus, refined on all views that agree.
+"""3D points from posed images: one point per keypoint by depth consensus, refined on all views that
+agree.
 
-Every index keypoint that has matches becomes the anchor of its own point: each match proposes a depth along the
-anchor's ray, the depth that most other matches bear out wins, and Gauss-Newton on the reprojection errors finishes it.
+Every index keypoint that has matches becomes the anchor of its own point: each match proposes a
+depth along the anchor's ray, the depth that most other matches bear out wins, and Gauss-Newton on
+the reprojection errors finishes it.
 """
 
-import os
 from collections.abc import Callable, Collection
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from localization.matching import View, guided_matches, near_pairs
+from localization.threads import in_threads
 
 # How many other index images an index image is matched with, at most.
 PARTNERS = 20
@@ -24,7 +25,9 @@ GAUSS_NEWTON_STEPS = 5
 
 @dataclass(frozen=True)
 class Cameras:
-    """V posed cameras in arrays: R_cam_from_world (V, 3, 3), c_world (V, 3), focal and center (V, 2) in pixels."""
+    """V posed cameras in arrays: R_cam_from_world (V, 3, 3), c_world (V, 3), focal and center (V,
+    2) in pixels.
+    """
 
     R_cam_from_world: Tensor
     c_world: Tensor
@@ -33,11 +36,15 @@ class Cameras:
 
     def select(self, index: Tensor) -> "Cameras":
         """The cameras that an index tensor (any shape) picks."""
-        return Cameras(*(v[index] for v in (self.R_cam_from_world, self.c_world, self.focal, self.center)))
+        return Cameras(
+            *(v[index] for v in (self.R_cam_from_world, self.c_world, self.focal, self.center))
+        )
 
 
 def project_points(cameras: Cameras, points: Tensor) -> tuple[Tensor, Tensor]:
-    """Pixels (..., 2) and depths (...) of points (..., 3) in cameras of broadcastable leading shape."""
+    """Pixels (..., 2) and depths (...) of points (..., 3) in cameras of broadcastable leading
+    shape.
+    """
     local = (cameras.R_cam_from_world @ (points - cameras.c_world)[..., None]).squeeze(-1)
     depth = local[..., 2]
     safe = torch.where(depth.abs() < 1e-9, torch.full_like(depth, 1e-9), depth)
@@ -47,10 +54,11 @@ def project_points(cameras: Cameras, points: Tensor) -> tuple[Tensor, Tensor]:
 def anchor_depths(
     ray: Tensor, center: Tensor, other_ray: Tensor, other_center: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Depth along `ray` (..., 3) of the point nearest to another ray, and the angle of the two (degrees, 0..90).
+    """Depth along `ray` (..., 3) of the point nearest to another ray, and the angle of the two
+    (degrees, 0..90).
 
-    Rays are of unit length, centers (..., 3), all in world axes. The depth is NaN-free but meaningless for parallel
-    rays; closed form of the shortest segment between two lines.
+    Rays are of unit length, centers (..., 3), all in world axes. The depth is NaN-free but
+    meaningless for parallel rays; closed form of the shortest segment between two lines.
     """
     baseline = other_center - center
     cosine = (ray * other_ray).sum(-1)
@@ -60,11 +68,15 @@ def anchor_depths(
     return depth, torch.rad2deg(torch.asin(sine2.clamp_max(1).sqrt()))
 
 
-def refine_points(cameras: Cameras, xy_px: Tensor, seen: Tensor, points: Tensor) -> tuple[Tensor, Tensor]:
-    """Least-squares points (n, 3) from their observations, with covariances (n, 3, 3) for 1 px of noise.
+def refine_points(
+    cameras: Cameras, xy_px: Tensor, seen: Tensor, points: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Least-squares points (n, 3) from their observations, with covariances (n, 3, 3) for 1 px of
+    noise.
 
-    cameras: leading shape (n, V) or (V,); xy_px (n, V, 2); seen (n, V) bool; points (n, 3) the start. A few
-    Gauss-Newton steps on the reprojection error; a point whose step is not finite stays where it is.
+    cameras: leading shape (n, V) or (V,); xy_px (n, V, 2); seen (n, V) bool; points (n, 3) the
+    start. A few Gauss-Newton steps on the reprojection error; a point whose step is not finite
+    stays where it is.
     """
     weight = seen.to(points.dtype)
     for _ in range(GAUSS_NEWTON_STEPS):
@@ -75,8 +87,12 @@ def refine_points(cameras: Cameras, xy_px: Tensor, seen: Tensor, points: Tensor)
     return points, torch.linalg.inv_ex(normal)[0]
 
 
-def _normal_equations(cameras: Cameras, xy_px: Tensor, weight: Tensor, points: Tensor) -> tuple[Tensor, Tensor]:
-    """J^T W J (n, 3, 3), barely damped, and J^T W r (n, 3) of the reprojection residuals of points (n, 3)."""
+def _normal_equations(
+    cameras: Cameras, xy_px: Tensor, weight: Tensor, points: Tensor
+) -> tuple[Tensor, Tensor]:
+    """J^T W J (n, 3, 3), barely damped, and J^T W r (n, 3) of the reprojection residuals of points
+    (n, 3).
+    """
     local = (cameras.R_cam_from_world @ (points[:, None] - cameras.c_world)[..., None]).squeeze(-1)
     depth = local[..., 2:].clamp_min(1e-6)
     residual = local[..., :2] / depth * cameras.focal + cameras.center - xy_px
@@ -89,30 +105,43 @@ def _normal_equations(cameras: Cameras, xy_px: Tensor, weight: Tensor, points: T
     JW = J * weight[..., None, None]
     normal = torch.einsum("nvki,nvkj->nij", JW, J)
     damping = 1e-9 * normal.diagonal(dim1=-2, dim2=-1).sum(-1).clamp_min(1e-12)
-    normal = normal + damping[:, None, None] * torch.eye(3, dtype=normal.dtype, device=normal.device)
+    normal = normal + damping[:, None, None] * torch.eye(3, dtype=normal.dtype)
     return normal, torch.einsum("nvki,nvk->ni", JW, residual)
 
 
 @dataclass(frozen=True)
 class Points:
-    """n points: position (n, 3) in world axes, covariance (n, 3, 3) for 1 px noise, valid (n,), views (n,) that agree.
+    """n points: position (n, 3) in world axes, valid (n,), seen_in (n, k): numbers of the other
+    views that agree, -1 for none.
 
     Where valid is False the other values mean nothing (but are finite).
     """
 
     position: Tensor
-    covariance: Tensor
     valid: Tensor
-    views: Tensor
+    seen_in: Tensor
+
+    def without(self, view: int) -> "Points":
+        """The points that stand without a view: two others must show them."""
+        left = ((self.seen_in >= 0) & (self.seen_in != view)).any(dim=1)
+        return replace(self, valid=self.valid & left)
 
 
-def consensus_points(anchor: Cameras, anchor_xy_px: Tensor, others: Cameras, xy_px: Tensor, seen: Tensor) -> Points:
+def consensus_points(
+    anchor: Cameras,
+    anchor_xy_px: Tensor,
+    others: Cameras,
+    xy_px: Tensor,
+    seen: Tensor,
+    numbers: Tensor,
+) -> Points:
     """One point for each of n keypoints of the anchor image from their matches in V other images.
 
-    anchor: one camera (leading shape (1,)); anchor_xy_px (n, 2); others (V,); xy_px (n, V, 2) the matched positions
-    where seen (n, V). A depth proposed by one match (angle >= 1 degree, in front) is borne out by every match it
-    reprojects onto within 3 px; the depth with most support, then with the widest angle, wins. Kept are points in
-    front of every agreeing camera, within 4 px in each and in the anchor, seen under at least 1 degree.
+    anchor: one camera (leading shape (1,)); anchor_xy_px (n, 2); others (V,); xy_px (n, V, 2) the
+    matched positions where seen (n, V); numbers (V,) of these images. A depth proposed by one match
+    (angle >= 1 degree, in front) is borne out by every match it reprojects onto within 3 px; the
+    depth with most support, then with the widest angle, wins. Kept are points in front of every
+    agreeing camera, within 4 px in each and in the anchor, seen under at least 1 degree.
     """
     ray = unit_rays(anchor, anchor_xy_px)
     other_ray = unit_rays(others, xy_px)
@@ -123,7 +152,7 @@ def consensus_points(anchor: Cameras, anchor_xy_px: Tensor, others: Cameras, xy_
     supports = agreeing(others, candidate[:, :, None], xy_px[:, None], CONSENSUS_PX) & seen[:, None]
     support = supports.sum(-1) + angle / 1000
     best = torch.where(proposed, support, torch.full_like(support, -1.0)).argmax(dim=1)
-    rows = torch.arange(len(ray), device=ray.device)
+    rows = torch.arange(len(ray))
     borne_out = supports[rows, best]
 
     cameras = Cameras(*(torch.cat(v) for v in zip(vars(anchor).values(), vars(others).values())))
@@ -134,17 +163,14 @@ def consensus_points(anchor: Cameras, anchor_xy_px: Tensor, others: Cameras, xy_
     wide = torch.where(borne_out, angle, torch.zeros_like(angle)).amax(dim=1) >= MIN_ANGLE_DEG
     finite = torch.isfinite(position).all(-1) & torch.isfinite(covariance).flatten(1).all(-1)
     valid = proposed.any(dim=1) & fits & wide & finite
-    identity = torch.eye(3, dtype=position.dtype, device=position.device)
-    return Points(
-        torch.where(valid[:, None], position, torch.zeros_like(position)),
-        torch.where(valid[:, None, None], covariance, identity),
-        valid,
-        used.sum(dim=1),
-    )
+    position = torch.where(valid[:, None], position, torch.zeros_like(position))
+    return Points(position, valid, torch.where(borne_out, numbers, -1))
 
 
 def unit_rays(cameras: Cameras, xy_px: Tensor) -> Tensor:
-    """Unit rays (..., 3) in world axes of pixels (..., 2), float64, in cameras of broadcastable leading shape."""
+    """Unit rays (..., 3) in world axes of pixels (..., 2), float64, in cameras of broadcastable
+    leading shape.
+    """
     xy = (xy_px.to(torch.float64) - cameras.center) / cameras.focal
     ray = torch.cat([xy, torch.ones_like(xy[..., :1])], dim=-1)
     ray = (cameras.R_cam_from_world.transpose(-1, -2) @ ray[..., None]).squeeze(-1)
@@ -152,16 +178,17 @@ def unit_rays(cameras: Cameras, xy_px: Tensor) -> Tensor:
 
 
 def agreeing(cameras: Cameras, points: Tensor, xy_px: Tensor, limit_px: float) -> Tensor:
-    """Whether points (..., 3) lie in front of cameras (...) and reproject within limit_px of xy_px (..., 2)."""
+    """Whether points (..., 3) lie in front of cameras (...) and reproject within limit_px of xy_px
+    (..., 2).
+    """
     xy, depth = project_points(cameras, points)
     return ((xy - xy_px).norm(dim=-1) <= limit_px) & (depth > 0)
 
 
 def cameras_of(views: list[View]) -> Cameras:
     """The posed views' cameras as arrays."""
-    device = views[0].c_world.device
     intrinsics = torch.tensor(
-        [[v.camera.fx, v.camera.fy, v.camera.cx, v.camera.cy] for v in views], dtype=torch.float64, device=device
+        [[v.camera.fx, v.camera.fy, v.camera.cx, v.camera.cy] for v in views], dtype=torch.float64
     )
     return Cameras(
         torch.stack([v.R_world_from_cam.T for v in views]),
@@ -174,36 +201,38 @@ def cameras_of(views: list[View]) -> Cameras:
 def triangulate_views(
     views: list[View], wanted: Collection[int] | None = None, progress: Callable | None = None
 ) -> list[Points]:
-    """The points of each posed view's keypoints (one each, where valid), from guided matches among the views.
+    """The points of each posed view's keypoints (one each, where valid), from guided matches among
+    the views.
 
-    wanted: the views whose points are asked for, None for all; returned in rising order. progress: called with
-    (done, of) as the matching advances.
+    wanted: the views whose points are asked for, None for all; returned in rising order. progress:
+    called with (done, of) as the matching advances.
     """
     cameras = cameras_of(views)
     wanted = sorted(range(len(views)) if wanted is None else wanted)
     pairs = near_pairs(torch.stack([v.R_world_from_cam for v in views]), cameras.c_world, PARTNERS)
     pairs = [(i, j) for i, j in pairs if i in wanted or j in wanted]
     found = {i: {} for i in range(len(views))}
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        all_matches = pool.map(lambda pair: guided_matches(views[pair[0]], views[pair[1]]), pairs)
-        for done, ((i, j), matches) in enumerate(zip(pairs, all_matches)):
-            found[i][j] = (matches.a, matches.b)
-            found[j][i] = (matches.b, matches.a)
-            if progress:
-                progress(done + 1, len(pairs))
-    return [_points_of_view(views, cameras, i, found[i]) for i in wanted]
+    all_matches = in_threads(
+        lambda pair: guided_matches(views[pair[0]], views[pair[1]]), pairs, progress
+    )
+    for (i, j), matches in zip(pairs, all_matches):
+        found[i][j] = (matches.a, matches.b)
+        found[j][i] = (matches.b, matches.a)
+    return in_threads(lambda i: _points_of_view(views, cameras, i, found[i]), wanted)
 
 
 def _points_of_view(views: list[View], cameras: Cameras, i: int, matched: dict) -> Points:
-    """The points of view i; matched: other view's number -> (keypoints of i, keypoints of the other)."""
+    """The points of view i; matched: other view's number -> (keypoints of i, keypoints of the
+    other).
+    """
     xy = views[i].features.xy_px.to(torch.float64)
     others = sorted(matched)
     xy_other = xy.new_zeros(len(xy), max(1, len(others)), 2)
-    seen = torch.zeros(xy_other.shape[:2], dtype=torch.bool, device=xy.device)
+    seen = torch.zeros(xy_other.shape[:2], dtype=torch.bool)
     for column, j in enumerate(others):
         own, other = matched[j]
         xy_other[own, column] = views[j].features.xy_px[other].to(torch.float64)
         seen[own, column] = True
-    index = torch.tensor(others or [i], device=xy.device)
-    this = torch.tensor([i], device=xy.device)
-    return consensus_points(cameras.select(this), xy, cameras.select(index), xy_other, seen)
+    index = torch.tensor(others or [i])
+    this = torch.tensor([i])
+    return consensus_points(cameras.select(this), xy, cameras.select(index), xy_other, seen, index)

@@ -12,6 +12,8 @@ from scipy.spatial.transform import Rotation
 
 from localization.cameras import OPENCV, Convention, poses_to_file
 from model import InputError
+from reporting import poses
+from tests.course_driver.tiny_data import write_scene
 
 _spec = importlib.util.spec_from_file_location("task4", Path(__file__).parents[1] / "test.py")
 task4 = importlib.util.module_from_spec(_spec)
@@ -160,7 +162,7 @@ def test_poses_of_new_images_in_a_posed_scene(room_and_photos, checkpoint, tmp_p
     argv = ["--camera", camera, "--scenes", "room", "--query", *photos, "--checkpoint", checkpoint,
             "--output", tmp_path / "out", "--no-cache", "--quiet"]  # fmt: skip
     assert task4.main([str(word) for word in argv]) == 0
-    assert [p.name for p in (tmp_path / "out").iterdir()] == ["query_poses.tsv"]
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["README.md", "query_poses.tsv"]
     lines = (tmp_path / "out/query_poses.tsv").read_text().splitlines()[1:]
     for line, photo, pose, limit_m in zip(lines, photos, truth, (0.02, 0.05), strict=True):
         path, *numbers = line.split("\t")[:8]
@@ -171,13 +173,17 @@ def test_poses_of_new_images_in_a_posed_scene(room_and_photos, checkpoint, tmp_p
     assert len(said.out.splitlines()) == 3 * len(photos) + 1
 
 
-def test_lens_on_an_image_of_another_size():
-    camera = task4.Camera(500.0, 510.0, 319.5, 239.5, 640, 480)
-    assert task4.resized(camera, 640, 480) is camera
-    half = task4.resized(camera, 320, 240)
-    assert (half.fx, half.fy, half.cx, half.cy) == (250.0, 255.0, 159.5, 119.5)
-    upright = task4.resized(camera, 480, 640)
-    assert (upright.fx, upright.cx, upright.cy) == (500.0, 239.5, 319.5)
+def test_an_index_image_that_cannot_be_read_is_left_out_and_said(checkpoint, tmp_path, capsys):
+    write_scene(tmp_path / "camera", "room", 7, seed=1)
+    _, index = task4.split_frames(np.zeros((7, 7)), 42)
+    spoiled = tmp_path / f"camera/room/images/{index[2]:06d}_left.png"
+    spoiled.write_bytes(spoiled.read_bytes()[:200])
+    words = ["--camera", tmp_path / "camera", "--output", tmp_path / "o", "--checkpoint", checkpoint]
+    assert task4.main([*map(str, words), "--device", "cpu", "--no-cache"]) == 0
+    said = capsys.readouterr()
+    assert f"WARNING: 1 of 7 images are left out: the image {spoiled} cannot be read" in said.err
+    text = (tmp_path / "o/result_pose_eval.txt").read_text(encoding="utf-8")
+    assert "(queries=1, index=5)" in text and str(spoiled) not in text
 
 
 def test_bad_input_of_new_images(room_and_photos, checkpoint, tmp_path, capsys):
@@ -189,3 +195,33 @@ def test_bad_input_of_new_images(room_and_photos, checkpoint, tmp_path, capsys):
                 "--output", tmp_path / "out", "--no-cache"]  # fmt: skip
         assert task4.main([str(word) for word in argv]) == 2
         assert named in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", [
+    "--top-k 0", "--top-k -3", "--seed -1", f"--seed {10**30}", "--intrinsics 0 0 320 240",
+    "--intrinsics -320 320 320 240", "--intrinsics nan 320 320 240", "--intrinsics 320 320 inf 240",
+])  # fmt: skip
+def test_a_bad_option_is_one_sentence(option, room_and_photos, checkpoint, tmp_path, capsys):
+    argv = ["--camera", str(room_and_photos[0]), "--checkpoint", str(checkpoint), "--output", str(tmp_path / "out")]
+    assert task4.main([*argv, *option.split()]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"test.py: {option.split()[0]}") and len(said.splitlines()) == 1
+
+
+def test_poses_are_written_before_pictures_and_survive_one_that_fails(
+    room_and_photos, checkpoint, tmp_path, monkeypatch, capsys
+):
+    """The scene's picture fails: the poses were there before, the other pictures and the report come all the same."""
+    there = []
+
+    def fail(*_):
+        there.extend(p.name for p in tmp_path.iterdir())
+        raise RuntimeError("no ink")
+
+    monkeypatch.setattr(poses, "draw_poses", fail)
+    argv = ["--camera", room_and_photos[0], "--scenes", "room", "--checkpoint", checkpoint, "--output", tmp_path, "--no-cache"]
+    assert task4.main([str(word) for word in argv]) == 0
+    assert {"result_pose_eval.txt", "estimated_poses.tsv"} <= set(there)
+    assert (tmp_path / "report/errors.png").is_file() and (tmp_path / "report/report.md").is_file()
+    assert any((tmp_path / "report").glob("matches_*.png"))
+    assert "RuntimeError: no ink" in capsys.readouterr().err

@@ -1,5 +1,6 @@
 """Synthetic scenes for the localization tests: 3D points with descriptors, seen by posed cameras, no pixels."""
 
+import math
 from dataclasses import dataclass
 
 import pytest
@@ -20,7 +21,7 @@ def looking(c: Tensor, target: Tensor, roll: float = 0.0) -> Tensor:
     forward = unit(target - c)
     right = unit(torch.linalg.cross(forward, torch.tensor([0.0, 0.0, 1.0], dtype=c.dtype)))
     R = torch.stack([right, torch.linalg.cross(forward, right), forward], dim=1)
-    s, k = torch.sin(torch.tensor(roll)), torch.cos(torch.tensor(roll))
+    s, k = math.sin(roll), math.cos(roll)
     return R @ torch.tensor([[k, -s, 0], [s, k, 0], [0, 0, 1]], dtype=c.dtype)
 
 
@@ -54,7 +55,6 @@ class World:
         n = len(xy)
         features = Features(
             xy.float(), torch.full((n,), 2.0), torch.zeros(n), torch.linspace(1, 0.5, n), descriptors.float(),
-            torch.zeros(30, 40),
         )
         view = View(features, camera, R, c)
         view.seen = seen

@@ -1,4 +1,4 @@
-"""P3P, MSAC, LO-RANSAC, refinement and covariance against PoseLib, autograd and Monte Carlo."""
+"""P3P, MSAC scores, refinement and covariance against PoseLib, autograd and Monte Carlo."""
 
 import math
 
@@ -8,14 +8,11 @@ import pytest
 import torch
 
 from localization.absolute_pose import (
-    best_of_keypoint,
-    lo_ransac,
     p3p,
     pose_deviation,
     refine_pose,
     rotation_from_vector,
     score_poses,
-    sequential_modes,
     squared_errors,
 )
 
@@ -217,15 +214,6 @@ def test_scores_of_nothing():
     assert torch.equal(none, torch.zeros(len(R), dtype=F64))
 
 
-def test_best_of_keypoint_by_hand():
-    errors = torch.tensor([[3.0, 1.0, 1.0, math.inf, 5.0], [1.0, 2.0, 2.0, 0.0, math.inf]])
-    keypoints = torch.tensor([4, 4, 4, 9, 2])
-    expected = [[False, True, False, False, True], [True, False, False, True, False]]
-    assert best_of_keypoint(errors, keypoints).tolist() == expected
-    assert best_of_keypoint(errors[1], keypoints).tolist() == expected[1]
-    assert best_of_keypoint(errors[:, :0], keypoints[:0]).shape == (2, 0)
-
-
 # ---------------------------------------------------------------- refinement
 
 
@@ -393,116 +381,6 @@ def contaminated(seed, count, outliers, noise_px=1.0):
     wrong = int(count * outliers)
     points[:wrong] = points[:wrong][torch.randperm(wrong, generator=seeded(seed + 500))]
     return R, t, xy, points
-
-
-@pytest.mark.parametrize(("count", "outliers"), [(60, 0.3), (300, 0.7)])
-def test_lo_ransac_is_as_good_as_poselib(count, outliers):
-    for seed in range(50, 55):
-        R, t, xy, points = contaminated(seed, count, outliers)
-        pose = lo_ransac(xy, points, 4 / FOCAL_PX, generator=seeded(seed))
-        theirs, info = poselib.estimate_absolute_pose(
-            (xy * FOCAL_PX).numpy(),
-            points.numpy(),
-            pinhole(),
-            {"max_reproj_error": 4.0},
-            {"loss_type": "CAUCHY", "loss_scale": 2.0},
-        )
-        their_R, their_t = torch.tensor(theirs.R), torch.tensor(theirs.t)
-        score = score_poses(their_R[None], their_t[None], xy, points, 4 / FOCAL_PX)
-        assert pose.score > float(score) - 0.5
-        assert abs(int(pose.inliers.sum()) - info["num_inliers"]) <= 2
-        assert pose.inliers[int(count * outliers) :].sum() >= 0.97 * count * (1 - outliers)
-        sigma_m, sigma_deg = pose_deviation(pose.covariance)
-        moved = (center_of(pose.R_cam_from_world, pose.t_cam) - center_of(R, t)).norm()
-        assert moved < 3.5 * sigma_m < 0.2
-        assert angle_deg(pose.R_cam_from_world, R) < 3.5 * sigma_deg < 2
-
-
-def test_lo_ransac_repeats_itself():
-    _, _, xy, points = contaminated(60, 100, 0.5)
-    first = lo_ransac(xy, points, 0.0125, generator=seeded(3))
-    again = lo_ransac(xy, points, 0.0125, generator=seeded(3))
-    assert torch.equal(first.R_cam_from_world, again.R_cam_from_world)
-    assert first.score == again.score
-
-
-def test_lo_ransac_finds_no_pose_where_there_is_none():
-    R, t, xy, points = noisy_problem(61)
-    generator = seeded(61)
-    search = {"generator": generator, "iterations": 1000}
-    assert lo_ransac(xy[:0], points[:0], 0.0125, **search) is None
-    assert lo_ransac(xy[:3], points[:3], 0.0125, **search) is None
-    assert lo_ransac(xy, points[:1].expand(80, 3), 0.0125, **search) is None
-    line = points[0] + uniform(80, 1, generator=generator) * (points[1] - points[0])
-    assert lo_ransac(xy, line, 0.0125, **search) is None
-    assert lo_ransac(xy, torch.full_like(points, math.nan), 0.0125, **search) is None
-    assert lo_ransac(xy, points, 0.0125, weights=torch.zeros(80), **search) is None
-    behind = 2 * center_of(R, t) - points
-    chance = lo_ransac(xy, behind, 1 / FOCAL_PX, **search)
-    assert chance is None or chance.inliers.sum() < 8
-    five = normal(5, 3, generator=generator)
-    assert lo_ransac(xy[:5], five, 0.2 / FOCAL_PX, **search) is None
-
-
-def test_lo_ransac_leaves_out_broken_and_unweighted_correspondences():
-    R, _t, xy, points = contaminated(62, 100, 0.2)
-    xy[97], points[98] = math.nan, math.inf
-    weights = torch.ones(100)
-    weights[99] = 0
-    pose = lo_ransac(xy, points, 0.0125, generator=seeded(62), weights=weights)
-    assert not pose.inliers[97:].any() and pose.inliers[20:97].sum() > 70
-    assert angle_deg(pose.R_cam_from_world, R) < 0.3
-    (mode,) = sequential_modes(xy, points, 0.0125, modes=1, generator=seeded(62), weights=weights)
-    assert not mode.inliers[97:].any() and mode.score == pytest.approx(pose.score)
-
-
-def many_points_on_few_keypoints():
-    """A true pose seen by 40 keypoints; a false one by 100 points, all on ten of the keypoints."""
-    generator = seeded(70)
-    R, t = random_poses(2, generator)
-    xy, points = seen_points(R[0], t[0], 40, generator)
-    which = torch.arange(10).repeat_interleave(10)
-    far = 3 + 5 * uniform(100, 1, generator=generator)
-    alias = (homogeneous(xy[which]) * far - t[1]) @ R[1]
-    ids = torch.cat([torch.arange(40), which])
-    return R, t, torch.cat([xy, xy[which]]), torch.cat([points, alias]), ids
-
-
-def test_points_on_one_keypoint_are_one_piece_of_evidence():
-    R, _t, xy, points, ids = many_points_on_few_keypoints()
-    misled = lo_ransac(xy, points, 0.0125, generator=seeded(0))
-    assert torch.allclose(misled.R_cam_from_world, R[1], atol=1e-5)
-    pose = lo_ransac(xy, points, 0.0125, generator=seeded(0), keypoint_ids=ids)
-    assert torch.allclose(pose.R_cam_from_world, R[0], atol=1e-5)
-    assert pose.inliers.tolist() == [True] * 40 + [False] * 100
-    assert pose.score == pytest.approx(40, abs=1e-3)
-
-
-def test_weights_decide_between_poses():
-    R, _t, xy, points = noisy_problem(71, noise_px=0.5)
-    generator = seeded(72)
-    other_R, other_t = random_poses(1, generator)
-    far = 3 + 5 * uniform(60, 1, generator=generator)
-    alias = (homogeneous(xy[:60]) * far - other_t) @ other_R[0]
-    xy, points = torch.cat([xy, xy[:60]]), torch.cat([points, alias])
-    for light, expected in ((slice(0, 80), other_R[0]), (slice(80, 140), R)):
-        weights = torch.ones(140)
-        weights[light] = 0.1
-        pose = lo_ransac(xy, points, 0.0125, generator=seeded(1), weights=weights)
-        assert angle_deg(pose.R_cam_from_world, expected) < 0.5
-
-
-def test_sequential_modes_find_both_poses_and_stop():
-    R, _t, xy, points, ids = many_points_on_few_keypoints()
-    found = sequential_modes(xy, points, 0.0125, modes=5, generator=seeded(2), keypoint_ids=ids)
-    assert len(found) == 2
-    for i, count in enumerate((40, 10)):
-        assert torch.allclose(found[i].R_cam_from_world, R[i], atol=1e-5)
-        assert int(found[i].inliers.sum()) == count
-        assert found[i].score == pytest.approx(count, abs=1e-3)
-    one = sequential_modes(xy, points, 0.0125, modes=1, generator=seeded(2), keypoint_ids=ids)
-    assert len(one) == 1
-    assert sequential_modes(xy[:2], points[:2], 0.0125, modes=3, generator=seeded(2)) == []
 
 
 def test_squared_errors_are_infinite_behind_the_camera():

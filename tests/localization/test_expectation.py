@@ -6,17 +6,19 @@ import pytest
 import torch
 
 from localization.absolute_pose import rotation_from_vector
-from localization.expectation import KEYPOINTS, Expectation
-from localization.light import nearness
+from localization.expectation import KEYPOINTS, NEAR, UNSEEN, Expectation, nearness
 from localization.localize import localize
 from localization.matching import View, mutual_matches
 from localization.scoring import epipolar_scores, gather_evidence
 from localization.triangulation import triangulate_views
 
 
-def expectation(views: list[View], near_m: float, known=None) -> Expectation:
+def expectation(views: list[View], near_m: float, explained=None) -> Expectation:
+    """Learned from the views, or with what each explains given."""
+    if explained is None:
+        return Expectation.learn(views, triangulate_views(views), near_m / NEAR)
     R, c = torch.stack([v.R_world_from_cam for v in views]), torch.stack([v.c_world for v in views])
-    return Expectation(views, triangulate_views(views), R, c, near_m, known or {})
+    return Expectation(R, c, near_m, torch.tensor(explained, dtype=torch.float64))
 
 
 def at(x: float) -> torch.Tensor:
@@ -38,7 +40,7 @@ def test_the_expectation_is_the_mean_of_the_three_nearest_carried_to_the_distanc
     ahead = about_z(0.0) @ torch.tensor([[1.0, 0, 0], [0, 0, 1], [0, -1, 0]], dtype=torch.float64)
     views = [world.view(ahead, at(x)) for x in (0.0, 0.5, 1.0, 3.0)]
     views.append(world.view(about_z(90.0) @ ahead, at(0.0)))  # near, but looks elsewhere
-    expected = expectation(views, 0.5, {0: 0.4, 1: 0.2, 2: 0.1, 3: 50.0, 4: 50.0})
+    expected = expectation(views, 0.5, [0.4, 0.2, 0.1, 50.0, 50.0])
     query = views[0]
     count = len(query.features)
     by_hand = (0.4 * 1 + 0.2 / 2 + 0.1 / 5) / 3 * count
@@ -46,7 +48,7 @@ def test_the_expectation_is_the_mean_of_the_three_nearest_carried_to_the_distanc
     assert expected.fulfilled(query, ahead.T, at(0.0), by_hand / 2) == pytest.approx(1 / 4)
     assert expected.fulfilled(query, ahead.T, at(0.0), 2 * by_hand) == 1
     assert expected.score(query, (about_z(-90.0) @ ahead).T, at(0.0)) == 0
-    assert expected.fulfilled(query, (about_z(-90.0) @ ahead).T, at(0.0), 0.0) == 0
+    assert expected.fulfilled(query, (about_z(-90.0) @ ahead).T, at(0.0), 0.0) == UNSEEN < 0.5
 
 
 def test_a_view_taken_out_explains_what_it_does_as_a_query(random_world, random_poses):
@@ -57,12 +59,11 @@ def test_a_view_taken_out_explains_what_it_does_as_a_query(random_world, random_
     expected = expectation(views, 0.7)
     query, others = views[0], range(1, 6)
     evidence = gather_evidence(
-        query, views, expected.points, {i: mutual_matches(query.features, views[i].features) for i in others}
+        query, views, triangulate_views(views), {i: mutual_matches(query.features, views[i].features) for i in others}
     )
     score = float(epipolar_scores(evidence, poses[0][0].T[None], poses[0][1][None], polished=True))
     away_m = min(float((views[i].c_world - poses[0][1]).norm()) for i in others)
-    expected.score(query, poses[0][0].T, poses[0][1])
-    share = expected.known[0] * float(nearness(torch.tensor(away_m), 0.7))
+    share = float(expected.explained[0]) * float(nearness(torch.tensor(away_m), 0.7))
     assert share * len(query.features) == pytest.approx(score, rel=1e-6)
 
 
@@ -82,8 +83,8 @@ def test_what_a_view_explains_is_bounded(random_world, look_at):
     R, c = near.R_world_from_cam.T, near.c_world
     expected = expectation([near, far], 1e-3)
     most = expected.score(near, R, c) / len(near.features)
-    there = expected.known[1] * float(nearness(torch.tensor(2.0), 1e-3))
-    assert expected.known[0] > 1 and 0 < there < 1
+    there = float(expected.explained[1]) * float(nearness(torch.tensor(2.0), 1e-3))
+    assert expected.explained[0] > 1 and 0 < there < 1
     assert most == pytest.approx((1 + there) / 2, rel=1e-3)
     assert expectation([near, away], 0.5).score(near, R, c) == 0
 
@@ -107,9 +108,9 @@ def gap(corridor, look_at):
 
 
 def errors(index: list[View], queries: list[View], seed: int) -> list[float]:
-    ranking, similarity = [list(range(len(index)))] * len(queries), [[1.0] * len(index)] * len(queries)
+    ranking = [list(range(len(index)))] * len(queries)
     asked = [View(q.features, q.camera) for q in queries]
-    estimates = localize(index, asked, ranking, similarity, seed=seed)
+    estimates = localize(index, asked, ranking, seed=seed)
     return [float((e.c_world - q.c_world).norm()) for e, q in zip(estimates, queries)]
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import localization.features as features_module
-from localization.features import Features, extract_features, light_at
+from localization.features import Features, extract_features
 
 CONTRAST, EDGE_RATIO = 0.01, 15.0
 
@@ -60,7 +60,6 @@ def opencv(image: np.ndarray, max_keypoints: int = 2000) -> Features:
         angle_rad=torch.tensor([math.radians(k.angle) for k in keypoints]),
         response=torch.tensor([k.response for k in keypoints]),
         descriptors=torch.from_numpy(roots),
-        log_light=torch.zeros(1, 1),
     )
 
 
@@ -185,16 +184,6 @@ def test_gaussian_blobs_are_found_where_they_are():
     assert (features.scale_px[nearest] / expected - 1).abs().max() < 0.015
 
 
-def test_light_is_the_mean_intensity_around_a_pixel():
-    y, x = torch.meshgrid(torch.arange(160.0), torch.arange(208.0), indexing="ij")
-    ramp = 0.2 + 0.6 * x / 208
-    dots = 0.05 * ((x % 24 - 12) ** 2 + (y % 24 - 12) ** 2 < 6)
-    found = extract_features(ramp + dots)
-    xy = torch.tensor([[20.0, 20.0], [100.5, 80.0], [187.0, 140.0]])
-    expected = (0.2 + 0.6 * xy[:, 0] / 208).log()
-    assert (light_at(found.log_light, xy) - expected).abs().max() < 0.04
-
-
 def test_quarter_turn_turns_keypoints_and_keeps_descriptors():
     # Sides 32 k + 1 keep every octave's sampling grid symmetric, so that the turn is exact.
     image = torch.from_numpy(textured_image(161, 129, seed=3))
@@ -297,3 +286,21 @@ def test_flat_and_tiny_images_give_valid_features(shape):
 def test_anything_but_a_float_image_is_refused(image):
     with pytest.raises(ValueError, match="one gray channel"):
         extract_features(image)
+
+
+def test_a_large_image_is_searched_at_a_bounded_size_and_answered_in_its_own_pixels():
+    """Blobs drawn at known places of a large image: found there, though sought in a third of it."""
+    rng = np.random.default_rng(3)
+    places = np.array([(x, y) for x in range(150, 1700, 200) for y in range(150, 1200, 200)]) + rng.uniform(-30, 30, (48, 2))
+    y, x = np.mgrid[0:1350, 0:1803].astype(np.float32)
+    image = np.full(x.shape, 0.5, np.float32)
+    for px, py in places:
+        image += 0.4 * np.exp(-((x - px) ** 2 + (y - py) ** 2) / (2 * 12.0**2))
+    found = extract_features(torch.from_numpy(image), max_side=600)
+    distance = np.linalg.norm(found.xy_px.numpy()[None] - places[:, None], axis=2)
+    nearest = found.scale_px[distance.argmin(axis=1)]
+    assert np.median(distance.min(axis=1)) < 0.5  # of its own pixels, three to one of the search
+    assert np.median(nearest) == pytest.approx(12, rel=0.15)  # a blob of sigma s is found at s
+    small = extract_features(torch.from_numpy(image[:400, :600].copy()))
+    bounded = extract_features(torch.from_numpy(image[:400, :600].copy()), max_side=600)
+    assert torch.equal(small.xy_px, bounded.xy_px)

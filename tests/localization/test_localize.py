@@ -1,17 +1,27 @@
 """localize.py and what only it uses: hypotheses, scoring, refinement, tracks, fallback."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
+from localization import threads
 from localization.absolute_pose import rotation_from_vector
 from localization.cameras import Camera, quaternion_from_rotation
+from localization.fallback import Guess
 from localization.features import Features
-from localization.localize import Estimate, _Answer, _better, _choose, _Index, localize, share_world
+from localization.localize import (
+    Estimate,
+    Index,
+    Search,
+    _least_expected_error,
+    localize,
+    share_world,
+)
 from localization.matching import View, mutual_matches
 from localization.scoring import gather_evidence
-from localization.tracks import Polished, refine_with_points
+from localization.tracks import Polished, Tracks, refine_with_points
 
 CAMERA = Camera(320.0, 320.0, 320.0, 240.0, 640, 480)
 
@@ -23,8 +33,7 @@ def queries_of(views: list[View]) -> list[View]:
 
 def answers(index: list[View], queries: list[View], seed: int = 0):
     ranking = [list(range(len(index))) for _ in queries]
-    similarity = [[1.0 - 0.1 * i for i in range(len(index))] for _ in queries]
-    return localize(index, queries_of(queries), ranking, similarity, seed=seed)
+    return localize(index, queries_of(queries), ranking, seed=seed)
 
 
 def error(estimate, view: View) -> tuple[float, float]:
@@ -60,11 +69,29 @@ def test_poses_of_a_plain_scene(random_world, random_poses):
         assert meters < 5 * estimate.sigma_m and degrees < 5 * estimate.sigma_deg
 
 
-def test_same_seed_same_answer_and_order_of_queries_does_not_matter(random_world, random_poses):
+def test_same_seed_same_answer_wherever_a_query_stands(random_world, random_poses, monkeypatch):
+    """Neither its place in the list nor the number of threads changes an answer by a bit."""
     world = random_world(2)
-    views = [world.view(*pose) for pose in random_poses(7, 3)]
-    first, again = (answers(views[:6], views[6:], seed=5)[0] for _ in range(2))
-    assert torch.equal(first.c_world, again.c_world)
+    views = [world.view(*pose) for pose in random_poses(10, 3)]
+    forwards = answers(views[:6], views[6:], seed=5)
+    monkeypatch.setattr(threads, "usable_cores", lambda: 1)
+    backwards = answers(views[:6], views[:5:-1], seed=5)
+    for a, b in zip(forwards, reversed(backwards), strict=True):
+        assert torch.equal(a.c_world, b.c_world) and torch.equal(a.R_world_from_cam, b.R_world_from_cam)
+        assert a.confidence == b.confidence
+
+
+def test_thresholds_mean_the_same_on_a_large_photo(random_world, random_poses):
+    """The same scene photographed with six times the pixels, and six times the noise in them: the same answers."""
+    small = random_world(2)
+    large = random_world(2, camera=Camera(1920.0, 1920.0, 1922.5, 1442.5, 3840, 2880))
+    poses = random_poses(7, 3)
+    views = [small.view(*pose) for pose in poses]
+    photos = [large.view(*pose, noise_px=1.8) for pose in poses]
+    for photo in photos:
+        photo.features.scale_px.mul_(6)
+    (a,), (b,) = answers(views[:6], views[6:]), answers(photos[:6], photos[6:])
+    assert error(b, photos[6])[0] < 0.03 and b.inliers > 0.8 * a.inliers and b.confidence > 0.5
 
 
 def test_only_ranked_index_views_are_matched(random_world, random_poses):
@@ -73,8 +100,8 @@ def test_only_ranked_index_views_are_matched(random_world, random_poses):
     poses = random_poses(9, 5)
     index = [here.view(*p) for p in poses[:4]] + [elsewhere.view(*p) for p in poses[4:8]]
     query = here.view(*poses[8])
-    right = localize(index, queries_of([query]), [[0, 1, 2, 3]], [[1.0] * 4], seed=0)[0]
-    wrong = localize(index, queries_of([query]), [[4, 5, 6, 7]], [[1.0] * 4], seed=0)[0]
+    right = localize(index, queries_of([query]), [[0, 1, 2, 3]], seed=0)[0]
+    wrong = localize(index, queries_of([query]), [[4, 5, 6, 7]], seed=0)[0]
     assert right.method == "pnp" and error(right, query)[0] < 0.05
     assert wrong.confidence < 0.3 and sensible(wrong)
 
@@ -106,7 +133,7 @@ def test_degenerate_inputs_are_answered(random_world, random_poses, look_at):
     world = random_world(8)
     poses = random_poses(5, 9)
     a, b, c, _d, query = (world.view(*pose) for pose in poses)
-    nothing = Features(torch.zeros(0, 2), *(torch.zeros(0) for _ in range(3)), torch.zeros(0, 128), torch.zeros(1, 1))
+    nothing = Features(torch.zeros(0, 2), *(torch.zeros(0) for _ in range(3)), torch.zeros(0, 128))
     bare = View(nothing, CAMERA, *poses[0])
     one = a.features.select(slice(1))
     turned = [world.view(rotation_from_vector(torch.tensor([0.0, 0.1 * i, 0.0]).double()) @ poses[0][0], poses[0][1]) for i in range(4)]
@@ -129,35 +156,25 @@ def test_degenerate_inputs_are_answered(random_world, random_poses, look_at):
     assert answers([a, b, c], []) == []
 
 
-def test_light_and_score_choose_the_place_and_what_is_explained_the_pose():
-    def answer(x: float, explained: float, score: float) -> _Answer:
-        at = torch.tensor([x, 0.0, 0.0], dtype=torch.float64)
-        return _Answer(Estimate(torch.eye(3).double(), at, "pnp", 30, 0.1, 0.1, 0.5), explained, score)
-
-    points = answer(0.0, 80.0, 30.0)
-    assert _better(points, answer(0.05, 120.0, 31.0), 0.2).explained == 120.0
-    assert _better(points, answer(0.05, 90.0, 50.0), 0.2) is points
-    assert _better(points, answer(2.0, 120.0, 31.0), 0.2) is points
-    assert _better(points, answer(2.0, 70.0, 50.0), 0.2).score == 50.0
-    assert _better(None, points, 0.2) is points and _better(points, None, 0.2) is points
-
-
 def test_most_tracks_choose_the_pose_within_the_place_that_explains_most(random_world, random_poses):
     world = random_world(25)
     views = [world.view(*pose) for pose in random_poses(7, 26)]
-    index, query = _Index.build(views[:6], lambda done, of: None), views[6]
+    index, query = Index.build(views[:6], lambda done, of: None), views[6]
     matches = {i: mutual_matches(query.features, view.features) for i, view in enumerate(index.views)}
     evidence = gather_evidence(query, index.views, index.points, matches)
 
     def polished(away_m: float, tracks: int) -> Polished:
         away = torch.tensor([away_m, 0.0, 0.0], dtype=torch.float64)
-        return Polished(query.R_world_from_cam.T, query.c_world + away, torch.eye(6).double(), tracks)
+        center = query.c_world + away
+        return Polished(query.R_world_from_cam.T, center, torch.eye(6).double(), tracks, CAMERA, None, 0.0, None)
 
     place = 0.9 * index.place_m
-    answer = _choose(query, index, evidence, [polished(0.0, 50), polished(place, 60), polished(5 * place, 500)])
+    search = Search(query, index, list(range(6)), evidence)
+    assert search.best() is None
+    search.polished = [polished(0.0, 50), polished(place, 60), polished(5 * place, 500)]
+    answer = search.best()
     assert answer.estimate.inliers == 60
     assert float(answer.estimate.c_world[0] - query.c_world[0]) == pytest.approx(place)
-    assert _choose(query, index, evidence, []) is None
 
 
 def test_one_plane(random_world, random_poses):
@@ -214,12 +231,14 @@ def test_joint_refinement_is_honest(random_world, random_poses):
         xy = view.features.xy_px.double() + torch.randn(n, 2, **draw)
         start = rotation_from_vector(0.01 * torch.randn(3, **draw)) @ R.T, c + 0.02 * torch.randn(3, **draw)
         noise = torch.ones(n, dtype=torch.float64)
-        _R_found, c_found, spread, _ = refine_with_points(view, *start, xy, points, covariance, noise)
-        _R_plain, c_plain, _, _ = refine_with_points(view, *start, xy, points, 1e-8 * torch.eye(3).double().expand(n, 3, 3), noise)
-        off = c_found - c
-        normalized.append(float(off @ torch.linalg.inv(spread[3:, 3:]) @ off))
+        exact = 1e-8 * torch.eye(3).double().expand(n, 3, 3)
+        found, alike = (
+            refine_with_points(view.camera, *start, Tracks(xy, points, spread, noise)) for spread in (covariance, exact)
+        )
+        off = found.c_world - c
+        normalized.append(float(off @ torch.linalg.inv(found.covariance[3:, 3:]) @ off))
         weighed.append(float(off.norm()))
-        plain.append(float((c_plain - c).norm()))
+        plain.append(float((alike.c_world - c).norm()))
     assert 1.5 < sum(normalized) / len(normalized) < 6  # 3 coordinates; the Cauchy loss costs some efficiency
     assert sum(weighed) < 0.95 * sum(plain)
 
@@ -234,9 +253,97 @@ def test_share_world(random_world, random_poses):
     assert not share_world(pairs[:2]) and not share_world([])
 
 
+def test_the_map_tests_itself(random_world, random_poses):
+    """A right scene finds itself; one whose poses belong to other images does not, and is not trusted."""
+    world = random_world(33)
+    views = [world.view(*pose) for pose in random_poses(9, 34)]
+    index, query = views[:8], views[8]
+    for shift, right in ((0, True), (1, False)):
+        rows = [index[(i + shift) % 8] for i in range(8)]
+        posed = [replace_pose(view, row) for view, row in zip(index, rows)]
+        outcome = []
+        (found,) = localize(posed, queries_of([query]), [list(range(8))], seed=0, tested=outcome.append)
+        assert (outcome[0].found == len(outcome[0].errors) == 3) == right
+        assert (found.confidence >= 0.5) == right
+        assert f"{outcome[0].found} of 3" in outcome[0].describe()
+
+
+def replace_pose(view: View, other: View) -> View:
+    return View(view.features, view.camera, other.R_world_from_cam, other.c_world)
+
+
 def test_progress_is_reported(random_world, random_poses):
     world = random_world(23)
     views = [world.view(*pose) for pose in random_poses(4, 24)]
     calls = []
-    localize(views[:3], queries_of(views[3:]), [[0, 1, 2]], [[1.0] * 3], seed=0, progress=lambda *v: calls.append(v))
+    localize(views[:3], queries_of(views[3:]), [[0, 1, 2]], seed=0, progress=lambda *v: calls.append(v))
     assert ("index", 3, 3) in calls and calls[-1] == ("queries", 1, 1)
+
+
+def test_the_lens_is_refined_with_the_pose_and_its_sigmas_are_honest(random_world, random_poses):
+    """A camera of f 400 and another center, taken for one of f 320: found to four sigmas, which are small."""
+    world = random_world(27, count=600)
+    R, c = random_poses(1, 28)[0]
+    true = Camera(400.0, 400.0, 300.0, 250.0, 640, 480)
+    view = world.view(R, c, clutter=0, noise_px=0.5, camera=true)
+    n = len(view.seen)
+    tracks = Tracks(
+        view.features.xy_px.double(), world.points[view.seen], 1e-8 * torch.eye(3).double().expand(n, 3, 3),
+        torch.full((n,), 0.5, dtype=torch.float64),
+    )  # fmt: skip
+    found = refine_with_points(replace(true, fx=390.0, fy=390.0, cx=310.0), R.T, c, tracks, lens=3)
+    off = torch.tensor([found.camera.fx - 400, found.camera.cx - 300, found.camera.cy - 250]).abs() / 400
+    assert bool((off < 4 * found.lens_sigma).all()) and float(found.lens_sigma.max()) < 0.01
+    assert found.camera.fx == found.camera.fy and found.covariance.shape == (6, 6)
+
+
+@pytest.mark.parametrize("zoom", [0.7, 1.3, 1.8])
+def test_a_query_with_another_lens_is_found_with_it(random_world, random_poses, zoom):
+    world = random_world(29, count=900)
+    poses = random_poses(9, 30)
+    own = Camera(320.0 * zoom, 320.0 * zoom, 320.0, 240.0, 640, 480)
+    index = [world.view(*pose) for pose in poses[:8]]
+    query = world.view(*poses[8], camera=own)
+    taken = View(query.features, CAMERA)
+    found = localize(index, [taken], [list(range(8))], seed=0)[0]
+    assert error(found, query)[0] < 0.05 and error(found, query)[1] < 0.5
+    assert found.camera.fx == pytest.approx(own.fx, rel=0.01)
+    sure = localize(index, [replace(taken, lens_is_sure=True)], [list(range(8))], seed=0)[0]
+    assert sure.camera is None
+    same = answers(index, [world.view(*poses[8])])[0]
+    assert same.camera is None and same.confidence > 0.5
+
+
+def test_a_mirrored_query_is_not_believed(random_world, random_poses):
+    """All points on one wall: a mirrored picture is that wall seen from behind."""
+    world = random_world(31, count=600)
+    world.points[:, 1] = 6.0
+    views = [world.view(*pose) for pose in random_poses(7, 32)]
+    features = views[6].features
+    mirrored = features.xy_px * torch.tensor([-1.0, 1.0]) + torch.tensor([639.0, 0.0])
+    query = View(replace(features, xy_px=mirrored), CAMERA)
+    found = localize(views[:6], [query], [list(range(6))], seed=0)[0]
+    assert sensible(found) and found.confidence < 0.5
+
+
+def test_what_is_not_sure_is_answered_where_least_is_lost():
+    def guess(x: float, method: str = "retrieval") -> Guess:
+        c = torch.tensor([x, 0.0, 0.0], dtype=torch.float64)
+        return Guess(torch.eye(3).double(), c, method, 0, math.inf, math.inf)
+
+    def answer(x: float, confidence: float) -> Estimate:
+        return Estimate(**{**vars(guess(x, "pnp")), "inliers": 13}, confidence=confidence)
+
+    near = [guess(0.0), guess(0.5), guess(1.0)]
+    far = _least_expected_error(answer(19.0, 0.02), near, 0.1)
+    assert far.method == "retrieval" and float(far.c_world[0]) == 0.5 and far.confidence == 0
+    assert _least_expected_error(answer(19.0, 0.45), near, 0.1).method == "pnp"
+    assert _least_expected_error(answer(0.55, 0.02), near, 0.1).method == "pnp"
+    assert float(_least_expected_error(None, near, 0.1).c_world[0]) == 0.5
+
+
+def test_no_answer_is_more_confident_than_the_scene_is_trusted(random_world, random_poses):
+    world = random_world(0)
+    views = [world.view(*pose) for pose in random_poses(9, 1)]
+    found = localize(views[:8], queries_of(views[8:]), [list(range(8))], seed=0, trust=0.4)[0]
+    assert found.confidence == 0.4

@@ -26,7 +26,7 @@ def right_matches(a: View, b: View, matches) -> torch.Tensor:
 
 def features_at(xy: list, descriptors: torch.Tensor) -> Features:
     n = len(xy)
-    return Features(torch.tensor(xy), torch.ones(n), torch.zeros(n), torch.ones(n), descriptors, torch.zeros(n))
+    return Features(torch.tensor(xy), torch.ones(n), torch.zeros(n), torch.ones(n), descriptors)
 
 
 def test_mutual_matches_by_hand():
@@ -61,7 +61,7 @@ def test_mutual_matches_find_the_points(random_world, random_poses):
 def test_few_keypoints(n_a, n_b):
     xy = torch.tensor([[0.0, 0.0], [10.0, 0.0], [20.0, 0.0]])
     a, b = (
-        Features(xy[:n], torch.ones(n), torch.zeros(n), torch.ones(n), torch.eye(128)[:n], torch.zeros(n)) for n in (n_a, n_b)
+        Features(xy[:n], torch.ones(n), torch.zeros(n), torch.ones(n), torch.eye(128)[:n]) for n in (n_a, n_b)
     )
     matches = mutual_matches(a, b)
     assert len(matches) == min(n_a, n_b)

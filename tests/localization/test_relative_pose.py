@@ -15,13 +15,11 @@ from localization.relative_pose import (
     essential_ransac,
     five_point,
     in_front,
-    intersect_directions,
     query_in_world,
     refine_relative_pose,
     sampson_squared,
     scale_from_other_views,
     score_essentials,
-    weighted_mean_pose,
 )
 
 FOCAL_PX = 320.0
@@ -117,16 +115,16 @@ def test_five_point_solutions_are_essential_and_satisfy_the_matches():
 def test_five_point_agrees_with_poselib():
     _, ray_a, ray_b = five_point_problems(200, 6000)
     found, valid = five_point(ray_a, ray_b)
-    accurate = 0
+    accurate, as_many = 0, 0
     for i in range(200):
         theirs = poselib.essential_matrix_5pt(unit(ray_a[i]).numpy(), unit(ray_b[i]).numpy())
-        assert len(theirs) == int(valid[i].sum())
+        as_many += len(theirs) == int(valid[i].sum())  # some versions drop solutions near each other
         theirs = normalized(torch.tensor(np.array(theirs)))
         # PoseLib polishes nothing: near double roots its matrices are not essential.
         theirs = theirs[torch.linalg.svdvals(theirs)[:, 2] < 1e-7]
         accurate += len(theirs)
         assert (gap_to_nearest(theirs, found[i], valid[i]) < 1e-3).all()
-    assert accurate > 800
+    assert accurate > 800 and as_many > 180
 
 
 def test_five_point_keeps_batch_shape_and_survives_degenerate_samples():
@@ -280,7 +278,9 @@ def test_essential_ransac_is_as_good_as_poselib(count, outliers):
             {"loss_type": "CAUCHY", "loss_scale": 1.0},
         )
         E = essential_from_pose(torch.tensor(theirs.R), torch.tensor(theirs.t))[None]
-        assert pose.score > float(score_essentials(E, xy_a, xy_b, 2 / FOCAL_PX)) - 1.5
+        ours = essential_from_pose(pose.R_b_from_a, pose.t_b_from_a)[None]
+        scores = score_essentials(torch.cat([ours, E]), xy_a, xy_b, 2 / FOCAL_PX)
+        assert scores[0] > scores[1] - 1.5
         assert int(pose.inliers.sum()) >= info["num_inliers"] - 3
         assert angle_deg(pose.R_b_from_a, R) < 0.7
         assert between_deg(pose.t_b_from_a, t) < 5
@@ -380,7 +380,6 @@ def test_scale_is_exact_on_exact_matches():
         _, _, estimate = solved_scale(problem)
         assert estimate.scale == pytest.approx(truth, rel=1e-8)
         assert estimate.inliers.all() and estimate.sigma < 1e-6
-        assert estimate.score == pytest.approx(60)
 
 
 def test_scale_survives_half_of_the_matches_wrong(monkeypatch):
@@ -437,79 +436,3 @@ def test_matches_with_the_first_view_itself_tell_no_scale():
     )
     estimate = solved_scale(problem)[2]
     assert estimate is None or estimate.sigma > 0.1 * estimate.scale
-
-
-def test_directions_meet_where_they_were_aimed():
-    generator = seeded(110)
-    target = normal(3, generator=generator)
-    centers = 3 * normal(6, 3, generator=generator)
-    lengths = 0.1 + uniform(6, 1, generator=generator)
-    found, condition = intersect_directions(centers, (target - centers) * lengths)
-    assert torch.allclose(found, target) and 1 <= condition < 20
-
-
-def test_intersection_is_the_weighted_least_squares_solution():
-    generator = seeded(111)
-    centers, d = normal(5, 3, generator=generator), unit(normal(5, 3, generator=generator))
-    weights = uniform(5, generator=generator)
-    found, condition = intersect_directions(centers, 3 * d, weights)
-    projection = torch.eye(3, dtype=F64) - d[:, :, None] * d[:, None, :]
-    rows = projection * weights.sqrt()[:, None, None]
-    values = (rows @ centers[..., None]).reshape(15, 1)
-    expected = np.linalg.lstsq(rows.reshape(15, 3).numpy(), values.numpy(), rcond=None)[0][:, 0]
-    assert np.allclose(found, expected)
-    singular = torch.linalg.svdvals(rows.reshape(15, 3))
-    assert condition == pytest.approx(float((singular[0] / singular[2]) ** 2))
-
-
-def test_intersection_of_parallel_lines_says_so():
-    centers = torch.tensor([[0.0, 0, 0], [2, 0, 1]], dtype=F64)
-    found, condition = intersect_directions(centers, torch.tensor([[0.0, 0, 1], [0, 0, -2]]))
-    assert condition == math.inf
-    assert torch.allclose(found, torch.tensor([1.0, 0, 0.5], dtype=F64))
-    found, condition = intersect_directions(centers[:1], torch.tensor([[0.0, 1, 0]]))
-    assert condition == math.inf and torch.allclose(found, centers[0])
-    with pytest.raises(ValueError, match="directions"):
-        intersect_directions(centers, torch.zeros(2, 3))
-
-
-def test_mean_pose_is_the_quaternion_mean():
-    generator = seeded(120)
-    omega = 0.3 * normal(8, 3, generator=generator)
-    R, c = rotation_from_vector(omega), 0.1 * unit(normal(8, 3, generator=generator))
-    weights = uniform(8, generator=generator)
-    mean_R, mean_c = weighted_mean_pose(R, c, weights)
-    assert torch.allclose(mean_c, (weights @ c) / weights.sum())
-    half = omega.norm(dim=1, keepdim=True) / 2
-    q = torch.cat([unit(omega) * half.sin(), half.cos()], 1).numpy()
-    _, vectors = np.linalg.eigh((q * weights.numpy()[:, None]).T @ q)
-    x, y, z, w = vectors[:, -1]
-    axis = torch.tensor([x, y, z]) * math.copysign(1, w)
-    turn = unit(axis) * 2 * math.atan2(float(axis.norm()), abs(w))
-    assert torch.allclose(mean_R, rotation_from_vector(turn), atol=1e-6)
-
-
-def test_mean_pose_drops_outliers_and_always_answers():
-    generator = seeded(121)
-    R = rotation_from_vector(0.01 * normal(9, 3, generator=generator))
-    c = 0.1 * normal(9, 3, generator=generator)
-    R[7:] = rotation_from_vector(torch.tensor([0.0, 2, 0], dtype=F64))
-    c[7:] = torch.tensor([30.0, 0, 0])
-    mean_R, mean_c = weighted_mean_pose(R, c)
-    assert mean_c.norm() < 0.3 and angle_deg(mean_R, torch.eye(3, dtype=F64)) < 2
-
-    alone = weighted_mean_pose(R[:1], c[:1], torch.zeros(1))
-    assert torch.allclose(alone[0], R[0]) and torch.allclose(alone[1], c[0])
-    c[1] = math.nan
-    with_nan = weighted_mean_pose(R[:2], c[:2], torch.tensor([0.1, 0.9]))
-    assert torch.allclose(with_nan[1], c[0])
-    with pytest.raises(ValueError, match="poses"):
-        weighted_mean_pose(R[:0], c[:0])
-
-
-def test_mean_of_opposite_rotations_is_one_of_them():
-    angles = torch.tensor([0.0, 2 * math.pi / 3, 4 * math.pi / 3], dtype=F64)
-    R = rotation_from_vector(angles[:, None] * torch.tensor([0.0, 0, 1], dtype=F64))
-    mean_R, _ = weighted_mean_pose(R, torch.zeros(3, 3), torch.tensor([1.0, 1, 1]))
-    assert torch.allclose(mean_R @ mean_R.T, torch.eye(3, dtype=F64))
-    assert min(angle_deg(mean_R, r) for r in R) < 1e-6

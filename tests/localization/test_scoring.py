@@ -1,4 +1,4 @@
-"""The score of hypotheses: what a match is worth, and that the truth explains most."""
+"""The score of hypotheses: the weight of a match, and that the truth explains most."""
 
 import math
 
@@ -6,13 +6,13 @@ import torch
 
 from localization.absolute_pose import rotation_from_vector
 from localization.matching import mutual_matches
-from localization.scoring import epipolar_scores, gather_evidence, match_worth
+from localization.scoring import epipolar_scores, gather_evidence, match_weight
 from localization.triangulation import triangulate_views
 
 
-def test_worth_of_matches():
-    worth = match_worth(torch.tensor([0, 0, 2]), torch.tensor([0.95, 0.935, 0.5]), 4)
-    torch.testing.assert_close(worth, torch.tensor([1.0, math.exp(-1), 1.0]))
+def test_weight_of_matches():
+    weight = match_weight(torch.tensor([0, 0, 2]), torch.tensor([0.95, 0.935, 0.5]), 4)
+    torch.testing.assert_close(weight, torch.tensor([1.0, math.exp(-1), 1.0]))
 
 
 def test_epipolar_score_prefers_the_truth(random_world, random_poses):

@@ -86,13 +86,15 @@ def test_consensus_outvotes_wrong_matches(random_world, random_poses):
     xy[wrong] = torch.rand(int(wrong.sum()), 2, generator=generator, dtype=torch.float64) * 480
     anchor = ~wrong[:, 0] & seen[:, 0]
     first, others = torch.tensor([0]), torch.arange(1, 8)
-    points = consensus_points(cameras.select(first), xy[:, 0], cameras.select(others), xy[:, 1:], seen[:, 1:])
+    points = consensus_points(cameras.select(first), xy[:, 0], cameras.select(others), xy[:, 1:], seen[:, 1:], others)
     good = points.valid & anchor
     assert good.sum() > 0.8 * anchor.sum()
     error = (points.position - world.points).norm(dim=1)[good]
     assert error.median() < 0.05 and (error < 0.5).double().mean() > 0.97
-    assert points.views[good].double().mean() > 4
-    assert torch.isfinite(points.position).all() and torch.isfinite(points.covariance).all()
+    assert (points.seen_in[good] >= 0).sum(1).double().mean() > 3
+    assert torch.isfinite(points.position).all()
+    agree = points.valid & (points.seen_in == 3).any(1) & ((points.seen_in >= 0).sum(1) == 1)
+    assert torch.equal(points.without(3).valid, points.valid & ~agree)
 
 
 def test_points_behind_and_without_parallax_are_refused(random_world, look_at):
@@ -101,14 +103,14 @@ def test_points_behind_and_without_parallax_are_refused(random_world, look_at):
     near = [(R, torch.tensor([0.001 * i, 0.0, 0.0]).double()) for i in range(4)]
     cameras, xy, seen = observed(world, near, 0.0)
     one, rest = torch.tensor([0]), torch.tensor([1, 2, 3])
-    none = consensus_points(cameras.select(one), xy[:, 0], cameras.select(rest), xy[:, 1:], seen[:, 1:])
+    none = consensus_points(cameras.select(one), xy[:, 0], cameras.select(rest), xy[:, 1:], seen[:, 1:], rest)
     assert not none.valid.any()  # 3 mm of baseline at 7 m is far under a degree
     wide = [(R, torch.tensor([0.5 * i, 0.0, 0.0]).double()) for i in range(4)]
     cameras, xy, seen = observed(world, wide, 0.0)
-    assert consensus_points(cameras.select(one), xy[:, 0], cameras.select(rest), xy[:, 1:], seen[:, 1:]).valid.all()
+    assert consensus_points(cameras.select(one), xy[:, 0], cameras.select(rest), xy[:, 1:], seen[:, 1:], rest).valid.all()
     flipped = xy[:, 1:].clone()  # disparity of the wrong sign: the rays meet behind
     flipped[..., 0] = 2 * xy[:, :1, 0] - flipped[..., 0]
-    assert not consensus_points(cameras.select(one), xy[:, 0], cameras.select(rest), flipped, seen[:, 1:]).valid.any()
+    assert not consensus_points(cameras.select(one), xy[:, 0], cameras.select(rest), flipped, seen[:, 1:], rest).valid.any()
 
 
 def test_triangulate_views_end_to_end(random_world, random_poses):

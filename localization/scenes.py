@@ -1,0 +1,130 @@
+"""From posed images of several scenes to the poses of their queries: views, cameras, worlds,
+localization.
+
+All frames of a run stand in one list; a frame's row is its place in it. Each belongs to a scene,
+and scenes whose index images prove it share a world, in which the queries of all of them are
+localized together.
+"""
+
+import itertools
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import numpy as np
+
+from localization.calibration import Calibration, calibrate
+from localization.cameras import Camera, Convention, poses_from_file
+from localization.localize import Estimate, localize, share_world
+from localization.matching import View
+from localization.self_test import SelfTest
+from localization.threads import in_threads
+
+
+def calibrate_scenes(
+    views: list[View],
+    scene_of: Sequence[str],
+    poses: np.ndarray,
+    index: Sequence[int],
+    cameras: dict[str, Camera | None],
+    conventions: dict[str, Convention | None],
+) -> dict[str, Calibration]:
+    """Convention and cameras of each scene from its index rows.
+
+    views: one a frame, whose camera tells its size; they get the camera found, those of the index
+    their poses. poses (n, 7): rows of the pose files, put in the order in which they belong to the
+    frames. cameras, conventions: of each scene, None where it has to be found out.
+    """
+    scenes = list(dict.fromkeys(scene_of))
+    rows_of = {scene: [row for row, own in enumerate(scene_of) if own == scene] for scene in scenes}
+    indexed = set(index)
+
+    def find_out(scene: str) -> Calibration:
+        rows = rows_of[scene]
+        numbers = [number for number, row in enumerate(rows) if row in indexed]
+        return calibrate(
+            [views[rows[number]] for number in numbers],
+            poses[rows],
+            cameras[scene],
+            conventions[scene],
+            frames=numbers,
+        )
+
+    found = dict(zip(scenes, in_threads(find_out, scenes)))
+    for scene, rows in rows_of.items():
+        unknown = np.full((1, 7), np.nan)
+        poses[rows] = np.vstack([poses[rows], unknown])[found[scene].rows]
+        for row in rows:
+            views[row] = found[scene].applied(views[row])
+    for row in index:
+        if np.isfinite(poses[row]).all():
+            R, c = poses_from_file(poses[row], found[scene_of[row]].convention)
+            views[row].R_world_from_cam, views[row].c_world = R, c
+    return found
+
+
+def worlds_of(
+    views: list[View], scene_of: Sequence[str], index: Sequence[int], descriptors: np.ndarray
+) -> list[list[str]]:
+    """Scenes grouped by the world they share, as far as their index images prove it, the most alike
+    pairs first.
+    """
+    scenes = list(dict.fromkeys(scene_of))
+    rows_of = {scene: [row for row in index if scene_of[row] == scene] for scene in scenes}
+
+    def share(couple: tuple[str, str]) -> bool:
+        rows, columns = (rows_of[scene] for scene in couple)
+        ranked = np.argsort(-(descriptors[rows] @ descriptors[columns].T), axis=None, kind="stable")
+        pairs = ((rows[i // len(columns)], columns[i % len(columns)]) for i in ranked)
+        return share_world((views[a], views[b]) for a, b in pairs)
+
+    couples = list(itertools.combinations(scenes, 2))
+    worlds = [[scene] for scene in scenes]
+    for first, second in itertools.compress(couples, in_threads(share, couples)):
+        joined = [world for world in worlds if first in world or second in world]
+        rest = [world for world in worlds if world not in joined]
+        worlds = [*rest, [scene for world in joined for scene in world]]
+        print(f"Scenes {first} and {second} share one world: their index images match.")
+    return worlds
+
+
+def localize_scenes(
+    views: list[View],
+    scene_of: Sequence[str],
+    queries: Sequence[int],
+    index: Sequence[int],
+    descriptors: np.ndarray,
+    *,
+    top_k: int,
+    seed: int,
+    progress: Callable[[str, int, int], None],
+    tested: Callable[[list[str], SelfTest], None],
+    trust: dict[str, float] | None = None,
+) -> dict[int, Estimate]:
+    """An estimate for each query row that has an index image in its world; see `localize`.
+
+    tested is called with the scenes of each world and the outcome of its map's test of itself; trust:
+    what answers in a scene are worth at most, where that is less than 1.
+
+    descriptors (n, d): one a frame; their dot products say how alike images are.
+    """
+    found: dict[int, Estimate] = {}
+    for world in worlds_of(views, scene_of, index, descriptors):
+        index_rows = [row for row in index if scene_of[row] in world]
+        query_rows = [row for row in queries if scene_of[row] in world]
+        if not index_rows or not query_rows:
+            continue
+        similarity = descriptors[query_rows] @ descriptors[index_rows].T
+        ranking = np.argsort(-similarity, axis=1, kind="stable")[:, :top_k]
+        estimates = localize(
+            [views[row] for row in index_rows],
+            [views[row] for row in query_rows],
+            ranking,
+            seed=seed,
+            tested=partial(tested, world),
+            trust=min((trust or {}).get(scene, 1.0) for scene in world),
+            progress=lambda name, done, of, world=world: progress(
+                f"{' '.join(world)}: {name}", done, of
+            ),
+        )
+        found.update(zip(query_rows, estimates))
+    return found

@@ -1,0 +1,101 @@
+"""The map tests itself: some index images, left out in turn, are located like queries, and their
+poses are known.
+
+A wrong convention, lens, handedness or order of files shows here at once; and how large errors are
+beside the standard deviations that are claimed for them.
+"""
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+
+from localization.absolute_pose import angle_deg
+from localization.hypotheses import pooled_hypotheses
+from localization.matching import View, mutual_matches
+from localization.refinement import point_map
+from localization.scoring import gather_evidence
+from localization.search import QUICK_POLISHED, QUICK_REFINED, SAME_MODE_DEG, Index, Search
+from localization.threads import in_threads
+from localization.triangulation import PARTNERS
+
+# Index images tested, and the keypoints of each that are matched: it must cost little.
+TESTED, KEYPOINTS = 3, 500
+# Fewer views can spare none.
+MIN_VIEWS = 5
+# What answers in a scene most of whose images do not find themselves are worth, at most.
+UNTRUSTED = 0.4
+# Standard deviations are raised by no more.
+MAX_FACTOR = 10.0
+
+
+@dataclass(frozen=True)
+class SelfTest:
+    """Errors in meters and degrees of the index images tested, largest claim first; how many were
+    found, what answers deserve at most, and by how much their standard deviations are too small."""
+
+    errors: list[tuple[float, float]]
+    found: int
+    trust: float = 1.0
+    factor_m: float = 1.0
+    factor_deg: float = 1.0
+
+    def describe(self) -> str:
+        """One line for the screen."""
+        if not self.errors:
+            return "too few index images to test themselves"
+        meters, degrees = (sorted(column)[len(column) // 2] for column in zip(*self.errors))
+        return f"index images find themselves to {meters:.4f} m, {degrees:.2f} deg: {self.found} of {len(self.errors)}"
+
+
+def self_test(index: Index, seed: int) -> SelfTest:
+    """Locate some views of the index without what it knows of them, by the quick stage of the
+    search.
+    """
+    count = len(index.views)
+    if count < MIN_VIEWS:
+        return SelfTest([], 0)
+    numbers = [round((k + 0.5) * count / TESTED - 0.5) for k in range(TESTED)]
+    tests = in_threads(lambda number: _located(index, number, seed), numbers)
+    found = [t for t in tests if t[0] <= index.same_m and t[1] <= SAME_MODE_DEG]
+    factors = [1.0, 1.0]
+    if found:
+        ratios = torch.tensor(
+            [
+                [meters / sigma_m, degrees / sigma_deg]
+                for meters, degrees, sigma_m, sigma_deg in found
+            ]
+        )
+        factors = ratios.nan_to_num(1.0).median(dim=0).values.clamp(1, MAX_FACTOR).tolist()
+    trust = 1.0 if 2 * len(found) > len(tests) else UNTRUSTED
+    return SelfTest([t[:2] for t in tests], len(found), trust, *factors)
+
+
+def _located(index: Index, number: int, seed: int) -> tuple[float, float, float, float]:
+    """Error in meters and degrees and the standard deviations claimed, infinite where there is no
+    answer.
+    """
+    view = index.views[number]
+    others = [i for i in range(len(index.views)) if i != number]
+    others.sort(key=lambda i: float((index.views[i].c_world - view.c_world).norm()))
+    points = [p.without(number) for p in index.points]
+    points[number] = replace(points[number], valid=torch.zeros_like(points[number].valid))
+    index = replace(index, points=points, map=point_map(index.views, points))
+    step = max(1, len(view.features) // KEYPOINTS)
+    query = View(view.features.select(slice(None, None, step)), view.camera)
+    order = others[:PARTNERS]
+    matches = {i: mutual_matches(query.features, index.views[i].features) for i in order}
+    evidence = gather_evidence(query, index.views, index.points, matches)
+    search = Search(query, index, order, evidence)
+    search.add(
+        pooled_hypotheses(evidence, torch.Generator().manual_seed(seed)),
+        QUICK_REFINED,
+        QUICK_POLISHED,
+    )
+    answer = search.best()
+    if answer is None:
+        return (math.inf,) * 4
+    estimate = answer.estimate
+    meters = float((estimate.c_world - view.c_world).norm())
+    degrees = float(angle_deg(estimate.R_world_from_cam.T @ view.R_world_from_cam))
+    return meters, degrees, estimate.sigma_m, estimate.sigma_deg
