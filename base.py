@@ -1,36 +1,30 @@
 """Tasks 1-3 in one command: data -> train -> recall -> output/.
 
-    python base.py                                   # dataset/, or the built-in sample if it is empty
-    python base.py --dataset DIR --epochs 5 --seed 1 # other data in the assignment's layout
-    python base.py --epochs 0                        # evaluate the initialized model, no training
-    python base.py --resume                          # go on where a stopped run saved last
-    torchrun --nproc_per_node=2 base.py              # data-parallel, on GPUs or processors
+python base.py                                   # dataset/, or the built-in sample if it is empty
+python base.py --dataset DIR --epochs 5 --seed 1 # other data in the assignment's layout
+python base.py --epochs 0                        # evaluate the initialized model, no training
+python base.py --resume                          # go on where a stopped run saved last
+torchrun --nproc_per_node=2 base.py              # data-parallel, on GPUs or processors
 """
 
 import argparse
 import copy
+import math
 import sys
-import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
-from torch.utils.data import DataLoader, Dataset, Subset
 
 from dataset import LISTS, locate
-from dataset.lists import read_list, read_truth
-from eval import (
-    IMAGE_SIZE,
-    TRANSFORM,
-    load_image,
-    measure_recall,
-    positives_within,
-    print_recall,
-    rank_and_world,
+from dataset.lists import (
+    ImageListDataset,  # noqa: F401, offered from here by contract
+    LoadDataset,
+    data_warnings,
+    read_split,
 )
+from eval import Recall, measure_recall, print_recall
 from model import (
     CALIBRATION_IMAGES,
     PRECISIONS,
@@ -38,162 +32,38 @@ from model import (
     WARNINGS,
     InputError,
     NetVLADModel,
-    blame_input,
     calibrate_trunk,
     choose_device,
     initialize_netvlad,
     refuse,
     warn,
 )
-from reporting import figures, handin, report
-from reporting.screen import aloud, on_screen, phase, print_recall_table, versions
-from train import (
-    INDEX_QUERIES,
-    MARGIN,
-    MIRRORS,
-    NEGATIVES,
-    TupleLoader,
-    draw_random,
-    train,
-    validate,
+from reporting import check, figures, handin, report
+from reporting.screen import always_printed, on_screen, phase, print_recall_table, versions
+from train import MARGIN, RankingLoss, train, validate
+from training.distributed import (
+    first_process_first,
+    join_processes,
+    leave_processes,
+    rank_and_world,
+    share_weights,
+    silent_unless_first,
+    sum_over_processes,
 )
-from training.frozen import cache_trunk
+from training.inputs import Inputs, Store
+from training.mining import POSITIVE_RADIUS, HeldOutTuples, TupleLoader
 from training.places import split_by_place
-from training.processes import first_process_first, join_processes, silent_unless_first
-from training.resume import how_to_resume, saver, settings_of, take_up
+from training.resume import (
+    how_to_resume,
+    refuse_to_overwrite,
+    resume_settings,
+    saver,
+    settings_of,
+)
+from training.start import choose_start
 
 KMEANS_IMAGES = 500
-SLOWER = 1.2  # the trained layers' small maps take longer than their share of the multiplications
-
-
-class ImageListDataset(Dataset):
-    """The images of a list file: item (image, index, path). See read_list for where they are looked for.
-
-    transform: applied to the RGB image; None leaves it a PIL image.
-    """
-
-    def __init__(
-        self, list_file: Path | str, root_dir: Path | str, transform: Callable | None = None, *,
-        inside_first: bool = False,
-    ) -> None:  # fmt: skip
-        with blame_input():
-            self.paths = read_list(list_file, root_dir, inside_first)
-        self.transform = transform
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, i: int) -> tuple:
-        # What TRANSFORM will shrink need not be decoded in full.
-        image = load_image(self.paths[i], IMAGE_SIZE if self.transform is TRANSFORM else None)
-        return self.transform(image) if self.transform else image, i, str(self.paths[i])
-
-
-class LoadDataset(Dataset):
-    """Triplets: item i is (q, p, n) for the i-th query.
-
-    p: a random index image closer than posDistThr, the nearest if there is none; n: a random one
-    farther than 10 posDistThr, the farthest if there is none. Drawn anew at each access from
-    torch's generator, or with `seed` always the same for one i.
-    Once `cached` holds (query outputs, index outputs) of the trunk, items are those, not images.
-    Raises InputError when the lists and gt_npz differ in length.
-    """
-
-    def __init__(
-        self, query_file: Path | str, db_file: Path | str, root_dir: Path | str, gt_npz: Path | str,
-        transform: Callable | None = None, *, inside_first: bool = False, seed: int | None = None,
-    ) -> None:  # fmt: skip
-        self.queries = ImageListDataset(query_file, root_dir, transform, inside_first=inside_first)
-        self.index = ImageListDataset(db_file, root_dir, transform, inside_first=inside_first)
-        with blame_input():
-            self.utm_query, self.utm_index, self.threshold = read_truth(gt_npz)
-        for name, list_file, images, rows in (
-            ("utmQ", query_file, self.queries, self.utm_query),
-            ("utmDb", db_file, self.index, self.utm_index),
-        ):
-            if len(images) != len(rows):
-                raise InputError(
-                    f"{list_file} has {len(images)} images but {name} in {gt_npz} has {len(rows)} "
-                    "rows: take the two from the same archive."
-                )
-        self.seed = seed
-        self.cached: tuple[torch.Tensor, torch.Tensor] | None = None
-
-    def __len__(self) -> int:
-        return len(self.queries)
-
-    def draw(self, i: int) -> tuple[int, int]:
-        """Rows in the index list of a positive and a negative for query i."""
-        fresh = int(torch.randint(2**62, ())) if self.seed is None else [self.seed, i]
-        rng = np.random.default_rng(fresh)
-        p, n = draw_random(self.utm_query[i], self.utm_index, self.threshold, 1, rng)
-        return p, int(n[0])
-
-    def __getitem__(self, i: int) -> tuple:
-        p, n = self.draw(i)
-        if self.cached is not None:
-            return self.cached[0][i], self.cached[1][p], self.cached[1][n]
-        return self.queries[i][0], self.index[p][0], self.index[n][0]
-
-    def keep(self, queries: np.ndarray, index: np.ndarray) -> None:
-        """Reduce the data set to these rows of the two lists."""
-        for images, rows in ((self.queries, queries), (self.index, index)):
-            images.paths = [images.paths[row] for row in rows]
-        self.utm_query, self.utm_index = self.utm_query[queries], self.utm_index[index]
-
-
-def find_dataset(given: Path | None) -> tuple[Path, bool]:
-    """The folder with the lists and whether it is the sample; InputError says what is missing."""
-    with blame_input():
-        return locate(given, LISTS)
-
-
-def read_split(
-    root: Path, split: str, limit: int | None = None, seed: int | None = None
-) -> LoadDataset | None:
-    """One of train, val, test; None for a `test` that is not there. InputError for missing images.
-
-    limit: keep this many queries, evenly spaced, the index images near them and as many others.
-    """
-    files = [root / f"query_{split}.txt", root / f"index_{split}.txt", root / f"gt/pitts30k_{split}.npz"]
-    if split == "test" and not any(file.exists() for file in files):
-        return None
-    data = LoadDataset(files[0], files[1], root, files[2], TRANSFORM, inside_first=True, seed=seed)
-    for list_file, images in zip(files, (data.queries, data.index)):
-        absent = [path for path in images.paths if not path.is_file()]
-        if absent:
-            deeper = next(root.rglob(absent[0].name), None)
-            mend = f"it is at {deeper}: move" if deeper else "unpack"
-            raise InputError(
-                f"{len(absent)} of {len(images)} images of {list_file} are missing, the first is "
-                f"{absent[0]}; {mend} the archive's images to where the list says."
-            )
-    if limit is not None and limit < len(data):
-        queries = np.linspace(0, len(data) - 1, limit).round().astype(int)
-        positives = positives_within(data.utm_query[queries], data.utm_index, data.threshold)
-        near = np.unique(np.concatenate(positives))
-        others = np.setdiff1d(np.arange(len(data.index)), near)
-        spaced = others[np.linspace(0, len(others) - 1, min(len(near), len(others))).astype(int)]
-        data.keep(queries, np.union1d(near, spaced))
-    return data
-
-
-def look_at(splits: dict[str, LoadDataset]) -> list[str]:
-    """What is odd about the data though it can be used, a line each."""
-    found = []
-    names = {name: {*data.queries.paths, *data.index.paths} for name, data in splits.items()}
-    for name, data in splits.items():
-        twice = len(data.queries) + len(data.index) - len(names[name])
-        if twice:
-            found.append(f"{name}: {twice} images are listed more than once.")
-        positives = positives_within(data.utm_query, data.utm_index, data.threshold)
-        nearest = [np.linalg.norm(data.utm_index[p[0]] - q) for p, q in zip(positives, data.utm_query)]
-        alone = int((np.array(nearest) > data.threshold).sum())
-        if alone:
-            found.append(f"{name}: {alone} queries have no index image within {data.threshold:g} m.")
-        if name != "train" and (shared := len(names["train"] & names[name])):
-            found.append(f"{shared} images are both in train and in {name}: recall there is flattered.")
-    return found
+SHOWN = (1, 5, 10)  # the K of recall@K
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -202,32 +72,39 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     option = parser.add_argument
     option("--dataset", type=Path, help="folder of the lists (default: dataset/, or the sample)")
     option("--output", type=Path, default=Path("output"), help="default: %(default)s")
-    option("--epochs", type=_count, default=5, help="0 evaluates the initialized model (default: 5)")
-    option("--lr", type=float, default=1e-4, help="of Adam (default: %(default)s)")
-    option("--batch-size", type=_positive, default=8, help="triplets a step (default: 8)")
-    option("--margin", type=float, default=MARGIN, help="of the ranking loss (default: %(default)s)")
+    option("--epochs", type=_count, default=5, help="0 evaluates the untrained model (default: 5)")
+    option("--lr", type=_above_zero, default=1e-4, help="of Adam (default: %(default)s)")
+    option("--batch-size", type=_positive, default=8, help="tuples a step (default: 8)")
+    option("--margin", type=_above_zero, default=MARGIN, help="of the loss (default: %(default)s)")
     option("--clusters", type=_positive, default=16, help="of NetVLAD (default: %(default)s)")
-    option("--mining", choices=["hard", "random"], default="hard", help="of negatives (default: hard)")
-    option("--train-from", choices=TRAIN_FROM, default="conv5", help="first trained part (default: conv5)")
+    option("--mining", choices=["hard", "random"], default="hard", help="negatives (default: hard)")
     option(
-        "--weights", default="imagenet",
-        help="of VGG16: imagenet (downloaded), none (random, calibrated), or a file (default: imagenet)",
-    )  # fmt: skip
-    option("--seed", type=int, default=42, help="of everything random (default: %(default)s)")
-    option("--workers", type=_count, default=0, help="processes that read images (default: none)")
+        "--train-from",
+        choices=TRAIN_FROM,
+        default="conv5",
+        help="first trained part (default: conv5)",
+    )
+    option(
+        "--weights",
+        help="of VGG16: imagenet (downloaded), none (random, calibrated), or a file (default: "
+        "imagenet, and none where it cannot be had)",
+    )
+    option("--seed", type=_count, default=42, help="of everything random (default: %(default)s)")
     option("--precision", default="auto", choices=PRECISIONS, help="auto: bf16 where it is fast")
-    option("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"], help="default: auto")
+    option(
+        "--device", default="auto", help="cpu, cuda, cuda:N or mps (default: cuda if there is one)"
+    )
     option("--quiet", action="store_true", help="print results and warnings only")
     option("--limit", type=_positive, help="use this many queries of each list, to try things out")
     option("--resume", action="store_true", help="go on with the run that stopped in --output")
     parser.set_defaults(saved=None)
     args = parser.parse_args(argv)
-    return take_up(parser, args, argv) if args.resume else args
+    return resume_settings(parser, args, argv) if args.resume else args
 
 
 def _count(text: str) -> int:
-    if (number := int(text)) < 0:
-        raise argparse.ArgumentTypeError(f"{text} is negative")
+    if not 0 <= (number := int(text)) < 2**63:
+        raise argparse.ArgumentTypeError(f"{text} is negative, or too large")
     return number
 
 
@@ -237,121 +114,79 @@ def _positive(text: str) -> int:
     return number
 
 
-def announce(
-    args: argparse.Namespace, model: NetVLADModel, data: LoadDataset,
-    splits: dict[str, LoadDataset], tuples: int, device: torch.device,
-) -> None:  # fmt: skip
-    """Print what is about to be done, with the minutes it will take, from the speed measured here."""
-    for name, split in {"train": data, **splits}.items():
-        print(f"{name:6s}{len(split):6d} queries {len(split.index):6d} index images")
-    probe = torch.zeros(8, 3, IMAGE_SIZE, IMAGE_SIZE)
-    speed = [image_seconds(model, probe, device) for _ in range(2)][-1]
-    head = model.trunk_share(model.first_trained)
-    passes = 1 + (MIRRORS[args.mining] and args.epochs > 1)  # the images, their mirror images
-    cost = passes * (len(data) + len(data.index)) * (1 - head) * (model.first_trained > 0)
-    cost += sum(len(split) + len(split.index) for split in splits.values()) * (1 + head)
-    trained = 3 * tuples * (2 + NEGATIVES[args.mining])
-    cost += args.epochs * head * (trained + len(data) + len(data.index))
-    minutes = SLOWER * cost * speed / 60 + 0.3
-    print(
-        f"{args.epochs} epochs of {tuples} tuples on {device}; {1 / speed:.1f} images a second "
-        f"through the trunk: at most about {minutes:.1f} minutes; 240 MB on disk in {args.output}."
-    )
-
-
-@torch.no_grad()
-def image_seconds(model: NetVLADModel, images: torch.Tensor, device: torch.device) -> float:
-    """Seconds an image takes through the trunk."""
-    model.to(device, memory_format=torch.channels_last)
-    images = images.to(device).contiguous(memory_format=torch.channels_last)
-    began = time.perf_counter()
-    with model.autocast(device):
-        float(model.trunk(images).float().sum())
-    return (time.perf_counter() - began) / len(images)
+def _above_zero(text: str) -> float:
+    if not 0 < (number := float(text)) < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    return number
 
 
 def build(args: argparse.Namespace) -> NetVLADModel:
     """The model a run begins with, or the untrained one of the run that is resumed."""
-    resumed = args.saved["model"] if args.saved else None
-    file = None if args.weights in ("imagenet", "none") or resumed else args.weights
+    saved = args.saved
+    file = None if args.weights in (None, "imagenet", "none") or saved else args.weights
     model = NetVLADModel(
-        args.clusters, pretrained=args.weights == "imagenet" and not resumed, weights=file,
+        args.clusters,
+        pretrained=args.weights is None and not saved,
+        weights=file,
         train_from=args.train_from,
-    )  # fmt: skip
+    )
     model.precision = args.precision
-    if resumed:
-        model.load_state_dict(resumed)
-        model.netvlad.initialized = args.saved["clustered"]
-        model.weights_origin = args.saved["origin"]
-        for warning in args.saved["warnings"]:
+    if args.weights == "imagenet" and not saved:
+        model.load_imagenet()
+    if saved:
+        model.load_state_dict(saved["model"])
+        model.netvlad.initialized = saved["clustered"]
+        model.weights_origin = saved["origin"]
+        for warning in saved["warnings"]:
             warn(warning)
     return model
 
 
-def frozen_outputs(
-    model: NetVLADModel, data: LoadDataset, args: argparse.Namespace, device: torch.device,
-    mirrored: bool = False,
-) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    """Outputs of the frozen trunk for all (mirror) images of queries and index."""
-    options = {"device": device, "workers": args.workers, "folder": args.output, "mirrored": mirrored}
-    return (
-        cache_trunk(model, data.queries, desc="queries", **options),
-        cache_trunk(model, data.index, desc="index images", **options),
-    )
-
-
 def initialize(
-    model: NetVLADModel, data: LoadDataset, args: argparse.Namespace, device: torch.device,
-    seconds: dict[str, float], save: Callable[[], None],
-) -> None:  # fmt: skip
-    """Calibrate random weights, cache the frozen trunk's outputs in `data`, cluster descriptors."""
-    if not model.trunk_initialized:
+    model: NetVLADModel,
+    data: LoadDataset,
+    inputs: Inputs,
+    seed: int,
+    seconds: dict[str, float],
+    save: Callable[[], None],
+) -> None:
+    """Calibrate random weights, or choose the start of others; frozen outputs of all; clusters."""
+    index = data.index
+    pretrained = not model.weights_origin.startswith("random")
+    if pretrained and not model.netvlad.initialized:
+        with phase("choosing the start", seconds):
+            print(choose_start(model, data, inputs.device, seed))
+    if not model.trunk.initialized:
         with phase("calibrating random weights", seconds):
-            rows = np.linspace(0, len(data.index) - 1, min(CALIBRATION_IMAGES, len(data.index)))
-            images = torch.stack([data.index[int(row)][0] for row in rows])
-            calibrate_trunk(model, images.to(device))
+            rows = np.linspace(0, len(index) - 1, min(CALIBRATION_IMAGES, len(index)))
+            images = torch.stack([index[int(row)][0] for row in rows])
+            calibrate_trunk(model, images.to(inputs.device))
         save()
-    start = model.first_trained
-    if start:
+    if model.first_trained:
         with phase("frozen trunk, once per training image", seconds):
-            data.cached = frozen_outputs(model, data, args, device)
+            inputs.cache()
     if not model.netvlad.initialized:
         with phase("k-means", seconds):
-            rows = np.linspace(0, len(data.index) - 1, min(KMEANS_IMAGES, len(data.index))).astype(int)
-            source = data.cached[1] if start else None
-            batches = (
-                torch.stack([data.index[row][0] if source is None else source[row] for row in part])
-                for part in np.array_split(rows, max(1, len(rows) // 16))
-            )
-            initialize_netvlad(model, batches, device, start=start, seed=args.seed)
+            first = len(inputs) - len(index)
+            rows = np.linspace(0, len(index) - 1, min(KMEANS_IMAGES, len(index))).astype(int)
+            parts = np.array_split(first + rows, max(1, len(rows) // 16))
+            batches = (inputs.take(part) for part in parts)
+            initialize_netvlad(model, batches, inputs.device, seed=seed)
         save()
 
 
-def learn(
-    args: argparse.Namespace, model: NetVLADModel, data: LoadDataset, parts: dict[str, np.ndarray],
-    device: torch.device, save: Callable[[dict], None],
-) -> tuple[list[dict], float]:  # fmt: skip
-    """Train the initialized model; what happened in each epoch, and the loss on the test part."""
-    tuples = TupleLoader(
-        data, parts["train"], np.concatenate([parts["val"], parts["test"]]), device,
-        batch_size=args.batch_size, seed=args.seed, start=model.first_trained, mining=args.mining,
-        margin=args.margin, mirrored=partial(frozen_outputs, model, data, args, device, mirrored=True),
-    )  # fmt: skip
-    fixed = copy.copy(data)
-    fixed.seed = args.seed
-    val, test = (
-        DataLoader(
-            Subset(fixed, parts[name].tolist()), args.batch_size,
-            num_workers=args.workers if data.cached is None else 0,
-        )
-        for name in ("val", "test")
-    )  # fmt: skip
-    options = {"margin": args.margin, "start": model.first_trained}
-    history = train(
-        model, tuples, val, device, args.epochs, args.lr, save=save,
-        state=args.saved and args.saved["training"], **options,
-    )  # fmt: skip
-    return history, validate(model, test, device, **options)
+def recall_of(
+    models: list[NetVLADModel], split: LoadDataset, inputs: Inputs, seed: int, name: str
+) -> Recall:
+    """Recall on a split of models that share their frozen part; inputs: of its two lists."""
+    rows = np.split(np.arange(len(inputs)), [len(split)])
+    kinds = (f"{name} queries", f"{name} index images")
+    embedded = [
+        tuple(inputs.describe(model, part, kind) for part, kind in zip(rows, kinds))
+        for model in models
+    ]
+    where = (split.utm_query, split.utm_index, split.threshold)
+    return measure_recall(embedded, *where, inputs.device, seed)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -362,15 +197,15 @@ def run(args: argparse.Namespace) -> None:
     first = rank_and_world()[0] == 0
     with first_process_first():
         if first:
-            with blame_input():
-                handin.write_whole(args.output / ".writable", lambda path: path.touch())
-                (args.output / ".writable").unlink()
-        root, is_sample = find_dataset(args.dataset)
+            handin.check_output(args.output)
+            if not args.saved:
+                refuse_to_overwrite(args)
+        root, is_sample = locate(args.dataset, LISTS)
     read = {name: read_split(root, name, args.limit) for name in ("train", "val", "test")}
     splits = {name: data for name, data in read.items() if data}
-    remarks = look_at(splits)
+    remarks = data_warnings(splits)
     for line in remarks:
-        print(f"Data: {line}")
+        warn(line)
     data = splits.pop("train")
     parts, dropped = split_by_place(data.utm_query, data.utm_index, data.threshold, args.seed)
     sizes = {**{name: len(rows) for name, rows in parts.items()}, "dropped": dropped}
@@ -378,63 +213,144 @@ def run(args: argparse.Namespace) -> None:
 
     with first_process_first():
         model = build(args)
-    drawn = len(parts["train"]) * (1 + INDEX_QUERIES[args.mining])
-    announce(args, model, data, splits, drawn, device)
+        if first:
+            handin.claim_output(args.output)
+    store = Store(args.output)
+    inputs = {
+        name: Inputs(model, [split.queries, split.index], device, store)
+        for name, split in {"train": data, **splits}.items()
+    }
     save = saver(args, model, [len(data.queries), len(data.index)])
-    initialize(model, data, args, device, seconds, save)
+    tuples = TupleLoader(
+        data,
+        inputs["train"],
+        parts["train"],
+        np.concatenate([parts["val"], parts["test"]]),
+        batch_size=args.batch_size,
+        seed=args.seed,
+        mining=args.mining,
+        margin=args.margin,
+    )
+    announce(args, inputs, tuples, store)
+    initialize(model, data, inputs["train"], args.seed, seconds, save if first else _nothing)
+    share_weights(model, device)
     print(f"VGG16 weights: {model.weights_origin}.")
     models = [copy.deepcopy(model), model] if args.epochs else [model]
+
+    def judge(model: NetVLADModel) -> tuple[torch.Tensor, dict[str, float]]:
+        scores, shown = tuples.judge(model)
+        hits = recall_of([model], splits["val"], inputs["val"], args.seed, "val").hits
+        recall = {f"val_R@{k}": float((hits < k).mean()) for k in SHOWN}
+        return scores, {**shown, **recall}
+
+    val, test = (HeldOutTuples(tuples, model, parts[name]) for name in ("val", "test"))
+    objective = RankingLoss(args.margin)
     with phase("training", seconds):
-        history, test_loss = learn(args, model, data, parts, device, save)
+        history = train(
+            model,
+            tuples,
+            val,
+            device,
+            args.epochs,
+            args.lr,
+            objective=objective,
+            judge=judge,
+            state=args.saved and args.saved["training"],
+            save=save if first else None,
+            sum_over_processes=sum_over_processes,
+        )
+        test_loss = validate(model, test, device, objective=objective)
     print(f"Test loss {test_loss:.4f}")
     checkpoint = args.output / handin.CHECKPOINT
     if first:
-        with blame_input():
-            handin.write_whole(checkpoint, lambda path: torch.save(model.state_dict(), path))
-    data.cached = None
+        state = {name: value.cpu() for name, value in model.state_dict().items()}
+        handin.write_whole(checkpoint, handin.tensors(state))
+    inputs["train"].release()
 
     recall, rows = {}, []
     with phase("recall", seconds):
         for name, split in splits.items():
-            places = (split.utm_query, split.utm_index)
-            result = measure_recall(
-                models, split.queries, split.index, *places, split.threshold, device,
-                workers=args.workers, seed=args.seed, desc=name,
-            )  # fmt: skip
+            result = recall_of(models, split, inputs[name], args.seed, name)
+            inputs[name].release()
             print(f"{name} lists, trained {args.epochs} epochs:")
-            print_recall(result.hits, [1, 5, 10])
+            print_recall(result.hits, SHOWN)
             recall[name] = result.section
-            paths = (split.queries.paths, split.index.paths)
-            rows = rows or figures.gallery_rows(*paths, *places, result)
+            where = (split.queries.paths, split.index.paths, split.utm_query, split.utm_index)
+            rows = rows or figures.gallery_rows(*where, result)
 
     if not first:
         return
-    counts = {f"{name}_{kind}": len(getattr(d, kind))
-              for name, d in read.items() if d for kind in ("queries", "index")}  # fmt: skip
-    origin = model.weights_origin
     section = {
-        "data": {"name": "built-in sample" if is_sample else root.resolve().name, "root": str(root),
-                 "is_sample": is_sample, "posDistThr": data.threshold, **counts, "remarks": remarks},
-        "weights": {"origin": origin, "pretrained": not origin.startswith("random")},
-        "settings": settings_of(args), "clusters": args.clusters, "seed": args.seed,
-        "device": str(device), "split": sizes, "epochs": history, "test_loss": test_loss,
-        "recall": recall, "phases": seconds, "versions": versions(), "warnings": WARNINGS,
-    }  # fmt: skip
-    with blame_input(), aloud():
+        "data": {
+            "name": "built-in sample" if is_sample else root.resolve().name,
+            "root": str(root),
+            "is_sample": is_sample,
+            "posDistThr": data.threshold,
+            **{
+                f"{n}_{kind}": len(getattr(d, kind))
+                for n, d in read.items()
+                if d
+                for kind in ("queries", "index")
+            },
+            "remarks": remarks,
+        },
+        "weights": {
+            "origin": model.weights_origin,
+            "pretrained": not model.weights_origin.startswith("random"),
+        },
+        "settings": settings_of(args),
+        "clusters": args.clusters,
+        "seed": args.seed,
+        "device": str(device),
+        "split": sizes,
+        "epochs": history,
+        "test_loss": test_loss,
+        "recall": recall,
+        "phases": seconds,
+        "versions": versions(),
+        "warnings": WARNINGS,
+    }
+    with always_printed():
         finish(args.output, checkpoint, section, rows)
 
 
+def _nothing() -> None:
+    """What processes other than the first save."""
+
+
+def announce(
+    args: argparse.Namespace, inputs: dict[str, Inputs], tuples: TupleLoader, store: Store
+) -> None:
+    """Print what is about to be done and what it takes; InputError if the disk is too small."""
+    for name, images in inputs.items():
+        queries, index = (len(dataset) for dataset in images.datasets)
+        print(f"{name:6s}{queries:6d} queries {index:6d} index images")
+    if tuples.dropped:
+        radius = f"{POSITIVE_RADIUS * tuples.data.threshold:g} m"
+        print(f"{tuples.dropped} training queries without an index image in {radius} are left out.")
+    print(f"{args.epochs} epochs of {len(tuples)} steps at most on {inputs['train'].device}.")
+    if inputs["train"].model.first_trained:
+        mirrored = tuples.few and args.epochs > 1
+        each = inputs["train"].bytes_each()
+        sizes = [each * len(images) for images in inputs.values()]
+        room = store.fits(*sizes[:1], *(sizes[:1] if mirrored else []), *sizes[1:])
+        print(f"The frozen trunk's outputs are kept in {room}.")
+
+
 def finish(output: Path, checkpoint: Path, section: dict, rows: list[figures.GalleryRow]) -> None:
-    """Write metrics, description of the checkpoint, picture, report and the copies of the code."""
+    """Write metrics, description of the checkpoint, picture, copies of the code and report."""
     sha256 = handin.describe_checkpoint(checkpoint, section)
     metrics = handin.update_metrics(output, "base", section, sha256)
-    figures.recall_picture(output / "task3_result.png", metrics["base"], rows)
-    report.write_report(output)
-    handin.copy_code(Path(__file__).resolve().parent, output)
     print_recall_table(section["recall"])
+    picture = output / "task3_result.png"
+    handin.draw_or_warn(
+        picture.name, lambda: figures.recall_picture(picture, metrics["base"], rows)
+    )
+    handin.copy_code(Path(__file__).resolve().parent, output)
+    handin.draw_or_warn("the report", lambda: report.write_report(output))
     print(f"Weights: {section['weights']['origin']}. Data: {section['data']['name']}.")
-    print(f"Written: {checkpoint}, {output / 'task3_result.png'}, {output / 'report' / 'report.md'}.")
-    for line in handin.missing(output):
+    print(f"Written: {checkpoint}, {picture}, {output / 'report' / 'report.html'}.")
+    for line in check.missing(output):
         print(f"Still missing in {output}: {line}")
 
 
@@ -454,8 +370,7 @@ def main(argv: list[str] | None = None) -> int:
         print("\n" + how_to_resume(args), file=sys.stderr)
         return 130
     finally:
-        if dist.is_available() and dist.is_initialized():
-            dist.destroy_process_group()
+        leave_processes()
     return 0
 
 

@@ -2,34 +2,42 @@
 
     python eval.py --checkpoint output/checkpoints/netvlad_final.pth --dataset dataset --split val
     python eval.py --query photo.jpg --index folder --picture found.png   # in any folder of images
+    python eval.py --dataset_name=pitts30k --resume=logs/…/best_model.pth     # recognition/'s systems
 
 As a module: compute_embeddings(), evaluate_recall(). Works when copied out alone together with
-model.py; only --split needs base.py, which reads the lists, and --picture reporting/.
+model.py; only --split needs dataset/, which reads the lists, and --picture reporting/.
 """
 
+from __future__ import annotations
+
 import argparse
+import contextlib
+import importlib.util
+import re
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from PIL import Image, ImageOps
-from torch.utils.data import DataLoader, Dataset
+from torch import nn
+from torch.utils.data import Dataset
 from torchvision import transforms
-from tqdm import tqdm
 
 from model import (
     IMAGENET_MEAN,
     IMAGENET_STD,
     InputError,
-    NetVLADModel,
-    blame_input,
     choose_device,
     load_checkpoint,
+    progress,
     refuse,
+    usable_cores,
+    warn,
 )
 
 SEARCH_CELLS = 2**25  # most entries of a queries x database matrix held at a time
@@ -37,6 +45,8 @@ BOOTSTRAP_DRAWS = 1000
 RECALL_VALUES = tuple(range(1, 21))
 IMAGE_SIZE = 224
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+UNREAD_SUFFIXES = (".gif", ".heic", ".heif", ".avif", ".jp2", ".pgm", ".ppm", ".exr", ".dng")
+FULL_SCALES = (1, 255, 1023, 4095, 16383, 65535)  # of floats; of 8, 10, 12, 14 and 16 bits
 TRANSFORM = transforms.Compose([
     transforms.Resize((IMAGE_SIZE, IMAGE_SIZE)),
     transforms.ToTensor(),
@@ -45,7 +55,7 @@ TRANSFORM = transforms.Compose([
 
 
 def load_image(path: Path | str, at_least: int | None = None) -> Image.Image:
-    """An 8-bit RGB image, upright, 16-bit gray reduced. InputError naming a file that does not decode.
+    """An 8-bit RGB image, upright. InputError naming a file that does not decode.
 
     at_least: a JPEG may be decoded to a half, a quarter or an eighth of its size, down to this many
     pixels a side, which takes a fraction of the time.
@@ -55,95 +65,89 @@ def load_image(path: Path | str, at_least: int | None = None) -> Image.Image:
             if at_least:
                 file.draft("RGB", (at_least, at_least))
             image = ImageOps.exif_transpose(file)  # photos of a phone note how it was held
-            if image.mode.startswith("I"):  # Pillow clips 16 bit to 8 instead of scaling
-                image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
+            if image.mode.startswith(("I", "F")):
+                image = Image.fromarray(to_8_bit(np.asarray(image)))
             return image.convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise InputError(f"the image {path} cannot be read ({error}): replace it.") from None
+    except FileNotFoundError:
+        raise InputError(f"the image {path} does not exist: correct the name.") from None
+    except Image.DecompressionBombError:
+        most = f"{2 * Image.MAX_IMAGE_PIXELS / 1e6:.0f} million pixels"
+        raise InputError(f"the image {path} has more than {most}: make it smaller.") from None
+    except Exception as error:  # Pillow raises all kinds for a damaged file
+        raise InputError(f"the image {path} cannot be read ({error}): replace it.") from error
 
 
-def rank_and_world() -> tuple[int, int]:
-    """The number of this process among those of torchrun, and how many there are; (0, 1) without."""
-    there = dist.is_available() and dist.is_initialized()
-    return (dist.get_rank(), dist.get_world_size()) if there else (0, 1)
+def to_8_bit(values: np.ndarray) -> np.ndarray:
+    """(H, W) uint8 of gray values of more bits, or floats, by the least full scale that holds them.
 
-
-def own_batches(count: int, size: int) -> list[list[int]]:
-    """The batches of range(count) that this process computes, one for each round of `all_batches`.
-
-    Their bounds do not depend on the number of processes. When the batches run out in the last round,
-    the last one is computed by several.
+    What lies far above zero in a small part of its scale, as a thermal camera's temperatures do,
+    and what no scale holds, is stretched from its least to its largest value, a few pixels aside.
     """
-    rank, world = rank_and_world()
-    batches = [list(range(i, min(i + size, count))) for i in range(0, count, size)]
-    return [batches[min(i + rank, len(batches) - 1)] for i in range(0, len(batches), world)]
+    values = np.asarray(values, dtype=np.float64)
+    known = values[np.isfinite(values)]
+    if not len(known):
+        return np.zeros(values.shape, np.uint8)
+    low, high = np.percentile(known, [0.5, 99.5])
+    top = next((scale for scale in FULL_SCALES if known.max() <= scale), None)
+    if top is None or low < 0 or high - low < min(low, top / 4):
+        low, top = (low, high - low) if high > low else (0, max(top or high, 1))
+    else:
+        low = 0
+    return (np.nan_to_num(values - low).clip(0, top) * 255 / top).astype(np.uint8)
 
 
-def all_batches(results: Iterable[torch.Tensor], count: int, size: int) -> Iterator[torch.Tensor]:
-    """The results (B, …) for all batches in order, from those that each process has for its own."""
-    _, world = rank_and_world()
-    done = 0
-    for result in results:
-        parts = [result]
-        if world > 1:
-            padded = result.new_zeros(size, *result.shape[1:])
-            padded[: len(result)] = result
-            raw = padded.view(torch.uint8)  # gloo knows no bfloat16
-            raws = [torch.empty_like(raw) for _ in range(world)]
-            dist.all_gather(raws, raw)
-            parts = [part.view(result.dtype) for part in raws]
-        for part in parts:
-            yield part[: max(0, min(size, count - done))]
-            done += size
+def read_batches(
+    read: Callable[[int], tuple], batches: Iterable[Sequence[int]]
+) -> Iterator[list[tuple]]:
+    """The items `read(row)` of each batch of rows, in order, read by threads two batches ahead."""
+    with ThreadPoolExecutor(usable_cores()) as pool:
+        ahead: deque = deque()
+        try:
+            for rows in batches:
+                ahead.append([pool.submit(read, int(row)) for row in rows])
+                if len(ahead) > 2:
+                    yield [item.result() for item in ahead.popleft()]
+            while ahead:
+                yield [item.result() for item in ahead.popleft()]
+        finally:  # what nobody will ask for any more need not be read
+            for item in (item for items in ahead for item in items):
+                item.cancel()
 
 
-def embed(
-    models: Sequence[NetVLADModel], dataset: Dataset, device: torch.device | str,
-    batch_size: int = 32, workers: int = 0, desc: str = "embedding",
-) -> tuple[list[np.ndarray], list[int], list[str]]:  # fmt: skip
-    """Descriptors of a data set by several models that share their frozen trunk, read once.
+def describe(model: nn.Module, inputs: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Descriptors (B, D) float32, on `device`, of a batch of images or other inputs of `model`.
 
-    dataset: items (image (3, H, W), index, path). All models must have the same `first_trained` and
-    the same weights below it. -> (a float32 array (n, D) for each model, indices, paths).
+    The model is any module that maps them to (B, D), on `device` and in evaluation mode.
     """
-    device = torch.device(device)
-    for model in models:
-        model.to(device, memory_format=torch.channels_last).eval()
-    shared = models[0].first_trained if len(models) > 1 else 0
-    named: dict[int, tuple[int, str]] = {}
-    batches = own_batches(len(dataset), batch_size)
-    loader = DataLoader(dataset, batch_sampler=batches, num_workers=workers)
-
-    def descriptors() -> Iterator[torch.Tensor]:
-        for rows, (images, numbers, names) in zip(batches, loader):
-            named.update(zip(rows, zip(map(int, numbers), names)))
-            images = images.to(device).contiguous(memory_format=torch.channels_last)
-            with torch.inference_mode(), models[0].autocast(device):
-                trunk = models[0].trunk[:shared](images)
-                yield torch.cat([model(trunk, shared).float() for model in models], dim=1)
-
-    width = models[0].netvlad.centers.numel()
-    found, done = torch.empty(len(models), len(dataset), width), 0
-    with tqdm(total=len(dataset), desc=desc, unit="image", leave=False, disable=None) as bar:
-        for part in all_batches(descriptors(), len(dataset), batch_size):
-            each = part.unflatten(1, (len(models), width)).transpose(0, 1)
-            found[:, done : done + len(part)] = each.cpu()
-            done += len(part)
-            bar.update(len(part))
-    if rank_and_world()[1] > 1:
-        everyone: list = [None] * rank_and_world()[1]
-        dist.all_gather_object(everyone, named)
-        named = {row: item for items in everyone for row, item in items.items()}
-    indices, paths = zip(*(named[row] for row in range(len(dataset)))) if named else ((), ())
-    return list(found.numpy()), list(indices), list(paths)
+    inputs = inputs.to(device).contiguous(memory_format=torch.channels_last)
+    autocast = model.autocast(device) if hasattr(model, "autocast") else contextlib.nullcontext()
+    with torch.inference_mode(), autocast:
+        return model(inputs).float()
 
 
 def compute_embeddings(
-    model: NetVLADModel, dataset: Dataset, device: torch.device | str, batch_size: int = 32
+    model: nn.Module, dataset: Dataset, device: torch.device | str, batch_size: int = 32
 ) -> tuple[np.ndarray, list[int], list[str]]:
-    """Descriptors of a data set of (image, index, path): (array (n, D) float32, indices, paths)."""
-    (descriptors,), indices, paths = embed([model], dataset, device, batch_size)
-    return descriptors, indices, paths
+    """Descriptors of a data set of (image, index, path, …): (array (n, D) float32, indices, paths).
+
+    model: a NetVLADModel, or any module that maps (B, 3, H, W) to (B, D); within nn.DataParallel too.
+    Where the hardware computes in bfloat16, ours does, unless its `precision` is "float32".
+    """
+    device = torch.device(device)
+    model = getattr(model, "module", model).to(device, memory_format=torch.channels_last).eval()
+    count = len(dataset)
+    batches = [range(i, min(i + batch_size, count)) for i in range(0, count, batch_size)]
+    found, indices, paths = np.empty((0, 0), np.float32), [], []
+    with progress(total=count, desc="descriptors", unit="image") as bar:
+        for rows, items in zip(batches, read_batches(dataset.__getitem__, batches)):
+            part = describe(model, torch.stack([item[0] for item in items]), device).cpu().numpy()
+            if not indices:
+                found = np.empty((count, part.shape[1]), np.float32)
+            found[rows.start : rows.stop] = part
+            indices += [int(item[1]) for item in items]
+            paths += [str(item[2]) for item in items]
+            bar.update(len(items))
+    return found, indices, paths
 
 
 def search(
@@ -246,29 +250,37 @@ class Recall:
 
 
 def measure_recall(
-    models: Sequence[NetVLADModel], query_ds: Dataset, db_ds: Dataset, utm_query: np.ndarray,
-    utm_index: np.ndarray, threshold: float, device: torch.device, *, workers: int = 0, seed: int = 0,
-    desc: str = "",
-) -> Recall:  # fmt: skip
-    """Recall@1..20 of the last of `models` ("trained") beside the first ("untrained") and chance."""
-    options = {"device": device, "workers": workers}
-    queries, _, _ = embed(models, query_ds, desc=f"{desc} queries", **options)
-    index, _, _ = embed(models, db_ds, desc=f"{desc} index images", **options)
+    embedded: Sequence[tuple[np.ndarray, np.ndarray]],
+    utm_query: np.ndarray,
+    utm_index: np.ndarray,
+    threshold: float,
+    device: torch.device,
+    seed: int = 0,
+) -> Recall:
+    """Recall@1..20 of the last model ("trained") beside the first ("untrained") and chance.
+
+    embedded: the descriptors (nq, D), (nd, D) of queries and index images by each model.
+    """
     positives = positives_within(utm_query, utm_index, threshold)
-    found = [search(q, d, RECALL_VALUES[-1], device) for q, d in zip(queries, index)]
+    found = [search(q, d, RECALL_VALUES[-1], device) for q, d in embedded]
     hits = [first_hits(ranking, positives) for _, ranking in found]
     curves = [[float((h < k).mean()) for k in RECALL_VALUES] for h in hits]
     low, high = recall_interval(hits[-1], RECALL_VALUES, seed)
     section = {
-        "queries": len(query_ds), "index": len(db_ds), "k": list(RECALL_VALUES),
-        "trained": curves[-1], "untrained": curves[0], "low": low, "high": high,
-        "chance": chance_recall(positives, len(db_ds), RECALL_VALUES),
-    }  # fmt: skip
+        "queries": len(utm_query),
+        "index": len(utm_index),
+        "k": list(RECALL_VALUES),
+        "trained": curves[-1],
+        "untrained": curves[0],
+        "low": low,
+        "high": high,
+        "chance": chance_recall(positives, len(utm_index), RECALL_VALUES),
+    }
     return Recall(section, *found[-1], hits[-1], positives)
 
 
 def evaluate_recall(
-    model: NetVLADModel,
+    model: nn.Module,
     query_ds: Dataset,
     db_ds: Dataset,
     utmQ: np.ndarray,
@@ -290,25 +302,71 @@ def evaluate_recall(
 
 
 class ImageFiles(Dataset):
-    """Image files: item (image (3, H, W) as the network wants it, index, path)."""
+    """Image files: item (image (3, H, W) as the network wants it, index, path).
 
-    def __init__(self, paths: Sequence[Path]) -> None:
+    spare_unreadable: a file that cannot be read gives a black image; its row is in `unreadable`.
+    """
+
+    def __init__(self, paths: Sequence[Path], spare_unreadable: bool = False) -> None:
         self.paths = paths
+        self.spare_unreadable = spare_unreadable
+        self.unreadable: dict[int, InputError] = {}
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def __getitem__(self, i: int) -> tuple:
-        return TRANSFORM(load_image(self.paths[i], IMAGE_SIZE)), i, str(self.paths[i])
+        try:
+            image = load_image(self.paths[i], IMAGE_SIZE)
+        except InputError as error:
+            if not self.spare_unreadable:
+                raise
+            self.unreadable[i] = error
+            image = Image.new("RGB", (IMAGE_SIZE, IMAGE_SIZE))
+        return TRANSFORM(image), i, str(self.paths[i])
+
+    def readable(self) -> list[int]:
+        """The rows that could be read, once all have been asked for; a warning names the others."""
+        if self.unreadable:
+            first = self.unreadable[min(self.unreadable)]
+            warn(f"{len(self.unreadable)} of {len(self)} images are left out: {first}")
+        return [row for row in range(len(self)) if row not in self.unreadable]
+
+
+def list_images(folder: Path, pattern: str = "*") -> list[Path]:
+    """The image files in a folder that match `pattern`, numbers in their names in order of size.
+
+    Hidden files are passed over: a Mac leaves a `._name.png` beside each image. Files that look
+    like images but are of a kind that is not read are warned of.
+    """
+    there = [
+        path
+        for path in folder.glob(pattern)
+        if not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    ]
+    unread = [path.name for path in there if path.suffix.lower() in UNREAD_SUFFIXES]
+    if unread:
+        warn(
+            f"{folder} holds {len(unread)} files of a kind that is not read ({min(unread)} …): "
+            "left out; convert them to .png or .jpg."
+        )
+    images = [p for p in there if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file()]
+    return sorted(images, key=lambda path: (number_order(str(path)), str(path)))
+
+
+def number_order(name: str) -> str:
+    """A key that puts frame_2 before frame_10; digits after a decimal point stay as they are."""
+    return re.sub(r"(?<![0-9])(?<![0-9]\.)[0-9]+", lambda digits: digits[0].zfill(20), name)
 
 
 def find_images(folder: Path, left_out: Sequence[Path]) -> list[Path]:
-    """The image files in a folder and below, sorted, without those of `left_out`. InputError if none."""
-    found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+    """The image files in a folder and below without those of `left_out`. InputError if none."""
     others = {path.resolve() for path in left_out}
-    kept = [path for path in found if path.resolve() not in others]
+    kept = [path for path in list_images(folder, "**/*") if path.resolve() not in others]
     if not kept:
-        raise InputError(f"{folder} holds no image ({' '.join(IMAGE_SUFFIXES)}) to search: name another --index.")
+        raise InputError(
+            f"{folder} holds no image ({' '.join(IMAGE_SUFFIXES)}) to search: name another --index."
+        )
     return kept
 
 
@@ -318,10 +376,17 @@ def search_folder(args: argparse.Namespace) -> None:
         raise InputError("--query needs --index FOLDER, the images to search in.")
     if args.top_k < 1:
         raise InputError(f"--top-k {args.top_k} names no image: use 1 or more.")
+    if args.picture and args.picture.suffix.lower() not in Image.registered_extensions():
+        raise InputError(f"--picture {args.picture} has no ending of an image: name a .png file.")
     index = find_images(args.index, args.query)
     model, device = load_checkpoint(args.checkpoint), choose_device(args.device)
     queries, _, _ = compute_embeddings(model, ImageFiles(args.query), device)
-    database, _, _ = compute_embeddings(model, ImageFiles(index), device)
+    files = ImageFiles(index, spare_unreadable=True)
+    database, _, _ = compute_embeddings(model, files, device)
+    rows = files.readable()
+    index, database = [index[row] for row in rows], database[rows]
+    if not index:
+        raise InputError(f"no image of {args.index} can be read: name another --index.")
     similarity, ranking = search(queries, database, args.top_k, device)
     print(f"{len(args.query)} queries, {len(index)} images in {args.index}; cosine similarity, best first.")
     for query, values, rows in zip(args.query, similarity, ranking):
@@ -335,46 +400,48 @@ def search_folder(args: argparse.Namespace) -> None:
             figures.GalleryRow(str(query), [(str(index[row]), float(value), None, None) for value, row in zip(*found)], None)
             for query, *found in zip(args.query, similarity, ranking)
         ]
-        with blame_input():
-            figures.retrieval_picture(args.picture, rows, f"The most similar images in {args.index}")
+        figures.retrieval_picture(args.picture, rows, f"The most similar images in {args.index}")
         print(f"Written: {args.picture}")
 
 
-def recall_of_lists(args: argparse.Namespace) -> None:
-    """Recall@1/5/10 of a checkpoint on the lists of a data set."""
-    from base import find_dataset, read_split  # only here: this file works without base.py
-
-    model = load_checkpoint(args.checkpoint)
-    split = read_split(find_dataset(args.dataset)[0], args.split)
-    if split is None:
-        raise InputError(f"there is no {args.split} list: choose --split val.")
-    evaluate_recall(
-        model, split.queries, split.index, split.utm_query, split.utm_index, split.threshold,
-        choose_device(args.device),
-    )  # fmt: skip
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Recall of a checkpoint, or with --query a search in a folder. Exit code 2 for bad input."""
-    parser = argparse.ArgumentParser(description="Recall@1/5/10 of a trained model, or retrieval in a folder.")
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description="Recall@1/5/10 of a trained model, or retrieval in a folder."
+    )
     option = parser.add_argument
     option(
-        "--checkpoint", type=Path, default=Path("output/checkpoints/netvlad_final.pth"),
+        "--checkpoint",
+        type=Path,
+        default=Path("output/checkpoints/netvlad_final.pth"),
         help="state dict that base.py wrote (default: %(default)s)",
-    )  # fmt: skip
+    )
     option("--dataset", type=Path, help="folder of the lists (default: as base.py)")
     option("--split", default="val", choices=["train", "val", "test"], help="default: %(default)s")
-    option("--query", type=Path, nargs="+", metavar="IMAGE", help="search these images in --index instead")
+    option("--query", type=Path, nargs="+", metavar="IMAGE", help="search these in --index instead")
     option("--index", type=Path, metavar="FOLDER", help="images to search in, also in folders below")
     option("--top-k", type=int, default=5, help="images to name for a query (default: %(default)s)")
     option("--picture", type=Path, metavar="FILE", help="draw the queries and what was found (.png)")
-    option("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"], help="default: auto")
-    args = parser.parse_args(argv)
-    if hasattr(sys.stdout, "reconfigure"):  # a path in letters that the console lacks is no reason to stop
+    option("--device", default="auto", help="cpu, cuda, cuda:N or mps (default: cuda if there is one)")
+    return parser
+
+
+def main(
+    argv: list[str] | None = None,
+    recall_of_lists: Callable[[argparse.Namespace], None] | None = None,
+) -> int:
+    """Recall of a checkpoint, or with --query a search in a folder. Exit code 2 for bad input.
+
+    recall_of_lists: measures recall on the lists of --dataset; None where this file stands alone.
+    """
+    args = build_parser().parse_args(argv)
+    if hasattr(sys.stdout, "reconfigure"):  # a path in letters that the console lacks stops nothing
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         if args.query:
             search_folder(args)
+        elif recall_of_lists is None:
+            raise InputError("--split needs the program's recognition/ and dataset/ beside eval.py.")
         else:
             recall_of_lists(args)
     except InputError as error:
@@ -383,4 +450,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    if importlib.util.find_spec("recognition") is None:
+        sys.exit(main())
+    from recognition.eval_command import command  # lists, and other systems' flags
+
+    sys.exit(command())

@@ -8,14 +8,19 @@ supervised place recognition", CVPR 2016 (the layer, section 3.1; its initializa
 Simonyan & Zisserman 2015 (VGG16, torchvision's implementation).
 """
 
+from __future__ import annotations
+
+import contextlib
 import math
+import os
 import pickle
+import re
 import socket
 import sys
 from collections.abc import Iterable
-from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -24,10 +29,12 @@ from tqdm import tqdm
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+IMAGE_CHANNELS = 3
 TRUNK_CHANNELS = 512
 PRECISIONS = ("auto", "bf16", "float32")
 # Index in `trunk` of the first trained module, by the name used on the command line.
 TRAIN_FROM = {"conv1": 0, "conv2": 5, "conv3": 10, "conv4": 17, "conv5": 24, "netvlad": 29}
+IMAGENET_FILE = "vgg16-397923af.pth"
 DOWNLOAD_STALL_S = 20
 # What torch.load raises for a file that is damaged or of another kind.
 DAMAGED = (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError)
@@ -39,35 +46,7 @@ DESCRIPTORS_PER_IMAGE = 100
 DOMINANCE = 100.0  # a descriptor's best cluster weighs this many times its second best, in log mean
 
 
-class InputError(ValueError):
-    """Input a user can mend. Its message is one sentence: what is wrong, where, what to do."""
-
-
-@contextmanager
-def blame_input():
-    """Turn a ValueError or OSError of the rooms below into an InputError with the same sentence."""
-    try:
-        yield
-    except (ValueError, OSError) as error:
-        raise InputError(str(error)) from error
-
-
-def refuse(script: str, error: InputError) -> int:
-    """Print the sentence of an InputError on stderr; the exit code for bad input, 2."""
-    # A DataLoader worker wraps the message in its traceback, whose last line is ours.
-    sentence = str(error).strip().splitlines()[-1].removeprefix("model.InputError: ")
-    print(f"{script}: {sentence}", file=sys.stderr)
-    return 2
-
-
-WARNINGS: list[str] = []  # what warn() has said in this process, for metrics.json
-
-
-def warn(message: str) -> None:
-    """Say `message` on stderr, once in a process, and keep it in WARNINGS."""
-    if message not in WARNINGS:
-        WARNINGS.append(message)
-        tqdm.write(f"WARNING: {message}", file=sys.stderr)
+# ---------------------------------------------------------------- the network
 
 
 class NetVLAD(nn.Module):
@@ -89,7 +68,7 @@ class NetVLAD(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x (N, D, H, W) -> (N, K * D), cluster-major, L2-normalized within clusters and over all."""
         # The assignment's logits reach hundreds: in half precision they would be off by whole units.
-        with torch.autocast(x.device.type, enabled=False):
+        with half_precision(x.device, "float32"):
             x = F.normalize(x.float(), dim=1)
             assignment = self.assignment(x).flatten(2).softmax(dim=1)  # (N, K, L)
             weighted_sum = assignment @ x.flatten(2).transpose(1, 2)  # (N, K, D)
@@ -97,14 +76,12 @@ class NetVLAD(nn.Module):
             return F.normalize(F.normalize(residuals, dim=2).flatten(1), dim=1)
 
     @torch.no_grad()
-    def initialize(self, descriptors: Tensor, seed: int = 0, form: str = "v1") -> None:
+    def initialize(self, descriptors: Tensor, seed: int = 0) -> None:
         """Set centers by k-means and the assignment so that it is nearly hard.
 
-        descriptors: (n, D), L2-normalized rows, n >= K.
-        form: "v1" (the authors' experiments), w_k = alpha c_k / |c_k|, no bias, or "v2" (the paper's
-        text), w_k = 2 alpha c_k, b_k = -alpha |c_k|^2. alpha makes the mean log-ratio of each
-        descriptor's two largest assignments ln 100.
-        Raises InputError for fewer descriptors than clusters, ValueError for another form.
+        descriptors: (n, D), L2-normalized rows, n >= K. As in the authors' experiments
+        w_k = alpha c_k / |c_k| without bias, and alpha makes the mean log-ratio of each descriptor's
+        two largest assignments ln 100. Raises InputError for fewer descriptors than clusters.
         """
         num_clusters = len(self.centers)
         if len(descriptors) < num_clusters:
@@ -113,19 +90,13 @@ class NetVLAD(nn.Module):
                 "give more images or fewer --clusters."
             )
         centers = kmeans(descriptors, num_clusters, seed)
-        if form == "v1":
-            weights, biases = F.normalize(centers, dim=1), torch.zeros_like(centers[:, 0])
-        elif form == "v2":
-            weights, biases = 2 * centers, -centers.square().sum(dim=1)
-        else:
-            raise ValueError(f"form must be 'v1' or 'v2', not {form!r}")
-        alpha = 1.0
+        weights, alpha = F.normalize(centers, dim=1), 1.0
         if num_clusters > 1:
-            top = (descriptors @ weights.T + biases).topk(2, dim=1).values
+            top = (descriptors @ weights.T).topk(2, dim=1).values
             alpha = math.log(DOMINANCE) / max(float((top[:, 0] - top[:, 1]).mean()), 1e-6)
         self.centers.copy_(centers)
         self.assignment.weight.copy_((alpha * weights)[:, :, None, None])
-        self.assignment.bias.copy_(alpha * biases)
+        self.assignment.bias.zero_()
         self.initialized = True
 
 
@@ -133,7 +104,68 @@ def _mark_initialized(module: nn.Module, _incompatible_keys: object) -> None:
     module.initialized = True
 
 
-class NetVLADModel(nn.Module):
+class DescriptorModel(nn.Module):
+    """Every network of this project: trunk -> aggregation -> one vector of length 1 an image.
+
+    trunk: stages that run one after the other; those before `first_trained` are frozen, and stay in
+    evaluation mode while the rest is trained. aggregation: map (N, C, H, W) -> (N, descriptor_dim).
+    Either may carry `initialized`, False as long as its values are those of its construction.
+    precision: one of PRECISIONS, what `autocast` computes in. weights_origin: where the trunk's
+    weights are from, in words.
+    """
+
+    def __init__(self, trunk: nn.Sequential, aggregation: nn.Module, descriptor_dim: int) -> None:
+        super().__init__()
+        self.trunk = trunk
+        self.aggregation = aggregation
+        self.descriptor_dim = descriptor_dim
+        self.first_trained = 0
+        self.precision = "auto"
+        self.weights_origin = "random"
+
+    @property
+    def initialized(self) -> bool:
+        """Whether trunk and aggregation were initialized or loaded."""
+        return all(getattr(part, "initialized", True) for part in (self.trunk, self.aggregation))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images (N, 3, H, W), or what the frozen part made of them -> (N, descriptor_dim), rows of norm 1."""
+        return F.normalize(self.aggregation(self.local_descriptors(x)), dim=1)
+
+    def local_descriptors(self, x: Tensor) -> Tensor:
+        """The trunk's map (N, C, h, w) of images, or of what its frozen part made of them."""
+        if x.shape[1] == IMAGE_CHANNELS:
+            return self.trunk(x.float())
+        for stage in list(self.trunk)[self.first_trained :]:
+            x = stage(x.float())
+        return x
+
+    def frozen_part(self, x: Tensor) -> Tensor:
+        """What the frozen stages make of images, in place of which `forward` takes it."""
+        for stage in list(self.trunk)[: self.first_trained]:
+            x = stage(x)
+        return x
+
+    def autocast(self, device: torch.device | str) -> contextlib.AbstractContextManager:
+        """The context in which this model computes, on `device`, in its `precision`."""
+        return half_precision(device, self.precision)
+
+    def freeze_below(self, first_trained: int) -> None:
+        """Train trunk[first_trained:] and the aggregation only."""
+        self.first_trained = first_trained
+        for position, stage in enumerate(self.trunk):
+            stage.requires_grad_(position >= first_trained)
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> DescriptorModel:
+        """Training mode for what is trained."""
+        super().train(mode)
+        for stage in list(self.trunk)[: self.first_trained]:
+            stage.eval()
+        return self
+
+
+class NetVLADModel(DescriptorModel):
     """VGG16 up to conv5_3 (without its ReLU and the last pool), then NetVLAD.
 
     num_clusters: K; dim: channels of the trunk's output, 512 for VGG16 (nothing else is accepted).
@@ -141,9 +173,6 @@ class NetVLADModel(nn.Module):
     weights: a torchvision VGG16 state dict (with or without classifier) to read instead.
     train_from: what is trained, "conv1" ... "conv5" or "netvlad"; everything below is frozen.
     Raises InputError if `weights` is not such a file, ValueError for other arguments.
-
-    `weights_origin` says in words where the trunk's weights are from; `precision` (PRECISIONS) is what
-    `autocast` computes in.
     """
 
     def __init__(
@@ -155,61 +184,40 @@ class NetVLADModel(nn.Module):
         weights: Path | str | None = None,
         train_from: str = "conv5",
     ) -> None:
-        super().__init__()
         if dim != TRUNK_CHANNELS:
             raise ValueError(f"dim must be {TRUNK_CHANNELS}, the channels of VGG16, not {dim}")
-        self.trunk = _random_trunk()
-        self.trunk_initialized = False
-        self.trunk.register_load_state_dict_post_hook(
-            lambda *_: setattr(self, "trunk_initialized", True)
-        )
-        self.weights_origin = "random"
+        if train_from not in TRAIN_FROM:
+            raise ValueError(f"train_from must be one of {', '.join(TRAIN_FROM)}, not {train_from!r}")
+        super().__init__(_random_trunk(), NetVLAD(num_clusters, dim), num_clusters * dim)
+        self.netvlad = self._modules.pop("aggregation")  # its name in the assignment's state dict
         if weights is not None:
             self.trunk.load_state_dict(_trunk_weights(_read_state_dict(Path(weights)), weights))
             self.weights_origin = f"file {Path(weights).name}"
         elif pretrained:
-            self._load_imagenet()
-        self.netvlad = NetVLAD(num_clusters, dim)
-        self.precision = "auto"
-        self.train_only_from(train_from)
+            try:
+                self.load_imagenet()
+            except InputError as error:
+                warn(f"going on with RANDOM weights, results are far below what they could be: {error}")
+        self.freeze_below(TRAIN_FROM[train_from])
 
-    def forward(self, x: Tensor, start: int = 0) -> Tensor:
-        """x (N, 3, H, W), or with `start` the outputs of trunk[:start] -> (N, K * 512), rows of norm 1."""
-        return self.netvlad(self.trunk[start:](x.float()))
+    @property
+    def aggregation(self) -> NetVLAD:
+        """The NetVLAD layer."""
+        return self.netvlad
 
-    def autocast(self, device: torch.device | str) -> torch.autocast:
-        """The context in which this model computes, on `device`, in its `precision`."""
-        return half_precision(device, self.precision)
-
-    def train_only_from(self, name: str) -> None:
-        """Freeze everything below `name`; `first_trained` becomes its index in the trunk."""
-        if name not in TRAIN_FROM:
-            raise ValueError(f"train_from must be one of {', '.join(TRAIN_FROM)}, not {name!r}")
-        self.first_trained = TRAIN_FROM[name]
-        for position, module in enumerate(self.trunk):
-            module.requires_grad_(position >= self.first_trained)
-
-    def trunk_share(self, start: int) -> float:
-        """Share of the trunk's multiplications that trunk[start:] does, for square images."""
-        cost, pixels = [], 1.0
-        for module in self.trunk:
-            pixels /= 4 if isinstance(module, nn.MaxPool2d) else 1
-            weights = module.weight.numel() if isinstance(module, nn.Conv2d) else 0
-            cost.append(pixels * weights)
-        return sum(cost[start:]) / sum(cost)
-
-    def _load_imagenet(self) -> None:
+    def load_imagenet(self) -> None:
+        """Give the trunk torchvision's ImageNet weights; InputError if they cannot be had."""
         stall_before = socket.getdefaulttimeout()
         socket.setdefaulttimeout(DOWNLOAD_STALL_S)
         try:
             state = VGG16_Weights.IMAGENET1K_V1.get_state_dict(progress=True, check_hash=True)
-        except (OSError, RuntimeError) as error:
-            warn(
-                f"the ImageNet weights of VGG16 could not be downloaded ({error}): going on with "
-                "RANDOM weights, results are far below what they could be. Give a downloaded "
-                "vgg16-397923af.pth with --weights FILE."
-            )
-            return
+        except DAMAGED as error:
+            cached = Path(torch.hub.get_dir()) / "checkpoints" / IMAGENET_FILE
+            damaged = f"{cached} is damaged, remove it" if cached.is_file() else error
+            raise InputError(
+                f"the ImageNet weights of VGG16 could not be had ({damaged}): give a downloaded "
+                f"{IMAGENET_FILE} with --weights FILE."
+            ) from error
         finally:
             socket.setdefaulttimeout(stall_before)
         self.trunk.load_state_dict(_trunk_weights(state, "the downloaded VGG16"))
@@ -225,28 +233,79 @@ def _random_trunk() -> nn.Sequential:
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
             nn.init.zeros_(module.bias)
+    trunk.initialized = False
+    trunk.register_load_state_dict_post_hook(_mark_initialized)
     return trunk
 
 
+# ---------------------------------------------------------------- weights from files
+
+
 def _read_state_dict(path: Path) -> dict[str, Tensor]:
-    """The tensors of a state-dict file. InputError if there is none or it is damaged."""
+    """The tensors of a state-dict file, alone or among what a training saved. Nothing in it is run.
+
+    `module.` of nn.DataParallel is dropped from their names. InputError if there are none, the file is
+    damaged, or a value is not finite.
+    """
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        with open(path, "rb") as file:
+            head = file.read(64)
     except FileNotFoundError:
         raise InputError(f"{path} does not exist: run base.py first or name another file.") from None
-    except DAMAGED as error:
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror}): name another file.") from None
+    if not head:
+        raise InputError(f"{path} is empty: copy or download it again.")
+    if head.startswith(b"version https://git-lfs"):
+        raise InputError(f"{path} is a Git LFS pointer, no weights: fetch them with git lfs pull.")
+    try:
+        with _numbers_of_numpy():
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged pickle raises all kinds
+        pickled = re.search(r"Unsupported (?:global: GLOBAL|class) ([\w.]+)", str(error))
+        if pickled:
+            raise InputError(
+                f"{path} holds pickled objects ({pickled[1]}), which are not loaded, as that could run "
+                "any code: save the weights alone, torch.save(model.state_dict(), file)."
+            ) from error
         raise InputError(
             f"{path} cannot be read as a PyTorch state dict (damaged, cut short or another kind of "
             f"file; {type(error).__name__}): make it anew with base.py or name another file."
         ) from error
-    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+    for key in ("state_dict", "model_state_dict", "model"):
+        if isinstance(state, dict) and isinstance(state.get(key), dict):
+            state = state[key]
+            break
+    if not (isinstance(state, dict) and all(isinstance(v, Tensor) for v in state.values())):
         raise InputError(f"{path} holds no plain state dict: name a file of torch.save(state_dict).")
+    state = {re.sub(r"(^|\.)module\.", r"\1", str(name)): v for name, v in state.items()}
+    for name, values in state.items():
+        if not torch.isfinite(values).all():
+            raise InputError(
+                f"{path} holds values that are not finite ({name}): name an earlier checkpoint."
+            )
     return state
 
 
+def _numbers_of_numpy() -> contextlib.AbstractContextManager:
+    """Lets torch.load read the scores that others save beside their weights, in numpy's numbers."""
+    safe_globals = getattr(torch.serialization, "safe_globals", None)  # torch 2.5 and later
+    if safe_globals is None:
+        return contextlib.nullcontext()
+    allowed: list = [np.dtype, *(type(np.dtype(kind)) for kind in ("f4", "f8", "i8"))]
+    for module in ("numpy.core.multiarray", "numpy._core.multiarray"):  # before and from numpy 2
+
+        def scalar(dtype: np.dtype, data: bytes) -> np.generic:
+            return np.frombuffer(data, dtype)[0]
+
+        scalar.__module__, scalar.__qualname__ = module, "scalar"
+        allowed.append(scalar)
+    return safe_globals(allowed)
+
+
 def _trunk_weights(state: dict[str, Tensor], source: object) -> dict[str, Tensor]:
-    """The trunk's part of a torchvision VGG16 state dict, keys as in `trunk`."""
-    features = {k.removeprefix("features."): v for k, v in state.items()}
+    """The trunk's part of a state dict of torchvision's VGG16 or of a NetVLAD model, keys as in `trunk`."""
+    features = {re.sub("^(features|trunk|encoder)\\.", "", k): v for k, v in state.items()}
     expected = _meta_shapes()
     if any(k not in features or features[k].shape != shape for k, shape in expected.items()):
         raise InputError(
@@ -266,7 +325,7 @@ def load_checkpoint(path: Path | str) -> NetVLADModel:
 
     Raises InputError if the file is missing, damaged or not of a NetVLADModel.
     """
-    state = _read_state_dict(Path(path))
+    state = _our_names(_read_state_dict(Path(path)), path)
     centers = state.get("netvlad.centers")
     if centers is None or centers.dim() != 2:
         raise InputError(
@@ -285,8 +344,25 @@ def load_checkpoint(path: Path | str) -> NetVLADModel:
     return model.eval()
 
 
+def _our_names(state: dict[str, Tensor], path: Path | str) -> dict[str, Tensor]:
+    """A state dict of pytorch-NetVlad (Nanne) or Patch-NetVLAD in the names of NetVLADModel."""
+    if "pool.centroids" not in state:
+        return state
+    for theirs, ours in (
+        (r"^encoder\.", "trunk."),
+        (r"^pool\.conv\.", "netvlad.assignment."),
+        (r"^pool\.centroids$", "netvlad.centers"),
+    ):
+        state = {re.sub(theirs, ours, name): values for name, values in state.items()}
+    named = {name: values for name, values in state.items() if not name.startswith("WPCA.")}
+    if len(named) < len(state):
+        warn(f"the PCA-whitening (WPCA) in {path} is left out: descriptors are those of its NetVLAD.")
+    named.setdefault("netvlad.assignment.bias", torch.zeros(len(named["netvlad.centers"])))
+    return named
+
+
 @torch.no_grad()
-def calibrate_trunk(model: NetVLADModel, images: Tensor) -> None:
+def calibrate_trunk(model: DescriptorModel, images: Tensor) -> None:
     """Rescale every convolution so that each channel has zero mean and unit variance on `images`.
 
     images: (N, 3, H, W), about 50. Layer by layer, as LSUV (Mishkin & Matas 2016) does: without
@@ -294,7 +370,7 @@ def calibrate_trunk(model: NetVLADModel, images: Tensor) -> None:
     """
     images = images.contiguous(memory_format=torch.channels_last)
     chunks = list(images.split(CALIBRATION_CHUNK))
-    for module in tqdm(model.trunk, desc="calibrating random weights", unit="layer", leave=False):
+    for module in progress(model.trunk, desc="calibrating", unit="layer"):
         with model.autocast(images.device):
             chunks = [module(chunk) for chunk in chunks]
         if isinstance(module, nn.Conv2d):
@@ -309,25 +385,24 @@ def calibrate_trunk(model: NetVLADModel, images: Tensor) -> None:
             module.bias.copy_((module.bias - mean) * scale)
             mean, scale = mean[:, None, None], scale[:, None, None]
             chunks = [c.float().sub_(mean).mul_(scale).to(c.dtype) for c in chunks]
-    model.trunk_initialized = True
+    model.trunk.initialized = True
     model.weights_origin = f"random, calibrated on {len(images)} training images"
 
 
 @torch.no_grad()
 def initialize_netvlad(
-    model: NetVLADModel, batches: Iterable[Tensor], device: torch.device, *, start: int = 0,
-    seed: int = 0, form: str = "v1",
-) -> None:  # fmt: skip
-    """Give the NetVLAD layer its centers by k-means on local descriptors drawn from `batches`.
+    model: DescriptorModel, batches: Iterable[Tensor], device: torch.device, *, seed: int = 0
+) -> None:
+    """Give a NetVLAD layer its centers by k-means on local descriptors drawn from `batches`.
 
-    batches: tensors (B, 3, H, W), or outputs of trunk[:start]; DESCRIPTORS_PER_IMAGE random
-    locations an image are used until KMEANS_DESCRIPTORS are gathered.
+    batches: inputs of `model`, (B, …); DESCRIPTORS_PER_IMAGE random locations an image are used until
+    KMEANS_DESCRIPTORS are gathered.
     """
     generator = torch.Generator().manual_seed(seed)
     drawn, total = [], 0
     for batch in batches:
         with model.autocast(device):
-            local = model.trunk[start:](batch.to(device).float())
+            local = model.local_descriptors(batch.to(device))
         local = F.normalize(local.float(), dim=1).flatten(2)
         order = torch.rand(local.shape[0], local.shape[2], generator=generator).argsort(dim=1)
         chosen = order[:, None, :DESCRIPTORS_PER_IMAGE].to(device).expand(-1, local.shape[1], -1)
@@ -337,7 +412,7 @@ def initialize_netvlad(
             break
     if not drawn:
         raise InputError("there is no image to initialize the clusters from: the loader is empty.")
-    model.netvlad.initialize(torch.cat(drawn), seed, form)
+    model.aggregation.initialize(torch.cat(drawn), seed)
 
 
 def kmeans(x: Tensor, k: int, seed: int = 0) -> Tensor:
@@ -346,7 +421,7 @@ def kmeans(x: Tensor, k: int, seed: int = 0) -> Tensor:
     centers = _kmeans_seeds(x, k, generator)
     squares = x.square().sum(dim=1)
     labels = None
-    for _ in tqdm(range(KMEANS_ITERATIONS), desc="k-means", unit="round", leave=False):
+    for _ in progress(range(KMEANS_ITERATIONS), desc="k-means", unit="round"):
         cost = centers.square().sum(dim=1) - x @ (2 * centers.T)  # squared distance less |x|^2
         nearest, new_labels = cost.min(dim=1)
         if labels is not None and torch.equal(labels, new_labels):
@@ -367,7 +442,7 @@ def _kmeans_seeds(x: Tensor, k: int, generator: torch.Generator) -> Tensor:
     chosen = [first]
     distance = (x - x[first]).square().sum(dim=1)
     for _ in range(1, k):
-        cumulative = distance.double().cumsum(0).cpu()
+        cumulative = distance.cpu().double().cumsum(0)  # Apple GPUs know no float64
         spots = torch.rand(draws, generator=generator, dtype=torch.float64) * cumulative[-1]
         candidates = torch.searchsorted(cumulative, spots).clamp(max=len(x) - 1).to(x.device)
         to_candidates = torch.cdist(x[candidates], x).square()  # (draws, n)
@@ -378,23 +453,81 @@ def _kmeans_seeds(x: Tensor, k: int, generator: torch.Generator) -> Tensor:
     return x[chosen].clone()
 
 
+# ---------------------------------------------------------------- shared by the scripts
+
+
+class InputError(ValueError):
+    """Input a user can mend. Its message is one sentence: what is wrong, where, what to do."""
+
+
+def refuse(script: str, error: InputError) -> int:
+    """Print the sentence of an InputError on stderr; the exit code for bad input, 2."""
+    print(f"{script}: {error}", file=sys.stderr)
+    return 2
+
+
+WARNINGS: list[str] = []  # what warn() has said in this process, for metrics.json
+
+
+def warn(message: str) -> None:
+    """Say `message` on stderr, once in a process, and keep it in WARNINGS."""
+    if message not in WARNINGS:
+        WARNINGS.append(message)
+        tqdm.write(f"WARNING: {message}", file=sys.stderr)
+
+
+def progress(*args: object, **options: object) -> tqdm:
+    """A tqdm bar that goes when it is done; none off a terminal or once `progress.hidden` is True."""
+    return tqdm(*args, leave=False, disable=progress.hidden or None, **options)
+
+
+progress.hidden = False
+
+
+def usable_cores() -> int:
+    """Processor cores that this process may use: of its affinity and of its control group's quota."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        return max(1, min(cores, int(quota) // int(period)))
+    except (OSError, ValueError):  # no control groups, or no quota ("max")
+        return cores
+
+
 def choose_device(name: str) -> torch.device:
-    """The device for --device auto|cpu|cuda|mps; InputError if the one asked for is not there."""
-    here = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    """The device for --device auto, cpu, cuda, cuda:N or mps; InputError if it is not there.
+
+    auto is cuda where there is one, else cpu: Apple's GPUs are for who asks for them.
+    """
     if name == "auto":
-        name = next(kind for kind in ("cuda", "mps", "cpu") if here[kind])
-    if not here.get(name):
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    kind, _, number = name.partition(":")
+    count = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
+    if not (number or "0").isdecimal() or int(number or 0) >= count.get(kind, 0):
         raise InputError(f"--device {name} is not available here: use --device auto.")
     return torch.device(name)
 
 
-def half_precision(device: torch.device | str, precision: str = "auto") -> torch.autocast:
-    """Autocast to bfloat16, for precision "bf16", and for "auto" where the hardware computes in it.
+def computes_in_bf16(device: torch.device | str) -> bool:
+    """Whether the hardware computes in bfloat16: GPUs from compute capability 8, newer processors."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)() if device.type == "cpu" else {}
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
-    That is on GPUs and on processors with AVX-512 bf16 or AMX.
+
+def half_precision(
+    device: torch.device | str, precision: str = "auto"
+) -> contextlib.AbstractContextManager:
+    """Autocast to bfloat16 where the hardware computes in it, unless precision is "float32".
+
+    On processors "bf16" asks for it in any case; emulated on a GPU it would be slower than float32.
+    Devices other than cpu and cuda compute in float32: some versions of PyTorch refuse to enter it.
     """
     kind = torch.device(device).type
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)() if kind == "cpu" else {}
-    fast = kind != "cpu" or capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")
-    enabled = precision == "bf16" or (precision == "auto" and bool(fast))
+    if kind not in ("cpu", "cuda"):
+        return contextlib.nullcontext()
+    wanted = precision == "bf16" and kind == "cpu"
+    enabled = precision != "float32" and (wanted or computes_in_bf16(device))
     return torch.autocast(kind, torch.bfloat16, enabled=enabled)

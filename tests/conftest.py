@@ -6,14 +6,21 @@ import pytest
 import torch
 
 from dataset.sample import TINY, render_sample
-from model import NetVLADModel, calibrate_trunk, initialize_netvlad
+from model import WARNINGS, NetVLADModel, calibrate_trunk, initialize_netvlad
+from tests.pittsburgh import write_pittsburgh
+
+
+@pytest.fixture(autouse=True)
+def unsaid():
+    """No warning was said before a test, so that it is said again."""
+    WARNINGS.clear()
 
 
 @pytest.fixture(scope="session")
 def sample(tmp_path_factory) -> Path:
     """The folder of a tiny rendered sample, in the assignment's layout."""
     root = tmp_path_factory.mktemp("sample") / "tiny"
-    render_sample(root, size=TINY, quiet=True)
+    render_sample(root, size=TINY)
     return root
 
 
@@ -28,3 +35,9 @@ def checkpoint(tmp_path_factory) -> Path:
     file = tmp_path_factory.mktemp("checkpoint") / "netvlad_final.pth"
     torch.save(model.state_dict(), file)
     return file
+
+
+@pytest.fixture(scope="session")
+def pittsburgh(tmp_path_factory) -> Path:
+    """The folder of a miniature of Pittsburgh 30k, tests/pittsburgh.py."""
+    return write_pittsburgh(tmp_path_factory.mktemp("pittsburgh"))

@@ -4,22 +4,24 @@ import itertools
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 from torch.utils.data import Dataset
 
 import eval as evaluation
 from eval import (
     chance_recall,
     compute_embeddings,
-    embed,
     evaluate_recall,
     first_hits,
     positives_within,
+    read_batches,
     recall_interval,
     search,
 )
@@ -47,7 +49,9 @@ def test_search_equals_a_stable_sort_also_with_ties(monkeypatch):
         for k in (1, 7, 60, 80):
             similarity, index = search(queries, database, k)
             np.testing.assert_array_equal(index, expected[:, :k])
-            np.testing.assert_array_equal(similarity, np.take_along_axis(queries @ database.T, index, 1))
+            np.testing.assert_array_equal(
+                similarity, np.take_along_axis(queries @ database.T, index, 1)
+            )
 
 
 def test_positives_and_the_nearest_where_there_is_none():
@@ -81,16 +85,42 @@ def test_bootstrap_interval_is_the_binomial_one_for_many_queries():
     assert (low[1], high[1]) == (1, 1)
 
 
-def test_models_that_share_a_trunk_embed_as_they_would_alone():
+def test_descriptors_are_the_model_s_in_order_whatever_the_items_hold_beside():
     torch.manual_seed(0)
-    one, two = NetVLADModel(4, pretrained=False), NetVLADModel(4, pretrained=False)
-    two.trunk[:24].load_state_dict(one.trunk[:24].state_dict())
-    together, indices, paths = embed([one, two], Images(5), "cpu", batch_size=2)
-    assert indices == list(range(5)) and paths[4] == "image4.jpg"
-    for model, descriptors in zip((one, two), together):
-        alone, _, _ = compute_embeddings(model, Images(5), "cpu", batch_size=2)
-        np.testing.assert_allclose(descriptors, alone, atol=1e-6)
-    assert not np.allclose(*together)
+    model, images = NetVLADModel(4, pretrained=False), Images(5)
+    model.precision = "float32"
+    five = [(x, i + 7, Path("folder") / name, "scene", 3) for x, i, name in images]
+    for given in (model, nn.DataParallel(model)):
+        found, indices, paths = compute_embeddings(given, five, "cpu", batch_size=2)
+        assert indices == list(range(7, 12)) and paths[4] == str(Path("folder/image4.jpg"))
+        with torch.no_grad():
+            np.testing.assert_allclose(found, model(images.images).numpy(), atol=1e-6)
+    assert compute_embeddings(model, [], "cpu")[1:] == ([], [])
+
+
+def test_any_module_is_evaluated(capsys):
+    class Colors(nn.Module):
+        def forward(self, x):
+            return nn.functional.normalize(x.mean((2, 3)), dim=1)
+
+    places = np.arange(6)[:, None] * [100.0, 0]
+    found = evaluate_recall(Colors(), Images(6), Images(6), places, places, 25, "cpu", [1])
+    assert found == {1: 6} and capsys.readouterr().out == "Recall@1: 6/6 = 100.00%\n"
+
+
+def test_batches_are_read_in_order_by_threads_no_more_than_three_ahead():
+    asked, threads = [], set()
+
+    def read(row):
+        asked.append(row)
+        threads.add(threading.get_ident())
+        return row, row * row
+
+    batches = [range(i, i + 4) for i in range(0, 40, 4)]
+    for number, items in enumerate(read_batches(read, batches)):
+        assert items == [(row, row * row) for row in batches[number]]
+        assert max(asked) < 4 * (number + 4)
+    assert sorted(asked) == list(range(40)) and threading.get_ident() not in threads
 
 
 def test_recall_by_hand_count_with_a_query_that_has_no_positive(capsys):
@@ -115,7 +145,9 @@ def folder(sample, tmp_path) -> Path:
     photos = tmp_path / "photos"
     (photos / "below").mkdir(parents=True)
     images = sorted((sample / "index").iterdir())[::7]
-    for name, image in zip(("a.png", "b.png", "c.JPG", "d.png", "below/e.png", "below/f.png"), images):
+    for name, image in zip(
+        ("a.png", "b.png", "c.JPG", "d.png", "below/e.png", "below/f.png"), images
+    ):
         Image.open(image).save(photos / name)
     (photos / "notes.txt").touch()
     with Image.open(photos / "b.png") as image:
@@ -136,11 +168,16 @@ def found_images(text: str) -> dict[str, list[str]]:
     return found
 
 
-def test_images_are_searched_in_a_folder_without_lists_or_truth(folder, checkpoint, tmp_path, capsys):
+def test_images_are_searched_in_a_folder_without_lists_or_truth(
+    folder, checkpoint, tmp_path, capsys
+):
     queries = [str(tmp_path / "again.jpg"), str(folder / "below/e.png")]
     options = ["--checkpoint", str(checkpoint), "--index", str(folder), "--device", "cpu"]
     picture = tmp_path / "found.png"
-    assert evaluation.main([*options, "--query", *queries, "--top-k", "3", "--picture", str(picture)]) == 0
+    assert (
+        evaluation.main([*options, "--query", *queries, "--top-k", "3", "--picture", str(picture)])
+        == 0
+    )
     found = found_images(capsys.readouterr().out)
     assert list(found) == ["again.jpg", "e.png"]
     assert found["again.jpg"][0] == "b.png"
@@ -148,7 +185,13 @@ def test_images_are_searched_in_a_folder_without_lists_or_truth(folder, checkpoi
     with Image.open(picture) as image:
         assert image.width == 1600
     assert evaluation.main([*options, "--query", *queries, "--top-k", "50"]) == 0
-    everything = {"a.png", "b.png", "c.JPG", "d.png", "f.png"}  # the query e.png does not find itself
+    everything = {
+        "a.png",
+        "b.png",
+        "c.JPG",
+        "d.png",
+        "f.png",
+    }  # the query e.png does not find itself
     assert all(set(names) == everything for names in found_images(capsys.readouterr().out).values())
 
 
@@ -160,11 +203,16 @@ def test_images_are_searched_in_a_folder_without_lists_or_truth(folder, checkpoi
         (["--query", "nothing.jpg", "--index", "photos"], "nothing.jpg"),
         (["--query", "photos/notes.txt", "--index", "photos"], "notes.txt"),
         (["--query", "again.jpg", "--index", "photos", "--top-k", "0"], "--top-k 0"),
-        (["--query", "again.jpg", "--index", "photos", "--picture", "again.jpg/found.png"], "found.png"),
+        (
+            ["--query", "again.jpg", "--index", "photos", "--picture", "again.jpg/found.png"],
+            "found.png",
+        ),
         (["--query", "again.jpg", "--index", "photos", "--picture", "found.xyz"], "xyz"),
     ],
 )
-def test_bad_input_of_a_search_is_a_sentence(folder, checkpoint, tmp_path, monkeypatch, capsys, argv, named):
+def test_bad_input_of_a_search_is_a_sentence(
+    folder, checkpoint, tmp_path, monkeypatch, capsys, argv, named
+):
     monkeypatch.chdir(tmp_path)
     assert evaluation.main([*argv, "--checkpoint", str(checkpoint), "--device", "cpu"]) == 2
     said = capsys.readouterr().err.strip().splitlines()[-1]
@@ -176,7 +224,15 @@ def test_a_search_needs_no_other_file_than_model_py(folder, checkpoint, tmp_path
     alone.mkdir()
     for name in ("eval.py", "model.py"):
         shutil.copy(ROOT / name, alone)
-    words = ["eval.py", "--checkpoint", checkpoint, "--query", tmp_path / "again.jpg", "--index", folder]
+    words = [
+        "eval.py",
+        "--checkpoint",
+        checkpoint,
+        "--query",
+        tmp_path / "again.jpg",
+        "--index",
+        folder,
+    ]
     done = subprocess.run(
         [sys.executable, *map(str, words)], cwd=alone, capture_output=True, text=True, check=False
     )
@@ -201,3 +257,8 @@ def test_large_jpegs_are_decoded_at_half_their_size_and_look_the_same(tmp_path):
     assert full.size == (640, 480)
     ours, theirs = evaluation.TRANSFORM(reduced), evaluation.TRANSFORM(full)
     assert (ours - theirs).abs().mean() < 0.02 * theirs.std()
+
+
+def test_sixteen_bit_gray_is_scaled_not_clipped(tmp_path):
+    Image.fromarray(np.full((4, 4), 32768, dtype=np.uint16)).save(tmp_path / "a.png")
+    assert evaluation.load_image(tmp_path / "a.png").getpixel((0, 0)) == (127, 127, 127)

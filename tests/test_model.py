@@ -1,6 +1,9 @@
 """NetVLAD layer against a loop, its initialization by its defining property, k-means, weights."""
 
+import copy
 import math
+import os
+import pickle
 
 import pytest
 import torch
@@ -8,13 +11,19 @@ import torch.nn.functional as F
 from torchvision.models import vgg16
 
 from model import (
+    IMAGENET_FILE,
+    WARNINGS,
+    DescriptorModel,
     InputError,
     NetVLAD,
     NetVLADModel,
     calibrate_trunk,
+    choose_device,
+    half_precision,
     initialize_netvlad,
     kmeans,
     load_checkpoint,
+    usable_cores,
 )
 
 
@@ -53,29 +62,17 @@ def test_layer_computes_in_full_precision_under_autocast():
     torch.testing.assert_close(half, layer(x), atol=1e-6, rtol=0)
 
 
-@pytest.mark.parametrize("form", ["v1", "v2"])
 @torch.no_grad()
-def test_initialization_makes_the_mean_log_ratio_ln_100(form):
+def test_initialization_assigns_by_cosine_with_a_mean_log_ratio_of_ln_100():
     generator = torch.Generator().manual_seed(1)
     descriptors = F.normalize(torch.rand(4000, 24, generator=generator), dim=1)
     layer = NetVLAD(8, 24)
-    layer.initialize(descriptors, seed=3, form=form)
+    layer.initialize(descriptors, seed=3)
     scores = descriptors @ layer.assignment.weight[:, :, 0, 0].T + layer.assignment.bias
     top = scores.log_softmax(dim=1).topk(2, dim=1).values
     assert float((top[:, 0] - top[:, 1]).mean()) == pytest.approx(math.log(100), abs=2e-3)
-
-
-def test_v2_assigns_by_distance_to_the_centers_and_v1_by_cosine():
-    descriptors = F.normalize(torch.randn(500, 6, generator=torch.Generator().manual_seed(2)), dim=1)
-    for form in ("v1", "v2"):
-        layer = NetVLAD(4, 6)
-        layer.initialize(descriptors, seed=0, form=form)
-        scores = descriptors @ layer.assignment.weight[:, :, 0, 0].T + layer.assignment.bias
-        if form == "v2":
-            nearest = torch.cdist(descriptors, layer.centers).argmin(dim=1)
-        else:
-            nearest = (descriptors @ F.normalize(layer.centers, dim=1).T).argmax(dim=1)
-        assert torch.equal(scores.argmax(dim=1), nearest)
+    nearest = (descriptors @ F.normalize(layer.centers, dim=1).T).argmax(dim=1)
+    assert torch.equal(scores.argmax(dim=1), nearest)
 
 
 def test_kmeans_recovers_planted_clusters():
@@ -104,7 +101,7 @@ def test_model_shapes_norms_and_state_dict():
     other = NetVLADModel(num_clusters=16, pretrained=False)
     assert not other.netvlad.initialized
     other.load_state_dict(model.state_dict())
-    assert other.netvlad.initialized and other.trunk_initialized
+    assert other.netvlad.initialized and other.trunk.initialized and other.initialized
 
 
 def test_trunk_is_torchvisions_vgg16_and_files_with_or_without_classifier_load(tmp_path):
@@ -114,7 +111,9 @@ def test_trunk_is_torchvisions_vgg16_and_files_with_or_without_classifier_load(t
     expected = reference.features[:-2](x)
     state = reference.state_dict()
     features_only = {k: v for k, v in state.items() if k.startswith("features")}
-    for number, content in enumerate((features_only, {**features_only, "classifier.0.bias": torch.zeros(3)})):
+    for number, content in enumerate(
+        (features_only, {**features_only, "classifier.0.bias": torch.zeros(3)})
+    ):
         file = tmp_path / f"vgg{number}.pth"
         torch.save(content, file)
         model = NetVLADModel(4, weights=file)
@@ -125,18 +124,123 @@ def test_trunk_is_torchvisions_vgg16_and_files_with_or_without_classifier_load(t
         NetVLADModel(4, weights=tmp_path / "bad.pth")
 
 
-def test_start_continues_from_the_frozen_part_and_only_the_rest_is_trained():
+def test_the_frozen_part_s_outputs_stand_for_images_and_only_the_rest_is_trained():
     torch.manual_seed(0)
     model = NetVLADModel(4, pretrained=False, train_from="conv5")
     x = torch.randn(2, 3, 64, 64)
     whole = model(x)
-    torch.testing.assert_close(model(model.trunk[: model.first_trained](x), model.first_trained), whole)
+    torch.testing.assert_close(model(model.frozen_part(x)), whole)
     whole.sum().backward()
     names = {n for n, p in model.named_parameters() if p.grad is not None}
     assert names == {
-        "trunk.24.weight", "trunk.24.bias", "trunk.26.weight", "trunk.26.bias", "trunk.28.weight",
-        "trunk.28.bias", "netvlad.assignment.weight", "netvlad.assignment.bias", "netvlad.centers",
-    }  # fmt: skip
+        *(f"trunk.{i}.{kind}" for i in (24, 26, 28) for kind in ("weight", "bias")),
+        *("netvlad.assignment.weight", "netvlad.assignment.bias", "netvlad.centers"),
+    }
+
+
+def test_hooks_on_the_trunk_see_its_map():
+    model, seen = NetVLADModel(4, pretrained=False), []
+    model.trunk.register_forward_hook(lambda module, given, map: seen.append(map.shape))
+    model(torch.randn(1, 3, 32, 48))
+    assert seen == [(1, 512, 2, 3)]
+
+
+@pytest.mark.parametrize("how", ["pickle", "torch.save", "deepcopy"])
+def test_a_model_pickles_deep_copies_and_is_saved_whole(how, tmp_path):
+    torch.manual_seed(0)
+    model = NetVLADModel(4, pretrained=False)
+    if how == "pickle":
+        other = pickle.loads(pickle.dumps(model))
+    elif how == "deepcopy":
+        other = copy.deepcopy(model)
+    else:
+        torch.save(model, tmp_path / "whole.pth")
+        other = torch.load(tmp_path / "whole.pth", weights_only=False)
+    x = torch.randn(1, 3, 32, 32)
+    torch.testing.assert_close(other(x), model(x))
+    other.load_state_dict(model.state_dict())  # marks the copy, and the copy alone
+    assert other.initialized and not model.initialized
+
+
+def test_frozen_batch_statistics_stay_while_the_rest_is_trained():
+    trunk = torch.nn.Sequential(torch.nn.BatchNorm2d(3), torch.nn.BatchNorm2d(3))
+    model = DescriptorModel(trunk, torch.nn.Flatten(), 12)
+    model.freeze_below(1)
+    model.train()
+    found = model(torch.randn(4, 3, 2, 2) + 5)
+    torch.testing.assert_close(found.norm(dim=1), torch.ones(4))
+    assert not trunk[0].running_mean.any() and trunk[1].running_mean.any()
+    assert [p.requires_grad for p in model.parameters()] == [False, False, True, True]
+
+
+# ---------------------------------------------------------------- machines that are not here
+
+
+def test_auto_takes_cuda_or_the_processor_never_apples_gpu(monkeypatch):
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    for gpus, expected in ((0, "cpu"), (2, "cuda")):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda gpus=gpus: gpus > 0)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda gpus=gpus: gpus)
+        assert choose_device("auto").type == expected
+    assert choose_device("mps").type == "mps" and choose_device("cuda:1").index == 1
+    for name in ("cuda:2", "cuda:x", "mps:1", "gpu", ""):
+        with pytest.raises(InputError, match="--device auto"):
+            choose_device(name)
+
+
+@pytest.mark.parametrize("capability", [(7, 5), (8, 0)])
+def test_gpus_without_bf16_compute_in_float32(capability, monkeypatch):
+    entered = []
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch, "autocast", lambda *args, **options: entered.append(options))
+    for precision in ("auto", "bf16", "float32"):
+        half_precision("cuda", precision)
+    has = capability >= (8, 0)
+    assert [options["enabled"] for options in entered] == [has, has, False]
+
+
+def test_autocast_is_entered_for_processors_and_cuda_only(monkeypatch):
+    monkeypatch.setattr(torch, "autocast", lambda *args, **options: pytest.fail("entered"))
+    for kind in ("mps", "meta"):
+        with half_precision(kind), half_precision(kind, "float32"):
+            pass
+
+
+def test_no_float64_reaches_an_apple_gpu_in_k_means(monkeypatch):
+    made = []
+    to_double = torch.Tensor.double
+    monkeypatch.setattr(
+        torch.Tensor, "double", lambda x: made.append(x.device.type) or to_double(x)
+    )
+    moved = []
+    to_cpu = torch.Tensor.cpu
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda x: moved.append(x) or to_cpu(x))
+    kmeans(torch.rand(50, 4), 5)
+    assert len(made) == 4 and len(moved) >= 4  # each is on the processor before it is float64
+
+
+def test_cores_are_those_of_this_process_s_affinity(monkeypatch):
+    before = usable_cores()
+    for allowed in ({0}, {0, 1, 2, 3}):
+        monkeypatch.setattr(os, "sched_getaffinity", lambda pid, a=allowed: a, raising=False)
+        assert 1 <= usable_cores() <= len(allowed)
+    monkeypatch.delattr(os, "sched_getaffinity")  # macOS and Windows have none
+    assert 1 <= usable_cores() <= os.cpu_count() and before >= 1
+
+
+@pytest.mark.parametrize("content", [b"", b"half a file", b"PK\x03\x04"])
+def test_a_damaged_download_is_named_and_imagenet_typed_by_hand_fails(
+    content, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    cached = tmp_path / "checkpoints" / IMAGENET_FILE
+    cached.parent.mkdir()
+    cached.write_bytes(content)
+    model = NetVLADModel(4)
+    assert model.weights_origin == "random" and not model.initialized
+    assert len(WARNINGS) == 1 and "RANDOM" in WARNINGS[0] and f"{cached} is damaged" in WARNINGS[0]
+    with pytest.raises(InputError, match="--weights FILE"):
+        model.load_imagenet()
 
 
 def test_calibration_gives_each_channel_zero_mean_and_unit_variance():

@@ -1,1 +1,1 @@
-"""What base.py needs around the training of train.py: inputs, the split, processes, resuming."""
+"""What base.py needs around the loop of train.py: tuples, their inputs, processes, resuming."""

@@ -1,29 +1,23 @@
 """What a stopped run left to go on from, `checkpoints/last.pth`: writing it and taking it up."""
 
 import argparse
+import json
 import shlex
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
-from eval import rank_and_world
-from model import DAMAGED, WARNINGS, InputError, NetVLADModel, blame_input
+from model import DAMAGED, WARNINGS, DescriptorModel, InputError
 from reporting import handin
 
-LAST = "checkpoints/last.pth"  # what --resume goes on from
 SAVED = {"settings", "images", "model", "clustered", "origin", "warnings", "training"}  # its keys
-ANY_TIME = {"output", "device", "workers", "resume"}  # settings that may differ when resuming
+ANY_TIME = {"output", "device", "quiet", "resume"}  # settings that may differ when resuming
 
 
-def take_up(
-    parser: argparse.ArgumentParser, args: argparse.Namespace, argv: list[str] | None
-) -> argparse.Namespace:
-    """The settings of the run that stopped in args.output, as `args.saved` all that it saved.
-
-    Raises InputError if nothing was saved there, or argv names another value for a setting.
-    """
-    file = args.output / LAST
+def read_saved(output: Path) -> dict:
+    """What a run saved in `output`. InputError if there is nothing, or nothing of base.py's."""
+    file = output / handin.LAST
     if not file.is_file():
         raise InputError(f"there is no {file} to resume from: run without --resume.")
     try:
@@ -32,15 +26,35 @@ def take_up(
     except DAMAGED:
         complete = False
     if not complete:
-        raise InputError(f"{file} is no checkpoint of base.py: run without --resume.")
-    parser.set_defaults(**saved["settings"])
+        raise InputError(
+            f"{file} is no checkpoint of base.py, or damaged: remove it and run without --resume."
+        )
+    return saved
+
+
+def resume_settings(
+    parser: argparse.ArgumentParser, args: argparse.Namespace, argv: list[str] | None
+) -> argparse.Namespace:
+    """The settings of the run that stopped in args.output, as `args.saved` all that it saved.
+
+    The run goes on where it lies now. InputError if nothing was saved there, or by another version,
+    or argv names another value for a setting.
+    """
+    saved = read_saved(args.output)
+    if saved["settings"].keys() != settings_of(args).keys():
+        raise InputError(
+            f"{args.output / handin.LAST} was saved by another version of base.py: go on with that "
+            "version, or begin anew with another --output."
+        )
+    known = {k: v for k, v in saved["settings"].items() if k not in ANY_TIME}
+    parser.set_defaults(**known)
     args = parser.parse_args(argv)
     for name, value in settings_of(args).items():
-        if name not in ANY_TIME and value != saved["settings"][name]:
+        if name in known and value != known[name]:
             flag = "--" + name.replace("_", "-")
             raise InputError(
-                f"{flag} is {value} but was {saved['settings'][name]} in the run to resume: leave "
-                f"{flag} out, or run without --resume."
+                f"{flag} is {value} but was {known[name]} in the run to resume: leave {flag} out, or "
+                "begin anew with another --output."
             )
     args.saved = saved
     return args
@@ -52,44 +66,71 @@ def settings_of(args: argparse.Namespace) -> dict:
     return {k: str(v) if isinstance(v, Path) else v for k, v in settings.items()}
 
 
+def refuse_to_overwrite(args: argparse.Namespace) -> None:
+    """InputError if a new run would replace an unfinished one, or a full one by a mere trial."""
+    checkpoint = args.output / handin.CHECKPOINT
+    if (args.output / handin.LAST).is_file():
+        saved = read_saved(args.output)
+        epochs = saved["settings"]["epochs"]
+        if saved["training"] and saved["training"]["epoch"] <= epochs:
+            raise InputError(
+                f"{args.output} holds a run that stopped in epoch {saved['training']['epoch']} of "
+                f"{epochs}: go on with --resume, or name another --output."
+            )
+    if (args.limit or not args.epochs) and checkpoint.is_file() and not _was_trial(checkpoint):
+        flag = f"--limit {args.limit}" if args.limit else "--epochs 0"
+        raise InputError(
+            f"{checkpoint} is of a full training, which {flag} would replace: name another --output."
+        )
+
+
+def _was_trial(checkpoint: Path) -> bool:
+    """Whether a checkpoint's description says that it comes of --limit or of no epoch."""
+    try:
+        description = checkpoint.with_suffix(".json").read_text(encoding="utf-8")
+        settings = json.loads(description)["settings"]
+        return bool(settings["limit"]) or not settings["epochs"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
 def saver(
-    args: argparse.Namespace, model: NetVLADModel, images: list[int]
+    args: argparse.Namespace, model: DescriptorModel, images: list[int]
 ) -> Callable[[dict | None], None]:
     """A function that writes what --resume needs: the untrained model, or the state of its training.
 
-    images: how many training queries and index images there are. What an earlier run left is removed,
-    unless it is the run that is resumed; InputError if that one had another number of images.
+    images: how many training queries and index images there are. InputError if the run that is
+    resumed had another number.
     """
-    file = args.output / LAST
     if args.saved and args.saved["images"] != images:
         raise InputError(
             f"the run to resume had {args.saved['images']} training queries and index images, now "
-            f"there are {images}: bring back its data, or run without --resume."
+            f"there are {images}: bring back its data, or begin anew with another --output."
         )
     untrained = {k: v for k, v in (args.saved or {}).items() if k != "training"}
 
     def save(training: dict | None = None) -> None:
-        if rank_and_world()[0] > 0:
-            return
         if training is None:
             untrained.update(
                 model={name: value.cpu().clone() for name, value in model.state_dict().items()},
-                clustered=model.netvlad.initialized, images=images, origin=model.weights_origin,
-                warnings=list(WARNINGS), settings=settings_of(args),
-            )  # fmt: skip
-        with blame_input():
-            state = {**untrained, "training": training}
-            handin.write_whole(file, lambda path: torch.save(state, path))
-            if training and training["history"]:
-                handin.write_log(args.output, training["history"])
+                clustered=model.netvlad.initialized,
+                images=images,
+                origin=model.weights_origin,
+                warnings=list(WARNINGS),
+                settings=settings_of(args),
+            )
+        state = {**untrained, "training": training}
+        handin.write_or_warn(args.output / handin.LAST, handin.tensors(state))
+        if training and training["history"]:
+            handin.write_log(args.output, training["history"])
 
-    if not args.saved and rank_and_world()[0] == 0:
-        file.unlink(missing_ok=True)
     return save
 
 
 def how_to_resume(args: argparse.Namespace | None) -> str:
     """What to type after an interruption."""
-    if args is None or not (args.output / LAST).is_file():
+    if args is None or not (args.output / handin.LAST).is_file():
         return "Interrupted before anything was saved: start again."
-    return f"Interrupted. To go on: python base.py --resume --output {shlex.quote(str(args.output))}"
+    return (
+        f"Interrupted. To go on: python base.py --resume --output {shlex.quote(str(args.output))}"
+    )

@@ -17,7 +17,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from base import ImageListDataset
+from dataset.lists import ImageListDataset
 from eval import IMAGE_SIZE, TRANSFORM, compute_embeddings, load_image
 from model import NetVLADModel
 
@@ -55,7 +55,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=96)
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
-    data = ImageListDataset(args.dataset / "index_val.txt", args.dataset, TRANSFORM, inside_first=True)
+    data = ImageListDataset(args.dataset / "index_val.txt", args.dataset, TRANSFORM, inside_first=True, at_least=IMAGE_SIZE)
     data.paths = data.paths[: args.images]
     plain, ours = load_plain(args.plain), NetVLADModel(pretrained=False).eval()
     count = len(data)

@@ -13,7 +13,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from base import read_split
+from dataset.lists import read_split
 from eval import compute_embeddings, first_hits, positives_within, search
 from model import load_checkpoint
 

@@ -17,10 +17,11 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from base import read_split
+from dataset.lists import read_split
 from model import NetVLADModel, calibrate_trunk, initialize_netvlad
-from train import TupleLoader, train
-from training.frozen import cache_trunk
+from train import train
+from training.inputs import Inputs, Store
+from training.mining import NEGATIVES, TupleLoader
 
 
 def main() -> None:
@@ -34,20 +35,17 @@ def main() -> None:
     data = read_split(args.dataset, "train", args.limit)
     model = NetVLADModel(pretrained=False)
     calibrate_trunk(model, torch.stack([data.index[i][0] for i in range(16)]))
-    data.cached = tuple(
-        cache_trunk(model, images, device, desc="trunk") for images in (data.queries, data.index)
-    )
-    start = model.first_trained
-    initialize_netvlad(model, [data.cached[1][:64]], device, start=start)
+    inputs = Inputs(model, [data.queries, data.index], device, Store(Path(".")))
+    initialize_netvlad(model, [inputs.take(range(len(data), len(data) + 64))], device)
     speeds = {}
     for mining in ("hard", "random"):
         rows = np.arange(len(data) - 1)
-        tuples = TupleLoader(data, rows, rows[:1], device, start=start, mining=mining)
+        tuples = TupleLoader(data, inputs, rows, rows[:1], mining=mining)
         batches = [batch for batch in tuples.epoch(model, 1) if batch]
         count = sum(len(batch[0]) for batch in batches)
-        history = train(model, batches, [], device, epochs=3, start=start)
+        history = train(model, batches, [], device, epochs=3)
         speeds[mining] = count / min(epoch["seconds"] for epoch in history)
-        images = speeds[mining] * (2 + tuples.count)
+        images = speeds[mining] * (2 + NEGATIVES[mining])
         print(f"{mining}: {speeds[mining]:.2f} tuples, {images:.1f} images a second")
     command = [sys.executable, args.plain, args.dataset, "--steps", str(args.steps), "--no-eval"]
     said = subprocess.run(command, check=True, capture_output=True, text=True).stdout

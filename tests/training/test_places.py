@@ -16,7 +16,9 @@ def test_split_by_place_shares_no_index_image(seed):
     parts, dropped = split_by_place(utm_query, utm_index, 25, seed)
     rows = np.concatenate(list(parts.values()))
     assert len(set(rows)) == len(rows) == 180 - dropped
-    assert len(parts["train"]) > 120 and 8 <= len(parts["val"]) <= 18 and 8 <= len(parts["test"]) <= 18
+    assert (
+        len(parts["train"]) > 120 and 8 <= len(parts["val"]) <= 18 and 8 <= len(parts["test"]) <= 18
+    )
     distance = np.linalg.norm(utm_query[:, None] - utm_index[None], axis=2)
     near = [set(np.flatnonzero((distance[part] <= 25).any(axis=0))) for part in parts.values()]
     assert not (near[0] & near[1] or near[0] & near[2] or near[1] & near[2])

@@ -1,5 +1,6 @@
 """What --resume takes from last.pth and what it refuses."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -7,14 +8,16 @@ import torch
 
 import base
 from model import InputError
-from training.resume import LAST, SAVED, settings_of
+from reporting.handin import CHECKPOINT, LAST
+from training.resume import SAVED, refuse_to_overwrite, settings_of
 
 
-def saved_run(output: Path, **settings) -> None:
+def saved_run(output: Path, training: dict | None = None, **settings) -> None:
     """A last.pth as a run with these settings leaves it."""
     settings = settings_of(base.parse(["--output", str(output)])) | settings
-    (output / "checkpoints").mkdir(parents=True)
-    torch.save(dict.fromkeys(SAVED) | {"settings": settings}, output / LAST)
+    (output / "checkpoints").mkdir(parents=True, exist_ok=True)
+    saved = dict.fromkeys(SAVED) | {"settings": settings, "training": training}
+    torch.save(saved, output / LAST)
 
 
 def test_resuming_takes_the_settings_of_the_run_and_refuses_others(tmp_path):
@@ -24,7 +27,7 @@ def test_resuming_takes_the_settings_of_the_run_and_refuses_others(tmp_path):
     saved_run(tmp_path, lr=3e-4, batch_size=2, dataset="there", train_from="conv4")
     args = base.parse(output)
     assert (args.lr, args.batch_size, args.dataset) == (3e-4, 2, Path("there"))
-    assert base.parse([*output, "--lr", "3e-4", "--workers", "2"]).workers == 2
+    assert base.parse([*output, "--lr", "3e-4", "--device", "cuda"]).device == "cuda"
     with pytest.raises(InputError, match="--batch-size is 4 but was 2 in the run to resume"):
         base.parse([*output, "--batch-size", "4"])
     for damage in ("cut", "foreign"):
@@ -35,3 +38,54 @@ def test_resuming_takes_the_settings_of_the_run_and_refuses_others(tmp_path):
             torch.save({"settings": {}}, tmp_path / LAST)
         with pytest.raises(InputError, match=r"last\.pth is no checkpoint of base\.py"):
             base.parse(output)
+
+
+def test_a_moved_run_goes_on_where_it_lies_now_and_quiet_may_differ(tmp_path):
+    saved_run(tmp_path / "old", lr=3e-4)
+    (tmp_path / "old").rename(tmp_path / "new")
+    args = base.parse(["--resume", "--quiet", "--output", str(tmp_path / "new")])
+    assert args.output == tmp_path / "new" and args.quiet and args.lr == 3e-4
+
+
+def test_what_another_version_saved_is_named_as_such(tmp_path):
+    saved_run(tmp_path, a_setting_of_old="x")
+    with pytest.raises(InputError, match=r"last\.pth was saved by another version of base\.py"):
+        base.parse(["--resume", "--output", str(tmp_path)])
+
+
+def test_a_new_run_replaces_no_unfinished_one(tmp_path):
+    args = base.parse(["--output", str(tmp_path)])
+    refuse_to_overwrite(args)  # an empty folder
+    for training, allowed in (({"epoch": 3}, False), ({"epoch": 6}, True), (None, True)):
+        saved_run(tmp_path, training)
+        before = (tmp_path / LAST).read_bytes()
+        if allowed:  # it was finished, or nothing was trained yet
+            refuse_to_overwrite(args)
+        else:
+            with pytest.raises(InputError, match="stopped in epoch 3 of 5: go on with --resume"):
+                refuse_to_overwrite(args)
+        assert (tmp_path / LAST).read_bytes() == before
+
+
+@pytest.mark.parametrize("trial", [["--limit", "20"], ["--epochs", "0"]])
+def test_a_trial_replaces_the_checkpoint_of_a_trial_only(trial, tmp_path):
+    args = base.parse(["--output", str(tmp_path), *trial])
+    refuse_to_overwrite(args)
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / CHECKPOINT).touch()
+    description = (tmp_path / CHECKPOINT).with_suffix(".json")
+    refused = "is of a full training, which " + " ".join(trial)
+    with pytest.raises(InputError, match=refused):  # nothing says what it is of
+        refuse_to_overwrite(args)
+    for settings, allowed in (
+        ({"limit": None, "epochs": 5}, False),
+        ({"limit": 8, "epochs": 5}, True),
+        ({"limit": None, "epochs": 0}, True),
+    ):
+        description.write_text(json.dumps({"settings": settings}))
+        if allowed:
+            refuse_to_overwrite(args)
+        else:
+            with pytest.raises(InputError, match=refused):
+                refuse_to_overwrite(args)
+    refuse_to_overwrite(base.parse(["--output", str(tmp_path)]))
