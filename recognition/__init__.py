@@ -1,0 +1,1 @@
+"""Place recognition beyond the assignment: published systems as recipes of exchangeable parts."""

@@ -1,0 +1,218 @@
+"""From images to descriptors and rankings at test: methods for queries, scales, PCA, search in blocks.
+
+Definitions: deep-visual-geo-localization-benchmark (Berton et al., CVPR 2022), test.py.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils.data import Dataset, Subset
+from torchvision.transforms import functional as tvf
+
+from eval import compute_embeddings, search
+from model import IMAGE_CHANNELS, IMAGENET_MEAN, IMAGENET_STD, InputError
+from training.inputs import Store
+
+METHODS = (
+    "hard_resize",
+    "single_query",
+    "central_crop",
+    "five_crops",
+    "nearest_crop",
+    "maj_voting",
+)
+OF_CROPS = ("five_crops", "nearest_crop", "maj_voting")
+VOTING_LEVELS = (1, 5, 10)  # among the first so many of each crop images are counted
+BLOCK_IMAGES = 4096  # described at a time
+BLOCK_CELLS = 2**28  # most numbers of index descriptors that are searched at a time
+WHITENING_EPS = 1e-12
+
+
+# ---------------------------------------------------------------- images
+
+
+def transform_for(method: str, size: tuple[int, int]) -> Callable[[Image.Image], Tensor]:
+    """What turns a query image into the network's input by one of METHODS.
+
+    size: height, width. -> (3, h, w), or five crops one after the other, (15, s, s).
+    """
+    height, width = size
+    side = min(size)
+
+    def shrunk(image: Image.Image) -> Image.Image:
+        if method == "hard_resize":
+            return tvf.resize(image, [height, width])
+        if method == "central_crop":
+            scale = max(height / image.height, width / image.width)
+            grown = [round(image.height * scale), round(image.width * scale)]
+            grown = [max(a, b) for a, b in zip(grown, size)]
+            return tvf.center_crop(tvf.resize(image, grown), [height, width])
+        return tvf.resize(image, [side])
+
+    def transform(image: Image.Image) -> Tensor:
+        tensor = tvf.normalize(tvf.to_tensor(shrunk(image)), IMAGENET_MEAN, IMAGENET_STD)
+        return torch.cat(tvf.five_crop(tensor, [side])) if method in OF_CROPS else tensor
+
+    return transform
+
+
+class Pipeline(nn.Module):
+    """A model on several scales of its images, and on crops: descriptors side by side.
+
+    Images (B, 3, H, W) -> (B, V · D): one D for each scale, each of norm 1, and with several scales
+    one more for their normalized mean. Of crops (B, 15, s, s): (B, 5 · V · D).
+    """
+
+    def __init__(self, model: nn.Module, scales: Sequence[float] = (1.0,)) -> None:
+        super().__init__()
+        self.model, self.scales = model, tuple(scales)
+        self.autocast = model.autocast
+
+    @property
+    def variants(self) -> list[str]:
+        """Names of the V descriptors."""
+        single = [f"scale {scale:g}" for scale in self.scales]
+        return [*single, "all scales"] if len(single) > 1 else [""]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """See the class."""
+        images = x.unflatten(1, (-1, IMAGE_CHANNELS)).flatten(0, 1)  # crops as images
+        found = []
+        for scale in self.scales:
+            size = [max(1, round(scale * side)) for side in images.shape[2:]]
+            scaled = images
+            if scale != 1:
+                scaled = F.interpolate(images, size, mode="bilinear", antialias=True)
+            found.append(F.normalize(self.model(scaled).float(), dim=1))
+        if len(found) > 1:
+            found.append(F.normalize(torch.stack(found).mean(0), dim=1))
+        return torch.cat(found, 1).view(len(x), -1)
+
+
+def describe_images(
+    pipeline: Pipeline,
+    dataset: Dataset,
+    device: torch.device,
+    store: Store,
+    batch_size: int,
+    crops: int = 1,
+) -> np.ndarray:
+    """Descriptors (V, n, crops, D) of a data set of (image, index, path), in memory or in a file."""
+    found = None
+    for begin in range(0, len(dataset), BLOCK_IMAGES):
+        rows = range(begin, min(begin + BLOCK_IMAGES, len(dataset)))
+        part, _, _ = compute_embeddings(pipeline, Subset(dataset, rows), device, batch_size)
+        part = part.reshape(len(rows), crops, len(pipeline.variants), -1).transpose(2, 0, 1, 3)
+        if found is None:
+            shape = (part.shape[0], len(dataset), *part.shape[2:])
+            found = store.empty(shape, torch.float32).numpy()
+        found[:, rows.start : rows.stop] = part
+    return found
+
+
+# ---------------------------------------------------------------- descriptors
+
+
+@dataclass(frozen=True)
+class Pca:
+    """Projection of descriptors (n, D) to (n, d): (x - mean) @ axes, then to norm 1."""
+
+    mean: np.ndarray
+    axes: np.ndarray
+
+    @classmethod
+    def fit(cls, x: np.ndarray, dim: int, whiten: bool) -> "Pca":
+        """The `dim` principal axes of x (n, D), divided by the standard deviation if whitened.
+
+        InputError if there are fewer images, or numbers in a descriptor, than `dim`.
+        """
+        if dim > min(x.shape):
+            raise InputError(
+                f"--pca_dim {dim} is too much for {len(x)} images of {x.shape[1]} numbers each: use "
+                f"{min(x.shape)} or less."
+            )
+        mean = x.mean(axis=0)
+        _, singular, axes = torch.linalg.svd(torch.from_numpy(x - mean), full_matrices=False)
+        axes = axes[:dim].T
+        if whiten:
+            axes = axes / (singular[:dim].square() / max(1, len(x) - 1) + WHITENING_EPS).sqrt()
+        return cls(mean, axes.numpy())
+
+    def __call__(self, x: np.ndarray) -> np.ndarray:
+        """x (..., D) -> (..., d), rows of norm 1."""
+        return unit((x - self.mean) @ self.axes)
+
+
+def unit(x: np.ndarray) -> np.ndarray:
+    """x (..., D) with rows of norm 1."""
+    return x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
+
+
+def search_in_blocks(
+    queries: np.ndarray, index: np.ndarray, k: int, device: torch.device | str = "cpu"
+) -> tuple[np.ndarray, np.ndarray]:
+    """eval.search with the index in blocks, so that it may lie in a mapped file larger than memory."""
+    rows = max(k, BLOCK_CELLS // index.shape[1])
+    values, numbers = np.empty((len(queries), 0), np.float32), np.empty((len(queries), 0), int)
+    for begin in range(0, len(index), rows):
+        value, number = search(queries, index[begin : begin + rows], k, device)
+        values = np.concatenate([values, value], 1)
+        numbers = np.concatenate([numbers, number + begin], 1)
+        best = np.argsort(-values, axis=1, kind="stable")[
+            :, :k
+        ]  # of equals the earlier stays first
+        values, numbers = np.take_along_axis(values, best, 1), np.take_along_axis(numbers, best, 1)
+    return values, numbers
+
+
+def rank(
+    queries: np.ndarray,
+    index: np.ndarray,
+    k: int,
+    method: str,
+    device: torch.device | str = "cpu",
+    majority_weight: float = 0.01,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Similarity and index rows (nq, min(k, nd)) by one of METHODS, best first.
+
+    queries: (nq, C, D), C descriptors a query; index: (nd, D).
+    """
+    k = min(k, len(index))
+    if method not in ("nearest_crop", "maj_voting"):
+        return search_in_blocks(unit(queries.mean(axis=1)), index, k, device)
+    count, crops, dim = queries.shape
+    similarity, found = search_in_blocks(queries.reshape(-1, dim), index, k, device)
+    distance = (2 - 2 * similarity).reshape(count, crops, k)
+    found = found.reshape(count, crops, k)
+    if method == "maj_voting":
+        distance = np.stack([vote(d, f, majority_weight) for d, f in zip(distance, found)])
+    merged = [merge_crops(d, f, k) for d, f in zip(distance, found)]
+    return 1 - np.stack([d for d, _ in merged]) / 2, np.stack([f for _, f in merged])
+
+
+def vote(distance: np.ndarray, found: np.ndarray, weight: float) -> np.ndarray:
+    """Distances (C, k) of one query less what images gain that several crops found.
+
+    Of each level n an image that the first n of `found` (C, k) name c > 1 times gains weight · c / n.
+    """
+    distance = distance.copy()
+    for level in VOTING_LEVELS:
+        images, counts = np.unique(found[:, :level], return_counts=True)
+        for image, count in zip(images, counts):
+            if count > 1:
+                distance[:, :level][found[:, :level] == image] -= weight * count / level
+    return distance
+
+
+def merge_crops(distance: np.ndarray, found: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """The k nearest images of all crops' lists (C, k), each at its smallest distance."""
+    order = np.argsort(distance.ravel(), kind="stable")
+    images = found.ravel()[order]
+    _, first = np.unique(images, return_index=True)
+    kept = np.sort(first)[:k]
+    return distance.ravel()[order][kept], images[kept]

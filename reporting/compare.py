@@ -1,0 +1,163 @@
+"""One table over runs of train.py and eval.py on folders: what differs between them, and their recall.
+
+    python -m reporting.compare logs/default/*               # logs/compare.{md,csv,png}
+    python -m reporting.compare RUN RUN --output DIR
+
+A row for each run and each line of its table; evaluations of the same checkpoint in the same way on
+other data sets join their row. The gain in R@1 is that over the first row, with its 95 % interval
+(paired bootstrap over queries), for data sets of which both have the same number of queries.
+"""
+
+import argparse
+import csv
+import io
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from eval import BOOTSTRAP_DRAWS
+from model import InputError, refuse, warn
+from reporting import canvas
+from reporting.handin import write_whole
+
+SHOWN_K = (1, 5)
+# Settings that change no result, or that the row's name tells.
+LEFT_OUT = {
+    "save_dir", "device", "resume", "datasets_folder", "dataset_name", "infer_batch_size",
+    "recall_values", "num_preds_to_save", "save_only_wrong_preds", "save_descriptors",
+    "night_queries", "rerank",
+}  # fmt: skip
+Row = dict[str, object]  # name, settings, recall (data set -> {K: share}), hits, seconds, …
+
+
+def read_rows(folders: Sequence[Path]) -> list[Row]:
+    """The rows of all runs, in the order of the folders. InputError if there is no run at all."""
+    rows: dict[tuple, Row] = {}
+    for folder in folders:
+        try:
+            run = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+            found = _rows_of(folder, run)
+        except FileNotFoundError:
+            continue  # a run that has not ended, or another folder
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            warn(f"{folder / 'metrics.json'} is no run's, or damaged ({error!r}): left out.")
+            continue
+        for key, row in found:
+            known = rows.setdefault(key, row)
+            for part in ("recall", "hits"):
+                known[part].update(row[part])
+    if not rows:
+        raise InputError(
+            "none of these folders holds a metrics.json: name runs, as logs/default/*."
+        )
+    return list(rows.values())
+
+
+def _rows_of(folder: Path, run: dict) -> list[tuple[tuple, Row]]:
+    settings = {k: v for k, v in run["settings"].items() if k not in LEFT_OUT}
+    found: dict[str, Row] = {}
+    for data_set, table in run["recall"].items():
+        for line, entry in table.items():
+            row = found.setdefault(
+                line,
+                {
+                    "run": folder.name,
+                    "test": line,
+                    "settings": settings,
+                    "recall": {},
+                    "hits": {},
+                    "seconds": run["seconds"],
+                    "dimension": settings.get("pca_dim") or run["descriptor_dim"],
+                },
+            )
+            by_k = dict(zip(run["recall_values"], entry["recall"]))
+            row["recall"][data_set] = by_k
+            row["hits"][data_set] = np.array(entry["hits"])
+    same = json.dumps(settings, sort_keys=True)
+    return [((run["checkpoint"], same, line), row) for line, row in found.items()]
+
+
+def differing(rows: Sequence[Row]) -> list[str]:
+    """Names of the settings that are not the same in all rows."""
+    names = list(dict.fromkeys(name for row in rows for name in row["settings"]))
+    return [n for n in names if len({json.dumps(row["settings"].get(n)) for row in rows}) > 1]
+
+
+def gain(hits: np.ndarray, first: np.ndarray, seed: int = 0) -> tuple[float, float, float]:
+    """Of ranks of first hits of the same queries: R@1 less that of `first`, and its 95 % interval."""
+    difference = (hits < 1).astype(float) - (first < 1)
+    n = len(difference)
+    weights = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), BOOTSTRAP_DRAWS)
+    low, high = np.percentile(weights @ difference / n, [2.5, 97.5])
+    return float(difference.mean()), float(low), float(high)
+
+
+def make_table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
+    """Header and cells: run, test, settings that differ, recall and gain of each data set, costs."""
+    names = differing(rows)
+    data_sets = list(dict.fromkeys(name for row in rows for name in row["recall"]))
+    header = ["run", "test", *names]
+    for name in data_sets:
+        header += [f"{name} R@{k}" for k in SHOWN_K]
+        header += ["gain R@1 [95 %]"] if len(rows) > 1 else []
+    header += ["seconds", "dimension"]
+    cells = []
+    for row in rows:
+        line = [row["run"], row["test"], *(_text(row["settings"].get(name)) for name in names)]
+        for name in data_sets:
+            recall = row["recall"].get(name, {})
+            line += [f"{100 * recall[k]:.1f}" if k in recall else "–" for k in SHOWN_K]
+            line += [_gain_text(row, rows[0], name)] if len(rows) > 1 else []
+        cells.append([*line, f"{row['seconds']:.0f}", str(row["dimension"])])
+    return header, cells
+
+
+def _gain_text(row: Row, first: Row, name: str) -> str:
+    hits, before = row["hits"].get(name), first["hits"].get(name)
+    if row is first or hits is None or before is None or len(hits) != len(before):
+        return "–"
+    mean, low, high = (100 * value for value in gain(hits, before))
+    return f"{mean:+.1f} [{low:.1f}, {high:.1f}]"
+
+
+def _text(value: object) -> str:
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def markdown(header: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown."""
+    lines = [header, ["---"] * len(header), *cells]
+    return "".join("| " + " | ".join(c.replace("|", "/") for c in line) + " |\n" for line in lines)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Compare runs; 0, or 2 for bad input."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("runs", type=Path, nargs="+", help="folders of runs")
+    parser.add_argument("--output", type=Path, default=Path("logs"), help="default: %(default)s")
+    args = parser.parse_args(argv)
+    try:
+        header, cells = make_table(read_rows(args.runs))
+    except InputError as error:
+        return refuse("compare.py", error)
+    text = markdown(header, cells)
+    print(text)
+    content = io.StringIO()
+    csv.writer(content).writerows([header, *cells])
+    for suffix, written in ((".md", text), (".csv", content.getvalue())):
+        data = written.encode("utf-8", "backslashreplace")
+        write_whole(
+            args.output / f"compare{suffix}", lambda part, data=data: part.write_bytes(data)
+        )
+    title = canvas.paragraph("Runs compared", canvas.TITLE)
+    table = canvas.table([header, *cells], canvas.SMALL, whole=True)
+    canvas.save(args.output / "compare.png", canvas.below([title, table], margin=canvas.MARGIN))
+    print(f"Written: {args.output / 'compare'}.md, .csv, .png")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

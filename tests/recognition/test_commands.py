@@ -1,0 +1,304 @@
+"""The command lines on a tiny data set: what they print, write, refuse, and take up."""
+
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dataset.sample.folders import DATA_SETS
+from recognition import eval_command, records, train_command
+from recognition.augmentation import SMART
+from reporting import compare
+from tests.recognition.toy import EAST, NORTH, name, picture, write_data_set, write_split
+
+PROJECT = Path(__file__).resolve().parents[2]
+TINY = [
+    "--dataset_name=toy", "--weights=none", "--resize", "48", "64", "--netvlad_clusters=4",
+    "--epochs_num=2", "--cache_refresh_rate=4", "--queries_per_epoch=8", "--negs_num_per_query=3",
+    "--lr=1e-4", "--precision=float32",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """Where the runs of this file lie: dataset/toy and logs/."""
+    folder = tmp_path_factory.mktemp("runs")
+    write_data_set(folder / "dataset" / "toy")
+    mixed = folder / "dataset" / "mixed" / "images" / "test"
+    write_split(mixed, range(60, 63), note="day_forward")
+    write_split(mixed, range(63, 65), note="night_forward")
+    picture(99, 0).save(mixed / "queries" / name(EAST, NORTH - 900, note="night"))
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def there(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    monkeypatch.delenv("DATASETS_FOLDER", raising=False)
+
+
+@pytest.fixture(scope="module")
+def trained(folder) -> Path:
+    """A training of two epochs."""
+    return run_of(folder, "trained", [])
+
+
+def run_of(folder: Path, save_dir: str, more: list[str]) -> Path:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        assert train_command.main([*TINY, f"--save_dir={save_dir}", *more]) == 0
+    (run,) = (folder / "logs" / save_dir).iterdir()
+    return run
+
+
+def metrics(run: Path) -> dict:
+    return json.loads((run / "metrics.json").read_text())
+
+
+def weights(file: Path) -> dict:
+    return torch.load(file, weights_only=True)["model_state_dict"]
+
+
+def test_a_run_leaves_all_that_was_printed_and_its_numbers(trained):
+    found = {file.name for file in trained.iterdir()}
+    assert found == {
+        "info.log", "debug.log", "last_model.pth", "best_model.pth", "metrics.json",
+        "toy_val.png", "toy_test.png",
+    }  # fmt: skip
+    log = (trained / "info.log").read_text()
+    for line in (
+        "Command: ", "Arguments: ", "Machine: python", "toy train: 8 queries, 24 database images.",
+        "Descriptor dimension: 1024", "2,784,836 parameters, 2,101,764 trained, 11.1 MB, 0.17 GFLOPs",
+        "WARNING: the backbone's weights are RANDOM", "Epoch 1/2: train loss", "val R@20",
+        "Kept: epoch", "toy test   ", "recall beyond 18 is that of all",
+    ):  # fmt: skip
+        assert line in log, line
+    assert (trained / "debug.log").read_text().count("\n") == log.count("\n")
+    run = metrics(trained)
+    assert run["kind"] == "train" and len(run["epochs"]) == 2 and run["descriptor_dim"] == 1024
+    row = run["recall"]["toy test"]["hard_resize"]
+    hits = np.array(row["hits"])
+    assert row["recall"] == [float((hits < min(k, 15)).mean()) for k in (1, 5, 10, 20)]
+    assert row["recall"][3] == 1.0 and row["recall"][0] >= 0.6
+    assert Image.open(trained / "toy_test.png").width > 500
+
+
+def test_a_stopped_run_goes_on_to_the_same_result(trained, folder, monkeypatch):
+    stopped = []
+    monkeypatch.setattr("train.SAVE_SECONDS", 0)
+    save = train_command.save_tensors
+
+    def save_and_stop(path: Path, content: dict) -> None:
+        save(path, content)
+        training = content.get("training")
+        if training and (training["epoch"], training["step"]) == (2, 1):
+            stopped.append(path)
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(train_command, "save_tensors", save_and_stop)
+    assert train_command.main([*TINY, "--save_dir=stopped", "--night=0.0"]) == 130
+    monkeypatch.setattr(train_command, "save_tensors", save)
+    (last,) = stopped
+    assert train_command.main([f"--resume={last}"]) == 0
+    for file in ("last_model.pth", "best_model.pth"):
+        mine, theirs = weights(last.parent / file), weights(trained / file)
+        assert mine.keys() == theirs.keys()
+        seen = [mine[f"trunk.{stage}.0.bn1.num_batches_tracked"] for stage in (5, 6)]
+        # The statistics of what is trained are those of the training; the best may be untrained.
+        assert seen[1] > seen[0] or file == "best_model.pth"
+        assert all(torch.equal(value, theirs[key]) for key, value in mine.items())
+    before, after = metrics(trained), metrics(last.parent)
+    assert before["recall"] == after["recall"]
+    for a, b in zip(before["epochs"], after["epochs"]):
+        assert {**a, "seconds": 0} == {**b, "seconds": 0}
+    assert "Command: " in (last.parent / "info.log").read_text()
+
+
+def test_resuming_refuses_other_settings_and_other_files(trained, capsys):
+    last = trained / "last_model.pth"
+    assert train_command.main([f"--resume={last}", "--lr=1"]) == 2
+    assert "--lr is 1.0 but was 0.0001 in the run to resume" in capsys.readouterr().err
+    assert train_command.main([f"--resume={trained / 'best_model.pth'}"]) == 2
+    assert "is no last_model.pth of train.py" in capsys.readouterr().err
+    assert train_command.main(["--resume=nowhere.pth"]) == 2
+    assert "nowhere.pth does not exist" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "more, says",
+    [
+        (["--queries_per_epoch=7"], "must be a multiple of --cache_refresh_rate 4"),
+        (["--pca_dim=4"], "--pca_dim needs --pca_dataset_folder"),
+        (["--dataset_name=other"], "the data set other is in none of the usual places"),
+        (["--datasets_folder=elsewhere"], "--datasets_folder elsewhere has no toy/images/"),
+        (["--weights=nothing.pth"], "nothing.pth does not exist"),
+        (["--device=cuda:77"], "--device cuda:77 is not available"),
+        (["--train_positives_dist_threshold=0.1"], "has an index image within 0.1 m"),
+    ],
+)
+def test_bad_settings_are_one_sentence(more, says, capsys):
+    assert train_command.main([*TINY, "--save_dir=bad", *more]) == 2
+    err = capsys.readouterr().err.splitlines()
+    assert says in err[-1] and err[-1].startswith("train.py: ")
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        ["--aggregation=gem", "--fc_output_dim=16", "--criterion=sare_joint", "--augment=smart"],
+        ["--backbone=resnet18conv5", "--aggregation=gem", "--mining=full", "--night=0.5",
+         "--horizontal_flip", "--optim=asgd", "--scheduler=plateau", "--drift_batchnorm"],
+        ["--mining=random", "--optim=sgd", "--scheduler=cosine", "--warmup_epochs=1",
+         "--brightness=1", "--rand_perspective=0.5", "--epochs_num=1"],
+    ],
+)  # fmt: skip
+def test_other_parts_train_too(more, folder, request):
+    run = run_of(folder, f"other{len(more)}{more[0][-4:]}", more)
+    losses = [epoch["train_loss"] for epoch in metrics(run)["epochs"]]
+    assert losses and np.isfinite(losses).all()
+
+
+def evaluated(trained: Path, save_dir: str, *more: str, data: str = "toy") -> Path:
+    argv = [
+        f"--dataset_name={data}",
+        f"--resume={trained / 'best_model.pth'}",
+        f"--save_dir={save_dir}",
+    ]
+    assert eval_command.command([*argv, "--precision=float32", *more]) == 0
+    return max(Path("logs", save_dir).iterdir())
+
+
+def test_evaluating_repeats_what_training_said(trained):
+    run = evaluated(trained, "repeated")
+    assert metrics(run)["recall"]["toy test"] == metrics(trained)["recall"]["toy test"]
+    assert metrics(run)["checkpoint"] == metrics(trained)["checkpoint"]
+
+
+def test_all_of_the_test_options_together(trained, tmp_path):
+    descriptors = tmp_path / "found.npz"
+    run = evaluated(
+        trained, "options", "--scales", "0.75", "1", "--test_method=maj_voting", "--pca_dim=8",
+        "--pca_dataset_folder=dataset/toy/images/train", "--pca_whiten", "--rerank=expansion",
+        "--num_preds_to_save=2", f"--save_descriptors={descriptors}", "--recall_values", "1", "3",
+    )  # fmt: skip
+    table = metrics(run)["recall"]["toy test"]
+    assert list(table) == ["scale 0.75", "scale 1", "all scales", "re-ranked, expansion"]
+    assert all(len(row["recall"]) == 2 for row in table.values())
+    with np.load(descriptors) as saved:
+        assert saved["queries"].shape == (5, 5, 8) and saved["database"].shape == (15, 8)
+        assert np.allclose(np.linalg.norm(saved["database"], axis=1), 1, atol=1e-5)
+        assert saved["database_paths"][0].endswith("@.jpg")
+    text = (run / "preds" / "003.txt").read_text()
+    assert text.startswith("Query path:\n") and "Positives paths:\n" in text
+    with Image.open(run / "preds" / "000.jpg") as sheet:
+        assert sheet.size == (3 * 512 + 2 * 50, 572)
+        red, green, _ = sheet.getpixel((562 + 4, 300))
+        right = table["re-ranked, expansion"]["hits"][0] == 0
+        assert (green if right else red) > 150 and (red if right else green) < 100
+
+
+@pytest.mark.parametrize("rerank", ["clusters", "geometric"])
+def test_reranking_is_a_line_of_its_own(trained, rerank):
+    table = metrics(evaluated(trained, rerank, f"--rerank={rerank}"))["recall"]["toy test"]
+    assert list(table) == ["hard_resize", f"re-ranked, {rerank}"]
+    assert table["hard_resize"]["recall"][-1] == table[f"re-ranked, {rerank}"]["recall"][-1]
+
+
+def test_day_and_night_and_queries_without_positives_are_told_apart(trained, folder, capsys):
+    images = folder / "dataset" / "mixed" / "images" / "test"
+    run = evaluated(trained, "mixed", data="mixed")
+    table = metrics(run)["recall"]["mixed test"]
+    assert [len(row["hits"]) for row in table.values()] == [6, 3, 3]
+    assert list(table) == ["hard_resize", "hard_resize, day", "hard_resize, night"]
+    assert table["hard_resize, night"]["recall"][-1] == pytest.approx(2 / 3)
+    assert (
+        "1 queries have no database image within 25 m; each counts as a miss."
+        in (run / "info.log").read_text()
+    )
+    night = folder / "night.txt"
+    night.write_text(min(p.name for p in (images / "queries").iterdir()) + "\n")
+    table = metrics(evaluated(trained, "listed", f"--night_queries={night}", data="mixed"))
+    assert [len(r["hits"]) for r in table["recall"]["mixed test"].values()] == [6, 5, 1]
+    night.write_text("nothing.jpg\n")
+    argv = ["--dataset_name=mixed", f"--resume={trained / 'best_model.pth'}", "--save_dir=none"]
+    assert eval_command.command([*argv, f"--night_queries={night}"]) == 2
+    assert "names none of the queries' files" in capsys.readouterr().err
+
+
+def test_any_checkpoint_searches_a_folder(trained, checkpoint, folder, capsys):
+    images = folder / "dataset" / "toy" / "images" / "test"
+    query = min((images / "queries").iterdir())
+    for file in (trained / "best_model.pth", checkpoint):
+        argv = ["--query", str(query), "--index", str(images / "database"), "--resume", str(file)]
+        assert eval_command.command([*argv, "--top-k", "2"]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        assert lines[0] == str(query) and len(lines) == 3 and "   1  " in lines[1]
+
+
+def test_programs_hand_over_and_the_assignment_s_flags_stay(capsys):
+    for script, argv, says in (
+        ("train.py", ["--dataset_name=nowhere"], "train.py: the data set nowhere"),
+        ("eval.py", ["--dataset_name=x", "--resume=y.pth"], "eval.py: y.pth does not exist"),
+    ):
+        command = [sys.executable, str(PROJECT / script), *argv]
+        done = subprocess.run(command, check=False, capture_output=True, text=True)
+        assert done.returncode == 2 and done.stderr.startswith(says), done.stderr
+    assert eval_command.command(["--checkpoint=z.pth", "--query", "a.jpg"]) == 2
+    assert capsys.readouterr().err.startswith("eval.py: --query needs --index")
+
+
+def test_the_sample_and_its_night_are_found_by_name(trained, monkeypatch, tmp_path, capsys):
+    for data in DATA_SETS:
+        write_split(tmp_path / data / "images" / "test", range(3))
+    monkeypatch.setattr(eval_command.sample_folders, "locate_sample", lambda: tmp_path)
+    args = eval_command.build_parser().parse_args(["--resume=x"])
+    assert eval_command.locate(args) == (tmp_path / "sample" / "images", "sample")
+    assert "using the built-in one" in capsys.readouterr().out
+    args.dataset_name = "night"
+    assert eval_command.locate(args) == (tmp_path / "night" / "images", "night")
+
+
+def test_smart_takes_night_along():
+    args = train_command.build_parser().parse_args(["--augment=smart", "--night=0.3"])
+    found = train_command.augmentation_of(args)
+    assert found.night == 0.3 and found.chosen and found.crop == SMART.crop
+
+
+def test_compared_runs_are_one_table(trained, capsys, tmp_path):
+    evaluated(trained, "repeated")
+    evaluated(trained, "scaled", "--scales", "0.75", "1", data="mixed")
+    runs = [trained, *Path("logs/repeated").iterdir(), *Path("logs/scaled").iterdir(), tmp_path]
+    capsys.readouterr()
+    assert compare.main([*map(str, runs), "--output", str(tmp_path / "out")]) == 0
+    text = capsys.readouterr().out
+    with open(tmp_path / "out" / "compare.csv", newline="") as file:
+        header, *rows = csv.reader(file)
+    assert "toy test R@1" in header and "mixed test R@5" in header and "scales" in header
+    assert "lr" not in header and "save_dir" not in header
+    assert [row[1] for row in rows].count("hard_resize") == 1  # the evaluation joined its training
+    assert "all scales" in [row[1] for row in rows]
+    assert text.startswith("| run |") and (tmp_path / "out" / "compare.png").is_file()
+    assert compare.main([str(tmp_path / "out")]) == 2
+
+
+def test_gain_is_paired():
+    before = np.array([0, 5, 5, 0] * 25)
+    assert compare.gain(before, before) == (0, 0, 0)
+    mean, low, high = compare.gain(np.where(before == 5, 0, before), before)
+    assert mean == 0.5 and 0.38 < low < 0.45 and 0.55 < high < 0.62
+
+
+def test_a_log_has_whole_lines_only(tmp_path, capsys):
+    with records.logged(tmp_path, ["--a", "b c"]):
+        print("one", end=" ")
+        print("line")
+        sys.stderr.write("\r 50% of a bar\r")
+        print("WARNING: mind", file=sys.stderr)
+    log = (tmp_path / "info.log").read_text().splitlines()
+    assert log[-2:] == ["one line", "WARNING: mind"] and log[0].endswith("--a 'b c'")

@@ -1,0 +1,219 @@
+"""Descriptors and rankings at test: closed forms, hand counts, scikit-learn."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from sklearn.decomposition import PCA
+from torch import nn
+
+from eval import first_hits, search
+from model import IMAGENET_MEAN, IMAGENET_STD, DescriptorModel, InputError
+from recognition import inference
+from recognition.eval_command import recall_at
+from recognition.inference import (
+    METHODS,
+    Pca,
+    Pipeline,
+    merge_crops,
+    rank,
+    search_in_blocks,
+    transform_for,
+    unit,
+    vote,
+)
+from recognition.reranking import (
+    components,
+    count_inliers,
+    expand_queries,
+    rerank_clusters,
+    rerank_expansion,
+    rerank_geometric,
+)
+
+
+def vectors(n: int, d: int, seed: int = 0) -> np.ndarray:
+    return unit(np.random.default_rng(seed).standard_normal((n, d)).astype(np.float32))
+
+
+# ------------------------------------------------ methods
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("native", [(80, 40), (40, 80), (33, 47), (200, 150)])
+def test_every_method_gives_its_size(method, native):
+    size = (24, 32)
+    tensor = transform_for(method, size)(Image.new("RGB", native, (255, 128, 0)))
+    shortest = min(native)
+    expected = {
+        "hard_resize": (3, 24, 32),
+        "single_query": (3, 24 * native[1] // shortest, 24 * native[0] // shortest),
+        "central_crop": (3, 24, 32),
+    }.get(method, (15, 24, 24))
+    assert tensor.shape == expected
+    color = torch.tensor([1, 128 / 255, 0])
+    want = (color - torch.tensor(IMAGENET_MEAN)) / torch.tensor(IMAGENET_STD)
+    assert torch.allclose(tensor.unflatten(0, (-1, 3)).mean((0, 2, 3)), want, atol=1e-2)
+
+
+def test_central_crop_keeps_the_middle():
+    image = Image.new("RGB", (100, 20), "black")
+    image.paste("white", (40, 0, 60, 20))
+    tensor = transform_for("central_crop", (20, 20))(image)
+    assert torch.allclose(tensor.std((1, 2)), torch.zeros(3), atol=1e-5) and tensor.min() > 1
+
+
+def test_votes_and_merging_are_those_counted_by_hand():
+    found = np.array([[7, 3], [7, 5]])
+    distance = vote(np.array([[0.50, 0.60], [0.52, 0.70]]), found, 0.01)
+    assert distance == pytest.approx(np.array([[0.474, 0.60], [0.494, 0.70]]))
+    merged, images = merge_crops(distance, found, 3)
+    late = vote(np.full((3, 2), 0.5), np.array([[7, 3], [7, 5], [9, 7]]), 0.01)
+    assert late == pytest.approx(np.array([[0.471, 0.5], [0.471, 0.5], [0.5, 0.491]]))
+    assert images.tolist() == [7, 3, 5] and merged == pytest.approx([0.474, 0.60, 0.70])
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_ranking_by_every_method_against_plain_loops(method):
+    index = vectors(9, 6)
+    queries = vectors(20, 6, 1).reshape(4, 5, 6)
+    queries = queries if method in inference.OF_CROPS else queries[:, :1]
+    similarity, found = rank(queries, index, 4, method)
+    for q, ranked in zip(queries, found):
+        if method in ("nearest_crop", "maj_voting"):
+            best = {}
+            for crop in q:
+                distance = 2 - 2 * index @ crop
+                for place in distance.argsort()[:4]:
+                    best.setdefault(place, []).append(distance[place])
+            if method == "nearest_crop":
+                assert ranked.tolist() == sorted(best, key=lambda i: min(best[i]))[:4]
+            continue
+        assert ranked.tolist() == (-index @ q.mean(0)).argsort()[:4].tolist()
+    assert (np.diff(similarity, axis=1) <= 0).all() and found.shape == (4, 4)
+    assert rank(queries, index, 50, method)[1].shape == (4, 9)
+
+
+def test_search_in_blocks_is_the_search(monkeypatch):
+    queries, index = vectors(6, 5), vectors(40, 5, 1)
+    index[[3, 17, 30]] = index[3]  # ties: the earlier first
+    whole = search(queries, index, 7)
+    monkeypatch.setattr(inference, "BLOCK_CELLS", 5 * 9)
+    parts = search_in_blocks(queries, index, 7)
+    assert np.array_equal(whole[1], parts[1]) and np.allclose(whole[0], parts[0])
+    best = search_in_blocks(index[3:4], index, 3)[1]
+    assert best.tolist() == [[3, 17, 30]]
+
+
+def test_a_mapped_file_is_searched(tmp_path):
+    index = np.memmap(tmp_path / "d", np.float32, "w+", shape=(50, 4))
+    index[:] = vectors(50, 4)
+    assert search_in_blocks(np.asarray(index[7:9]), index, 1)[1].tolist() == [[7], [8]]
+
+
+def test_recall_is_a_hand_count_also_beyond_the_database():
+    ranking = np.array([[0, 1, 2], [2, 1, 0], [1, 0, 2], [0, 1, 2]])
+    positives = [np.array([0]), np.array([0]), np.array([0, 2]), np.array([], int)]
+    hits = first_hits(ranking, positives)
+    assert recall_at(hits, 3, [1, 2, 3, 20]) == [0.25, 0.5, 0.75, 0.75]
+
+
+# ------------------------------------------------ scales and PCA
+
+
+def test_scales_are_resized_images_and_their_normalized_mean():
+    torch.manual_seed(0)
+    model = DescriptorModel(nn.Sequential(nn.Conv2d(3, 4, 3)), nn.AdaptiveAvgPool2d(1), 4)
+    model.aggregation = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    pipeline, x = Pipeline(model, (0.5, 1, 2)), torch.rand(2, 3, 16, 20)
+    assert pipeline.variants == ["scale 0.5", "scale 1", "scale 2", "all scales"]
+    found = pipeline(x).unflatten(1, (4, 4))
+    each = [
+        model(F.interpolate(x, (int(16 * s), int(20 * s)), mode="bilinear", antialias=True))
+        for s in (0.5, 1, 2)
+    ]
+    for i, one in enumerate(each):
+        assert torch.allclose(found[:, i], one, atol=1e-6)
+    assert torch.allclose(found[:, 3], F.normalize(sum(each), dim=1), atol=1e-6)
+    crops = torch.rand(2, 15, 16, 16)
+    plain = Pipeline(model)
+    assert torch.allclose(plain(crops).view(2, 5, 4)[1, 2], model(crops[1, 6:9][None])[0])
+    assert plain.variants == [""] and torch.equal(plain(x), F.normalize(model(x), dim=1))
+
+
+@pytest.mark.parametrize("whiten", [False, True])
+def test_pca_is_that_of_scikit_learn(whiten):
+    x = np.random.default_rng(0).standard_normal((40, 12)).astype(np.float32) * np.arange(1, 13)
+    x = x.astype(np.float32)
+    theirs = unit(PCA(5, whiten=whiten, svd_solver="full").fit(x).transform(x))
+    ours = Pca.fit(x, 5, whiten)(x)
+    assert np.allclose(
+        np.abs((ours * theirs).sum(0)) ** 2, (theirs**2).sum(0) * (ours**2).sum(0), rtol=1e-3
+    )
+    assert np.allclose(ours @ ours.T, theirs @ theirs.T, atol=1e-3)
+    with pytest.raises(InputError, match="--pca_dim 13 is too much for 40 images of 12"):
+        Pca.fit(x, 13, whiten)
+
+
+# ------------------------------------------------ re-ranking
+
+
+def test_components_are_chains_of_near_positions():
+    utm = np.array([[0, 0], [100, 0], [20, 0], [40, 0], [100, 25], [100, 51]], float)
+    assert components(utm, 25).tolist() == [0, 1, 0, 0, 1, 2]
+
+
+def test_the_cluster_of_most_evidence_comes_first():
+    utm = np.array([[0, 0], [500, 0], [510, 0], [520, 0]], float)
+    similarity = np.array([[0.80, 0.79, 0.78, 0.77]])
+    ranking = np.array([[0, 1, 2, 3]])
+    assert rerank_clusters(similarity, ranking, utm, 25).tolist() == [[1, 2, 3, 0]]
+    alone = rerank_clusters(similarity, ranking, utm * 10, 25)
+    assert alone.tolist() == ranking.tolist()
+    wide = np.arange(30)[None]
+    far = np.arange(60.0).reshape(30, 2) * 1000
+    many = rerank_clusters(np.linspace(1, 0, 30)[None], wide, far, 25)
+    assert many.tolist() == wide.tolist()
+
+
+def test_expansion_adds_the_neighbors_by_their_similarity():
+    index, queries = vectors(12, 6), vectors(3, 6, 2)
+    similarity, ranking = search(queries, index, 8)
+    found = expand_queries(queries, index, similarity, ranking)
+    for q in range(3):
+        total = queries[q].copy()
+        for value, row in zip(similarity[q, :5], ranking[q, :5]):
+            total += max(value, 0) ** 3 * index[row]
+        assert np.allclose(found[q], total / np.linalg.norm(total), atol=1e-6)
+    again = rerank_expansion(queries, index, similarity, ranking, torch.device("cpu"))
+    assert np.array_equal(again, search(found, index, 8)[1])
+
+
+def texture(seed: int) -> Image.Image:
+    """Random rectangles: corners to match."""
+    rng = np.random.default_rng(seed)
+    image = Image.new("RGB", (240, 180), "gray")
+    for _ in range(120):
+        x, y, w, h = (int(v) for v in rng.uniform([0, 0, 5, 5], [230, 170, 40, 40]))
+        image.paste(tuple(int(v) for v in rng.integers(0, 256, 3)), (x, y, x + w, y + h))
+    return image
+
+
+def test_the_image_with_the_same_structure_comes_first(tmp_path):
+    paths = [tmp_path / f"{i}.png" for i in range(4)]
+    texture(0).save(paths[0])
+    texture(1).save(paths[1])
+    texture(2).save(paths[2])
+    texture(0).transform((240, 180), Image.Transform.AFFINE, (1, 0.05, 6, -0.04, 1, 4)).save(
+        paths[3]
+    )
+    ranking = np.array([[0, 1, 2], [1, 2, 0]])
+    found = rerank_geometric(ranking, [paths[3], paths[3]], paths[:3])
+    assert found.tolist() == [[0, 1, 2], [0, 1, 2]]
+    Image.new("RGB", (240, 180)).save(paths[0])
+    kept = rerank_geometric(ranking[1:], [paths[3]], paths[:3])
+    assert kept.tolist() == [[1, 2, 0]]  # no candidate proves anything
+    from recognition.reranking import _keypoints
+
+    assert count_inliers(_keypoints(paths[0]), _keypoints(paths[1])) == 0

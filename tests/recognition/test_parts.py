@@ -1,0 +1,259 @@
+"""Backbones, aggregations, objectives, optimization: shapes and counts as published, closed forms."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from model import WARNINGS, DescriptorModel, InputError
+from recognition.aggregation import GeM, build_aggregation
+from recognition.backbones import BACKBONES, build_trunk, calibrate, load_fitting, read_weights
+from recognition.objectives import build_objective, sare_loss
+from recognition.optimization import make_optimizer, make_rate, make_stop, plateaus
+from recognition.recipes import build_model, count_work, let_batchnorm_drift, load_model
+from train import ranking_loss
+
+SETTINGS = {
+    "backbone": "resnet18conv4",
+    "aggregation": "netvlad",
+    "netvlad_clusters": 4,
+    "fc_output_dim": None,
+    "l2": "before_pool",
+}
+
+
+def small(**changed) -> DescriptorModel:
+    torch.manual_seed(0)
+    model = build_model(SETTINGS | changed)
+    if not getattr(model.aggregation, "initialized", True):
+        channels = BACKBONES[(SETTINGS | changed)["backbone"]].channels
+        model.aggregation.initialize(F.normalize(torch.randn(50, channels), dim=1))
+    return model
+
+
+# ------------------------------------------------ backbones
+
+
+@pytest.mark.parametrize(
+    "name, parameters, trained, stride",
+    [
+        ("resnet18conv4", 2_782_784, 2_099_712, 16),
+        ("resnet18conv5", 11_176_512, 10_493_440, 32),
+        ("vgg16", 14_714_688, 7_079_424, 16),
+    ],
+)
+def test_trunks_have_the_published_parameters_and_maps(name, parameters, trained, stride):
+    model = small(backbone=name, aggregation="gem")
+    assert sum(p.numel() for p in model.trunk.parameters()) == parameters
+    assert sum(p.numel() for p in model.trunk.parameters() if p.requires_grad) == trained
+    with torch.inference_mode():
+        found = model.eval().local_descriptors(torch.zeros(1, 3, 96, 64))
+    assert found.shape == (1, BACKBONES[name].channels, 96 // stride, 64 // stride)
+
+
+def test_deep_trunks_have_the_published_channels():
+    for name in ("resnet50conv4", "resnet101conv5"):
+        trunk, _ = build_trunk(name, "random")
+        with torch.inference_mode():
+            found = trunk.eval()(torch.zeros(1, 3, 32, 32))
+        assert found.shape[1] == BACKBONES[name].channels and found.isfinite().all()
+
+
+def test_weights_of_other_files_fit_or_the_first_key_that_does_not_is_named(tmp_path):
+    import torchvision
+
+    torch.manual_seed(3)
+    whole = torchvision.models.resnet18(weights=None)
+    file = tmp_path / "resnet18.pth"
+    wrapped = {"model_state_dict": {f"module.{k}": v for k, v in whole.state_dict().items()}}
+    for content in (whole.state_dict(), wrapped):
+        torch.save(content, file)
+        trunk, origin = build_trunk("resnet18conv4", str(file))
+        assert torch.equal(trunk[6][1].conv2.weight, whole.layer3[1].conv2.weight)
+        assert trunk.initialized and origin == "file resnet18.pth"
+    state = whole.state_dict()
+    del state["layer1.0.conv2.weight"]
+    with pytest.raises(InputError, match=r"it has no layer1\.0\.conv2\.weight"):
+        load_fitting(whole, state, "it")
+    with pytest.raises(InputError, match=r"its conv1\.weight is \(1, 3, 7, 7\), not \(64"):
+        load_fitting(whole, whole.state_dict() | {"conv1.weight": torch.zeros(1, 3, 7, 7)}, "it")
+    with pytest.raises(InputError, match="there is no place for its more"):
+        load_fitting(whole, whole.state_dict() | {"more": torch.zeros(1)}, "it")
+    for broken in (b"cut", b""):
+        file.write_bytes(broken)
+        with pytest.raises(InputError, match="cannot be read as PyTorch weights"):
+            read_weights(file)
+
+
+def test_calibration_gives_batchnorms_the_statistics_of_the_images():
+    model = small()
+    model.trunk.initialized = False
+    images = 3 + 2 * torch.randn(16, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    calibrate(model, images)
+    with torch.inference_mode():
+        first = model.trunk[0](images)
+        after = model.trunk[:2](images)
+    assert torch.allclose(model.trunk[1].running_mean, first.mean((0, 2, 3)), rtol=1e-4, atol=1e-5)
+    assert after.mean((0, 2, 3)).abs().max() < 0.05 and (after.std((0, 2, 3)) - 1).abs().max() < 0.1
+    assert (
+        model.trunk.initialized and model.trunk[1].momentum == 0.1 and not model.trunk[1].training
+    )
+
+
+def test_frozen_batchnorms_stay_unless_they_are_let_drift():
+    model = small()
+    model.train()
+    frozen, trained = model.trunk[4][0].bn1, model.trunk[6][0].bn1
+    before = frozen.running_mean.clone(), trained.running_mean.clone()
+    model(torch.randn(2, 3, 32, 32))
+    assert torch.equal(frozen.running_mean, before[0])
+    assert not torch.equal(trained.running_mean, before[1])
+    let_batchnorm_drift(model)
+    model(torch.randn(2, 3, 32, 32)).sum().backward()
+    assert not torch.equal(frozen.running_mean, before[0])
+    assert model.trunk[4][0].conv1.weight.grad is None
+
+
+# ------------------------------------------------ aggregation
+
+
+def test_gem_is_the_generalized_mean():
+    x = torch.tensor([1.0, 2.0]).view(1, 1, 1, 2)
+    assert GeM(l2_first=False)(x).item() == pytest.approx(4.5 ** (1 / 3), abs=1e-5)
+    x = torch.rand(2, 5, 3, 4)
+    assert torch.allclose(GeM(False, p=1.0)(x), x.mean((2, 3)), atol=1e-6)
+    assert torch.allclose(GeM(False, p=60.0)(x + 0.5), x.amax((2, 3)) + 0.5, rtol=0.05)
+    unit = F.normalize(x, dim=1)
+    assert torch.allclose(GeM(True)(x), GeM(False)(unit)) and not torch.allclose(
+        GeM(True)(x), GeM(False)(x)
+    )
+
+
+@pytest.mark.parametrize("aggregation", ["netvlad", "gem"])
+@pytest.mark.parametrize("backbone", ["resnet18conv5", "vgg16"])
+@pytest.mark.parametrize("fc", [None, 7])
+def test_any_backbone_goes_with_any_aggregation(aggregation, backbone, fc):
+    model = small(backbone=backbone, aggregation=aggregation, fc_output_dim=fc).eval()
+    with torch.inference_mode():
+        found = model(torch.rand(2, 3, 64, 64))
+    dim = fc or 512 * (4 if aggregation == "netvlad" else 1)
+    assert found.shape == (2, dim) == (2, model.descriptor_dim)
+    assert torch.allclose(found.norm(dim=1), torch.ones(2), atol=1e-5)
+
+
+def test_the_cosplace_head_has_its_published_parameters():
+    head, _ = build_aggregation("gem", 512, 0, 512, "before_pool")
+    assert sum(p.numel() for p in head.parameters()) == 262_657
+
+
+# ------------------------------------------------ files of models
+
+
+def test_a_file_of_the_benchmark_describes_as_its_layers_do(tmp_path):
+    model = small().eval()
+    conv, centroids = torch.randn(4, 256, 1, 1), torch.randn(4, 256)
+    state = {f"module.backbone.{k}": v for k, v in model.trunk.state_dict().items()}
+    state |= {"module.aggregation.conv.weight": conv, "module.aggregation.centroids": centroids}
+    torch.save({"model_state_dict": state}, tmp_path / "dvg.pth")
+    loaded, _ = load_model(tmp_path / "dvg.pth", SETTINGS)
+    loaded.precision = "float32"
+    images = torch.rand(2, 3, 64, 64)
+    with torch.inference_mode():
+        x = F.normalize(model.trunk(images), dim=1).flatten(2)
+        weight = torch.softmax(torch.einsum("kd,ndl->nkl", conv[:, :, 0, 0], x), 1)
+        residuals = x[:, None] - centroids[None, :, :, None]  # (N, K, D, L)
+        vlad = F.normalize((weight[:, :, None] * residuals).sum(3), dim=2).flatten(1)
+        assert torch.allclose(loaded(images), F.normalize(vlad, dim=1), atol=1e-5)
+
+
+@pytest.mark.parametrize("fc", [None, 8])
+def test_gem_of_the_benchmark_loads_too(tmp_path, fc):
+    settings = SETTINGS | {"aggregation": "gem", "fc_output_dim": fc}
+    state = {f"backbone.{k}": v for k, v in small().trunk.state_dict().items()}
+    if fc:
+        weight = torch.randn(8, 256)
+        state |= {"aggregation.0.1.p": torch.tensor([2.5])}
+        state |= {"aggregation.1.weight": weight, "aggregation.1.bias": torch.ones(8)}
+    else:
+        state |= {"aggregation.1.p": torch.tensor([2.5])}
+    torch.save(state, tmp_path / "dvg.pth")
+    model, _ = load_model(tmp_path / "dvg.pth", settings)
+    gem = model.aggregation.pool if fc else model.aggregation
+    assert gem.p.item() == 2.5
+    del state["backbone.6.0.conv1.weight"]
+    torch.save(state, tmp_path / "dvg.pth")
+    with pytest.raises(InputError, match=r"it has no trunk\.6\.0\.conv1\.weight"):
+        load_model(tmp_path / "dvg.pth", settings)
+
+
+def test_counted_work_is_that_of_the_layers():
+    trunk = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1, bias=False))
+    aggregation, dim = build_aggregation("gem", 4, 0, 5, "before_pool")
+    model = DescriptorModel(trunk, aggregation, dim)
+    work = count_work(model, (10, 20))
+    assert work["gflops"] * 1e9 == pytest.approx(2 * (3 * 9 * 4 * 10 * 20 + 4 * 5))
+    assert work["parameters"] == 3 * 4 * 9 + 1 + 4 * 5 + 5 and work["descriptor_dim"] == 5
+
+
+# ------------------------------------------------ objectives and optimization
+
+
+def test_sare_is_the_softmax_of_squared_distances():
+    q, p, n = torch.zeros(1, 2), torch.tensor([[1.0, 0]]), torch.tensor([[[0, 2.0], [0, 1.0]]])
+    e = [math.exp(-d) for d in (1, 4, 1)]
+    found = sare_loss(q, p, n, joint=False)[0].tolist()
+    assert found == pytest.approx([-math.log(e[0] / (e[0] + e[i])) for i in (1, 2)], abs=1e-6)
+    assert sare_loss(q, p, n, joint=True).item() == pytest.approx(
+        -math.log(e[0] / sum(e)), abs=1e-6
+    )
+    published = sare_loss(q, p, n, joint=True).sum() / 2  # over negatives too
+    assert build_objective("sare_joint").losses(q, p, n).item() == pytest.approx(published.item())
+    assert torch.equal(build_objective("triplet", 0.3).losses(q, p, n), ranking_loss(q, p, n, 0.3))
+
+
+@pytest.mark.parametrize("name", ["adam", "adamw", "sgd", "asgd"])
+def test_vectors_do_not_decay(name):
+    matrix, vector = nn.Parameter(torch.ones(2, 2)), nn.Parameter(torch.ones(3))
+    group = {"params": [matrix, vector], "lr": 0.1, "peak": 0.1}
+    optimizer = make_optimizer(name, 0.5)([group])
+    for parameter in (matrix, vector):
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    assert (matrix < 0.96).all() and torch.allclose(
+        vector, torch.ones(3), atol=1e-4
+    )  # ASGD's lambd
+    assert [g["peak"] for g in optimizer.param_groups] == [0.1, 0.1]
+
+
+def test_schedules_are_those_of_torch():
+    parameter = [nn.Parameter(torch.zeros(1))]
+    values = [0.1, 0.3, 0.3, 0.29, 0.3, 0.31, 0.2, 0.2, 0.2, 0.2, 0.2, 0.2]
+    for name, make in (
+        ("step", lambda o: torch.optim.lr_scheduler.StepLR(o, 2, 0.3)),
+        ("cosine", lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, len(values))),
+        ("plateau", lambda o: torch.optim.lr_scheduler.ReduceLROnPlateau(o, "max", 0.3, 2)),
+    ):
+        optimizer = torch.optim.SGD(parameter, lr=1.0)
+        scheduler, rate, history = make(optimizer), make_rate(name, len(values), step=2), []
+        for epoch, value in enumerate(values):
+            share = epoch / len(values)
+            assert rate(share, history) == pytest.approx(optimizer.param_groups[0]["lr"]), name
+            optimizer.step()
+            scheduler.step(*([value] if name == "plateau" else []))
+            history.append({"val R@1": value})
+    assert plateaus([], 2) == 0 and plateaus(values, 2) == 3
+
+
+def test_warm_up_climbs_and_patience_ends():
+    rate = make_rate("none", 10, warmup=2)
+    assert [rate(s, []) for s in (0.0, 0.1, 0.2, 0.9)] == pytest.approx([0, 0.5, 1, 1])
+    stop = make_stop(2, lambda record: record["r"])
+    scores = [0.5, 0.6, 0.6, 0.55]
+    assert [stop([{"r": r} for r in scores[:n]]) for n in range(5)] == [False] * 4 + [True]
+
+
+def test_random_weights_are_said(monkeypatch):
+    build_trunk("resnet18conv4", "none")
+    assert "RANDOM" in WARNINGS[0]
