@@ -25,7 +25,7 @@ from tests.course_driver.tiny_data import write_places, write_scene
 ROOT = Path(__file__).resolve().parent.parent
 N_TRAIN, N_VAL = 4, 3
 FRAMES_PER_SCENE = 4
-BASE_OPTIONS = ["--epochs", "0", "--weights", "none", "--clusters", "4", "--workers", "0"]
+BASE_OPTIONS = ["--epochs", "0", "--weights", "none", "--clusters", "4"]
 NO_IMAGE = b"this is no image"
 
 TRAIN_NPZ = "dataset/gt/pitts30k_train.npz"
@@ -113,6 +113,17 @@ def leave_one_frame(work: Path) -> None:
 def lose_all_poses(work: Path) -> None:
     for pose_file in (work / CAMERA).glob("*/pose.txt"):
         pose_file.write_text("nan\n" * FRAMES_PER_SCENE, encoding="utf-8")
+
+
+def query_frame(work: Path) -> Path:
+    """The frame that the default seed makes the query."""
+    frames = sorted((work / CAMERA).glob("*/images/*"))
+    return frames[torch.randperm(len(frames), generator=torch.Generator().manual_seed(42))[0]]
+
+
+def cut_index_frames_short(work: Path) -> None:
+    for frame in set((work / CAMERA).glob("*/images/*")) - {query_frame(work)}:
+        cut_short(frame)
 
 
 def keep_half_of_the_entries(path: Path) -> None:
@@ -259,13 +270,16 @@ SCENES = {
     "missing images folder": in_test(
         lambda w: remove(w / CAMERA / "P001/images"), "P001", argv=["--scenes", "P001", "P002"]
     ),
-    "frame that does not decode": in_test(
-        lambda w: (w / CAMERA / "P002/images/000001_left.png").write_bytes(NO_IMAGE),
-        r"P002/images/000001_left\.png",
+    "query that does not decode": in_test(
+        lambda w: query_frame(w).write_bytes(NO_IMAGE), r"P00\d/images/00000\d_left\.png"
     ),
-    "frame cut short": in_test(
-        lambda w: cut_short(w / CAMERA / "P001/images/000003_left.png"),
-        r"P001/images/000003_left\.png",
+    "query cut short": in_test(
+        lambda w: cut_short(query_frame(w)), r"P00\d/images/00000\d_left\.png"
+    ),
+    "no index frame that decodes": in_test(cut_index_frames_short, "no index image of P001 P002"),
+    "intrinsics of other images": in_test(
+        lambda w: (w / CAMERA / "P001/intrinsics.txt").write_text("99 99 90 3"),
+        r"P001/intrinsics\.txt.*\b90 3\b.*96x72",
     ),
     "missing camera folder": in_test(lambda w: remove(w / CAMERA), CAMERA),
     "no scene in camera": in_test(
@@ -399,5 +413,8 @@ def test_bad_input(name: str, workplace: Path, capsys: pytest.CaptureFixture[str
     for pattern in case.named:
         assert re.search(pattern, sentence), f"{pattern} is not in: {sentence}"
     assert lines.count(sentence) == 1
+    if case.script == "test":
+        written = [path.name for path in (workplace / "output").rglob("*") if path.is_file()]
+        assert set(written) <= {"README.md"}  # the claim on the folder
     if case.default_data:
         assert not (workplace / "dataset" / "sample").exists()

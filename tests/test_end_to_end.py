@@ -17,7 +17,7 @@ FILES = (
     "checkpoints/netvlad_final.pth", "checkpoints/netvlad_final.json", "task3_result.png",
     "result_pose_eval.txt", "estimated_poses.tsv", "metrics.json", "report/report.md",
     "base.py", "model.py", "train.py", "eval.py", "test.py", "localization/localize.py",
-    "reporting/figures.py", "dataset/sample.py",
+    "reporting/figures.py", "dataset/sample/town.py",
 )  # fmt: skip
 
 
