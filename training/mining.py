@@ -188,12 +188,9 @@ class TupleLoader:
             row[apart <= SAME_POSITION_M] = -np.inf
         places = np.concatenate([data.utm_query[self.held_out], data.utm_index[near]])
         positives = positives_within(places, data.utm_index, data.threshold)
-        ranks = []
-        for row, positive in zip(similarity, positives):
-            best = row[positive].max()
-            if np.isfinite(best):  # not where an index image has no positive but of its position
-                ranks.append(1 + (row > best).sum())
-        scores = from_first(1 / torch.tensor(ranks), self.inputs.device)
+        found = (reciprocal_rank(*pair) for pair in zip(similarity, positives))
+        ranks = [rank for rank in found if rank is not None]
+        scores = from_first(torch.tensor(ranks), self.inputs.device)
         return scores, {"held_out_mrr": float(scores.mean())}
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -297,6 +294,19 @@ class TupleLoader:
         found.negatives[i] = np.resize(hardest, found.negatives.shape[1])
         positive, negatives = similarity[found.positives[i]], similarity[found.negatives[i]]
         return all_of_them or bool(violates(positive, negatives, self.margin).any())
+
+
+def reciprocal_rank(similarity: np.ndarray, positives: np.ndarray) -> float | None:
+    """1 / rank of the first of `positives` by similarity (nd,) to a query, others first among equals.
+
+    So a descriptor that makes all images alike ranks last. None where every positive is left out (-inf).
+    """
+    best = similarity[positives].max()
+    if not np.isfinite(best):
+        return None
+    ahead = similarity >= best
+    ahead[positives] = False
+    return 1 / (1 + int(ahead.sum()))
 
 
 def hardest_negatives(

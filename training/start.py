@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from dataset.lists import LoadDataset
 from eval import describe, positives_within
 from model import CALIBRATION_IMAGES, DescriptorModel, calibrate_trunk, initialize_netvlad, progress
+from training.mining import reciprocal_rank
 
 QUERIES, NEAR, OTHERS = 64, 2, 64  # ranked; index images near each; index images elsewhere
 FEWEST = 16  # queries, below which a ranking says nothing
@@ -70,8 +71,7 @@ def choose_start(model: DescriptorModel, data: LoadDataset, device: torch.device
         batches = progress(images.split(BATCH), desc=name, unit="batch")
         found = torch.cat([describe(candidate, batch, device).cpu() for batch in batches]).numpy()
         similarity = found[: len(queries)] @ found[len(queries) :].T
-        first = [row[near].max() for row, near in zip(similarity, positives)]
-        ranks[name] = 1 / (1 + (similarity > np.array(first)[:, None]).sum(axis=1))
+        ranks[name] = np.array([reciprocal_rank(*pair) for pair in zip(similarity, positives)])
         trunks[name] = candidate.trunk.state_dict()
     best = max(ranks, key=lambda name: ranks[name].mean())
     model.trunk.load_state_dict(trunks[best])

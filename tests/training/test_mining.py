@@ -12,7 +12,7 @@ from model import half_precision
 from tests.training.places import a_model, places, tuples_of
 from train import RankingLoss, ranking_loss, train
 from training import mining as mining_py
-from training.mining import HeldOutTuples, hardest_negatives, violates
+from training.mining import HeldOutTuples, hardest_negatives, reciprocal_rank, violates
 
 
 @pytest.fixture
@@ -307,6 +307,14 @@ def test_the_mean_loss_of_an_epoch_is_that_of_the_tuples_used():
     ]
     assert history[0]["train_loss"] == pytest.approx(float(torch.stack(each).mean()), rel=1e-3)
     assert history[0]["skipped"] == 10 - len(each)
+
+
+def test_reciprocal_ranks_by_hand_with_others_first_among_equals():
+    row = np.array([0.9, 0.5, 0.7, 0.7, -np.inf])
+    assert reciprocal_rank(row, np.array([1, 2])) == 1 / 3
+    assert reciprocal_rank(row, np.array([0, 1])) == 1
+    assert reciprocal_rank(np.ones(5), np.array([2])) == 1 / 5  # all look alike
+    assert reciprocal_rank(row, np.array([4])) is None
 
 
 def test_an_untrained_model_that_ranks_better_is_kept():
