@@ -254,7 +254,8 @@ def train(
         set_weights(changed, run["best"]["weights"])
         if judge or not math.isnan(run["best"]["val_loss"]):
             by = "held-out queries" if judge else "validation loss"
-            tqdm.write(f"Kept: epoch {run['best']['epoch']}, the best by the {by}.")
+            kept = f"epoch {run['best']['epoch']}" if run["best"]["epoch"] else "the untrained model"
+            tqdm.write(f"Kept: {kept}, chosen by the {by}.")
     return run["history"]
 
 
