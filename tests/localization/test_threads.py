@@ -40,11 +40,9 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+@pytest.mark.parametrize("method", multiprocessing.get_all_start_methods())
 def test_twenty_views_are_localized_whatever_starts_processes(method, tmp_path):
     """Python 3.14's forkserver once ended this: tensors handed to processes were too many files."""
-    if method not in multiprocessing.get_all_start_methods():
-        pytest.skip(f"no {method} on this platform")
     script = tmp_path / "scene.py"
     script.write_text(SCENE.format(method=method))
     root = Path(__file__).parents[2]
