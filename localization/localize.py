@@ -22,7 +22,7 @@ from localization.fallback import Guess, fall_back
 from localization.features import Features
 from localization.hypotheses import image_hypotheses, pooled_hypotheses
 from localization.lens import with_own_lens
-from localization.matching import View, epipolar_mask, mutual_matches
+from localization.matching import View, in_band, mutual_matches
 from localization.scoring import gather_evidence
 from localization.search import (
     ENOUGH,
@@ -231,7 +231,7 @@ def share_world(pairs: Iterable[tuple[View, View]]) -> bool:
         matches = matches.select(matches.ratio < 0.8)
         if len(matches) < SHARED_MATCHES:
             continue
-        allowed = epipolar_mask(a, b)[matches.a, matches.b]
+        allowed = in_band(a, b, matches.a, matches.b)
         proofs += float(allowed.double().mean()) >= SHARED_INLIERS
         if proofs == SHARED_PROOFS:
             return True

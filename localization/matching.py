@@ -6,7 +6,7 @@ distance to the best over that to the second best, where a second neighbor count
 elsewhere in the image: one corner often gives several keypoints (two orientations, two scales).
 """
 
-from collections.abc import Iterable, Iterator
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -21,6 +21,8 @@ GUIDED_RATIO = 0.9
 GUIDED_SIMILARITY = 0.7
 # Second neighbors looked through for one that lies elsewhere.
 _NEIGHBORS = 4
+# Pairs of descriptors compared at once: what stays in the processor's cache is five times as fast.
+_PAIRS = 4096
 # Keypoints of an image compared at once with all of another: the similarities stay in the
 # processor's cache.
 _ROWS = 256
@@ -89,45 +91,29 @@ def _distance(similarity: Tensor) -> Tensor:
     return (2 - 2 * similarity).clamp_min(0).sqrt()
 
 
-def _best_and_second(similarity: Tensor, xy_px: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """For each row of similarity (n, m): best column, its similarity, that of the best column that
-    lies elsewhere.
-
-    xy_px (m, 2) are the positions of the columns' keypoints. Where nothing lies elsewhere the last
-    value is -1.
-    """
-    top, column = similarity.topk(min(_NEIGHBORS, similarity.shape[1]), dim=1)
-    offset = xy_px[column] - xy_px[column[:, :1]]
-    elsewhere = offset.norm(dim=-1) > SECOND_NEIGHBOR_PX
-    second = torch.where(elsewhere, top, torch.full_like(top, -1.0)).amax(dim=1)
-    return column[:, 0], top[:, 0], second
-
-
-def _mutual(similarity: Iterable[Tensor], xy_b_px: Tensor) -> Matches:
-    """Mutual best matches from the successive rows of a similarity matrix (n_a, n_b); the ratio is
-    taken along b.
-    """
-    parts, done = [], 0
-    top_a = torch.full((len(xy_b_px),), -2.0)
-    best_a = torch.full((len(xy_b_px),), -1, dtype=torch.long)
-    for rows in similarity:
-        parts.append(_best_and_second(rows, xy_b_px))
-        top, row = rows.max(dim=0)
-        best_a = torch.where(top > top_a, row + done, best_a)
-        top_a = torch.maximum(top_a, top)
-        done += len(rows)
-    best_b, value, second = (torch.cat(part) for part in zip(*parts))
-    a = torch.arange(len(best_b))
-    ratio = _distance(value) / _distance(second).clamp_min(1e-9)
-    mutual = best_a[best_b] == a
-    return Matches(a[mutual], best_b[mutual], value[mutual], ratio[mutual])
-
-
 def mutual_matches(a: Features, b: Features) -> Matches:
     """Mutual matches by descriptor alone, without a ratio test (the ratio comes along)."""
     if min(len(a.xy_px), len(b.xy_px)) == 0:
         return _no_matches()
-    return _mutual((rows @ b.descriptors.T for rows in a.descriptors.split(_ROWS)), b.xy_px)
+    top_b = torch.full((len(b),), -2.0)
+    parts = []
+    for rows in a.descriptors.split(_ROWS):
+        similarity = rows @ b.descriptors.T
+        parts.append(similarity.max(dim=1))
+        torch.maximum(top_b, similarity.amax(dim=0), out=top_b)
+    top, column = (torch.cat(part) for part in zip(*parts))
+    row = torch.nonzero(top == top_b[column])[:, 0]
+    # Seconds are looked for only where they are needed.
+    seconds = [_second(rows, b) for rows in a.descriptors[row].split(_ROWS)]
+    ratio = _distance(top[row]) / _distance(torch.cat(seconds)).clamp_min(1e-9)
+    return Matches(row, column[row], top[row], ratio)
+
+
+def _second(descriptors: Tensor, b: Features) -> Tensor:
+    """The similarity (n,) of the second best keypoint of b that lies elsewhere; -1 where none does."""
+    top, column = (descriptors @ b.descriptors.T).topk(min(_NEIGHBORS, len(b)), dim=1)
+    elsewhere = (b.xy_px[column] - b.xy_px[column[:, :1]]).norm(dim=-1) > SECOND_NEIGHBOR_PX
+    return torch.where(elsewhere, top, -1.0).amax(dim=1)
 
 
 def essential_matrix(a: View, b: View) -> Tensor:
@@ -141,78 +127,123 @@ def essential_matrix(a: View, b: View) -> Tensor:
     return cross @ R_b_from_a
 
 
-def epipolar_mask(a: View, b: View, band_px: float = EPIPOLAR_BAND_PX) -> Tensor:
-    """Which keypoint pairs (n_a, n_b) the known poses allow.
+def in_band(
+    a: View, b: View, i: Tensor, j: Tensor, band_px: float = EPIPOLAR_BAND_PX
+) -> Tensor:
+    """Which of k pairs of keypoints i (k,) of a and j (k,) of b the known poses allow.
 
-    Allowed is a pair within band_px of each other's epipolar line, in both images, that meets in
-    front of both cameras. Depths come from the point where the two rays are nearest; rays parallel
-    to within the band (a far point) pass.
+    Allowed is a pair within band_px of each other's epipolar line, in both images, on one side of
+    the line through the cameras, that meets in front of both. Depths come from the point where the two rays are nearest; rays parallel
+    to within the band (a far point) pass. Of cameras at one place the rays must be parallel.
     """
-    return torch.cat(list(_mask_rows(a, b, band_px)))
-
-
-def _mask_rows(a: View, b: View, band_px: float) -> Iterator[Tensor]:
-    """`epipolar_mask`, _ROWS keypoints of a at a time."""
-    E = essential_matrix(a, b)
-    xa, xb = rays(a.camera, a.features.xy_px), rays(b.camera, b.features.xy_px)
-    line_b, line_a = xa @ E.T, xb @ E
-    scale_b = torch.tensor([b.camera.fx, b.camera.fy], dtype=E.dtype)
-    scale_a = torch.tensor([a.camera.fx, a.camera.fy], dtype=E.dtype)
-    norm_b, norm_a = (line_b[:, :2] / scale_b).norm(dim=1), (line_a[:, :2] / scale_a).norm(dim=1)
-    unit_line_b, point_b = (line_b / norm_b[:, None].clamp_min(1e-12)).float(), xb.T.float()
     baseline = b.c_world - a.c_world
-    da, db = world_rays(a, a.features.xy_px), world_rays(b, b.features.xy_px)
-    along_a, along_b = da @ baseline, db @ baseline
-    slack = -float(baseline.norm()) * band_px / min(a.camera.fx, b.camera.fx)
-    for start in range(0, max(1, len(xa)), _ROWS):
-        # Few pairs are near the line in image b: only those are looked at closer.
-        distance_b = unit_line_b[start : start + _ROWS] @ point_b
-        mask = distance_b.abs_() <= band_px
-        row, j = mask.nonzero(as_tuple=True)
-        i = row + start
-        near = distance_b[row, j] * norm_b[i] <= band_px * norm_a[j]
-        cosine = (da[i] * db[j]).sum(dim=1)
-        depth_a, depth_b = along_a[i] - cosine * along_b[j], cosine * along_a[i] - along_b[j]
-        mask[row, j] = near & (depth_a >= slack) & (depth_b >= slack)
-        yield mask
+    length, focal_px = float(baseline.norm()), min(a.camera.fx, b.camera.fx)
+    da, db = (world_rays(v, v.features.xy_px).float() for v in (a, b))
+    if length == 0:
+        return (da[i] - db[j]).norm(dim=1) <= band_px / focal_px
+    baseline = baseline / length
+    E = essential_matrix(a, b) / length
+    xa, xb = rays(a.camera, a.features.xy_px), rays(b.camera, b.features.xy_px)
+    scale_a, scale_b = (
+        torch.tensor([[v.camera.fx, v.camera.fy]], dtype=E.dtype) for v in (a, b)
+    )
+    line_b, line_a = xa @ E.T, xb @ E
+    norm_b, norm_a = (line_b[:, :2] / scale_b).norm(dim=1), (line_a[:, :2] / scale_a).norm(dim=1)
+    residual = (line_b.float()[i] * xb.float()[j]).sum(1).abs_()
+    near = residual <= band_px * torch.minimum(norm_b.float()[i], norm_a.float()[j])
+    along_a, along_b = da @ baseline.float(), db @ baseline.float()
+    cosine, slack = (da[i] * db[j]).sum(1), -band_px / focal_px
+    along_a, along_b = along_a[i], along_b[j]
+    front = (along_a - cosine * along_b >= slack) & (cosine * along_a - along_b >= slack)
+    return near & front & (cosine >= along_a * along_b)
+
+
+def epipolar_pairs(
+    a: View, b: View, band_px: float = EPIPOLAR_BAND_PX
+) -> tuple[Tensor, Tensor]:
+    """All pairs of keypoints that `in_band` allows: numbers (k,) in a and in b; none for cameras at
+    one place.
+
+    A point lies in a half-plane bounded by the line through the two cameras. Keypoints of a sorted
+    by the angle of their half-plane, those that can meet a keypoint of b are a run of them.
+    """
+    baseline = b.c_world - a.c_world
+    none = torch.zeros(0, dtype=torch.long)
+    if min(len(a.features), len(b.features)) == 0 or float(baseline.norm()) == 0:
+        return none, none
+    axis = baseline / baseline.norm()
+    across = torch.linalg.cross(axis, torch.eye(3, dtype=axis.dtype)[axis.abs().argmin()])
+    frame = torch.stack([across / across.norm(), torch.linalg.cross(axis, across / across.norm())])
+    (xa, ya), (xb, yb) = (
+        (world_rays(v, v.features.xy_px) @ frame.T).unbind(1) for v in (a, b)
+    )
+    angle_a, by_angle = torch.atan2(ya, xa).sort()
+    # Pixels apart are at least the focal length times the sine of the angle from the half-plane.
+    focal_px = min(b.camera.fx, b.camera.fy)
+    reach = torch.asin((band_px / (focal_px * torch.hypot(xb, yb))).clamp(max=1.0))
+    angle_b = torch.atan2(yb, xb)
+    around = torch.cat([angle_a - 2 * math.pi, angle_a, angle_a + 2 * math.pi])
+    first = torch.searchsorted(around, angle_b - reach)
+    count = torch.searchsorted(around, angle_b + reach, right=True) - first
+    j = torch.arange(len(count)).repeat_interleave(count)
+    within = torch.arange(len(j)) - (count.cumsum(0) - count)[j]
+    i = by_angle[(first[j] + within) % len(angle_a)]
+    allowed = in_band(a, b, i, j, band_px)
+    return i[allowed], j[allowed]
 
 
 def guided_matches(a: View, b: View, band_px: float = EPIPOLAR_BAND_PX) -> Matches:
     """Mutual matches of two posed views inside the known epipolar band, with the ratio test inside
     the band.
     """
-    if min(len(a.features.xy_px), len(b.features.xy_px)) == 0:
-        return _no_matches()
-    rows = a.features.descriptors.split(_ROWS)
-    similarity = (
-        (part @ b.features.descriptors.T).masked_fill_(~allowed, -1.0)
-        for part, allowed in zip(rows, _mask_rows(a, b, band_px))
-    )
-    matches = _mutual(similarity, b.features.xy_px)
-    return matches.select(
-        (matches.similarity >= GUIDED_SIMILARITY) & (matches.ratio <= GUIDED_RATIO)
-    )
+    i, j = epipolar_pairs(a, b, band_px)
+    similarity = pair_similarity(a.features.descriptors, b.features.descriptors, i, j)
+    alike = similarity >= GUIDED_SIMILARITY
+    row, column, value = i[alike], j[alike], similarity[alike]
+    top_a = best_of(value, row, len(a.features))
+    best = (value == top_a[row]) & (value == best_of(value, column, len(b.features))[column])
+    matched = torch.full((len(a.features),), -1)
+    matched[row[best]] = column[best]
+    xy_px = b.features.xy_px
+    apart = (xy_px[j] - xy_px[matched[i]]).norm(dim=1) > SECOND_NEIGHBOR_PX
+    second = best_of(similarity[apart], i[apart], len(a.features))
+    a_rows = torch.nonzero(matched >= 0)[:, 0]
+    ratio = _distance(top_a[a_rows]) / _distance(second[a_rows].clamp_min(-1)).clamp_min(1e-9)
+    matches = Matches(a_rows, matched[a_rows], top_a[a_rows], ratio)
+    return matches.select(ratio <= GUIDED_RATIO)
+
+
+def pair_similarity(first: Tensor, second: Tensor, i: Tensor, j: Tensor) -> Tensor:
+    """Products (k,) of the rows i (k,) and j (k,) of two sets of descriptors."""
+    pairs = zip(i.split(_PAIRS), j.split(_PAIRS))
+    parts = [(first[rows] * second[columns]).sum(1) for rows, columns in pairs]
+    return torch.cat(parts) if parts else first.new_zeros(0)
+
+
+def best_of(value: Tensor, key: Tensor, count: int) -> Tensor:
+    """The largest value (k,) of each key 0..count-1, (count,); -2 where there is none."""
+    return value.new_full((count,), -2.0).scatter_reduce_(0, key, value, "amax")
 
 
 def near_pairs(R_world_from_cam: Tensor, c_world: Tensor, limit: int) -> list[tuple[int, int]]:
     """Pairs (i < j) of posed images worth matching, at most about `limit` a image, from their poses
     alone.
 
-    Images that look more than 90 degrees apart are left out. Of an image's others, sorted by
-    distance, the nearer half of `limit` is taken whole and the rest spread evenly over the next 3 x
-    limit, so that a slow video still gives baselines.
+    Images that look more than 90 degrees apart, or from one place, are left out. Of an image's
+    others, sorted by distance, the nearer half of `limit` is taken whole and the rest spread evenly
+    over the next 3 x limit, so that a slow video still gives baselines.
     """
-    n = len(c_world)
-    distance = torch.cdist(c_world, c_world)
-    forward = R_world_from_cam[:, :, 2]
-    distance = distance.masked_fill(forward @ forward.T <= 0, torch.inf)
-    distance.fill_diagonal_(torch.inf)
     pairs = set()
-    for i in range(n):
-        order = [j for j in distance[i].argsort(stable=True).tolist() if distance[i, j] < torch.inf]
+    near, spread = limit // 2, limit - limit // 2
+    for i in range(len(c_world)):
+        away = (c_world - c_world[i]).norm(dim=1)
+        usable = (away > 0) & (R_world_from_cam[:, :, 2] @ R_world_from_cam[i, :, 2] > 0)
+        away, order = away.masked_fill(~usable, torch.inf).topk(
+            min(len(away), near + 3 * limit), largest=False
+        )
+        order = order[away < torch.inf].tolist()
         if len(order) > limit:
-            far = order[limit // 2 : limit // 2 + 3 * limit]
-            spread = torch.linspace(0, len(far) - 1, limit - limit // 2).round().long().tolist()
-            order = order[: limit // 2] + [far[k] for k in spread]
+            far = torch.linspace(near, len(order) - 1, spread).round().long().tolist()
+            order = order[:near] + [order[k] for k in far]
         pairs.update((min(i, j), max(i, j)) for j in order)
     return sorted(pairs)
