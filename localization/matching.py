@@ -21,8 +21,11 @@ GUIDED_RATIO = 0.9
 GUIDED_SIMILARITY = 0.7
 # Second neighbors looked through for one that lies elsewhere.
 _NEIGHBORS = 4
-# Pairs of descriptors compared at once: what stays in the processor's cache is five times as fast.
-_PAIRS = 4096
+# Half-planes through both cameras are compared up to this sine of their angle: beside an epipole,
+# where more of them come near, no depth can be told.
+MAX_TURN = 0.25
+# Keypoints of an image whose candidates are sought together.
+_BLOCK = 64
 # Keypoints of an image compared at once with all of another: the similarities stay in the
 # processor's cache.
 _ROWS = 256
@@ -127,97 +130,136 @@ def essential_matrix(a: View, b: View) -> Tensor:
     return cross @ R_b_from_a
 
 
+@dataclass(frozen=True)
+class _HalfPlanes:
+    """Keypoints (n,) of a posed view in half-planes bounded by the line through two cameras.
+
+    angle: of the half-plane, in radians about that line; along, across: cosine and sine of the
+    ray's angle from the line, towards the second camera; px: pixels, at least, by which the
+    keypoint leaves its half-plane per unit of the sine of the half-plane's angle; line_px: what of
+    a deviation from the half-plane the other image shows, over the pixel.
+    """
+
+    angle: Tensor
+    along: Tensor
+    across: Tensor
+    size: Tensor
+    line: Tensor
+
+    @classmethod
+    def of(cls, view: View, other: View, axis: Tensor, frame: Tensor) -> "_HalfPlanes":
+        ray = rays(view.camera, view.features.xy_px)
+        size = ray.norm(dim=1)
+        ray = (ray / size[:, None]) @ view.R_world_from_cam.T
+        x, y = (ray @ frame.T).unbind(1)
+        across = torch.hypot(x, y)
+        # The unit normal of the half-plane in the other camera's axes: its line there.
+        normal = (torch.stack([-y, x], 1) / across[:, None].clamp_min(1e-12)) @ frame
+        line = normal @ other.R_world_from_cam[:, :2]
+        focal = torch.tensor([other.camera.fx, other.camera.fy], dtype=line.dtype)
+        parts = torch.atan2(y, x), ray @ axis, across, size * across, (line / focal).norm(dim=1)
+        return cls(*(part.float() for part in parts))
+
+    def select(self, keep: Tensor | slice | tuple) -> "_HalfPlanes":
+        return _HalfPlanes(*(value[keep] for value in vars(self).values()))
+
+
+def _half_planes(a: View, b: View) -> tuple[_HalfPlanes, _HalfPlanes]:
+    """Both views' keypoints about the line from a to b."""
+    baseline = b.c_world - a.c_world
+    axis = baseline / baseline.norm()
+    across = torch.linalg.cross(axis, torch.eye(3, dtype=axis.dtype)[axis.abs().argmin()])
+    across = across / across.norm()
+    frame = torch.stack([across, torch.linalg.cross(axis, across)])
+    return _HalfPlanes.of(a, b, axis, frame), _HalfPlanes.of(b, a, axis, frame)
+
+
+def _meet(a: _HalfPlanes, b: _HalfPlanes, band_px: float, slack: float) -> Tensor:
+    """Which pairs of keypoints, of broadcastable shapes, may show one point; see `in_band`."""
+    turn = b.angle - a.angle
+    off, cosine = turn.sin().abs(), turn.cos()
+    near = (off * b.size <= band_px * a.line) & (off * a.size <= band_px * b.line)
+    near &= (off <= MAX_TURN) & (cosine > 0)
+    product = a.along * b.along + a.across * b.across * cosine
+    front = (a.along - product * b.along >= slack) & (product * a.along - b.along >= slack)
+    return near & front
+
+
+def _slack(a: View, b: View, band_px: float) -> float:
+    """How far behind, in baselines, a point may seem by an error of the band."""
+    return -band_px / min(a.camera.fx, b.camera.fx)
+
+
 def in_band(
     a: View, b: View, i: Tensor, j: Tensor, band_px: float = EPIPOLAR_BAND_PX
 ) -> Tensor:
     """Which of k pairs of keypoints i (k,) of a and j (k,) of b the known poses allow.
 
     Allowed is a pair within band_px of each other's epipolar line, in both images, on one side of
-    the line through the cameras, that meets in front of both. Depths come from the point where the two rays are nearest; rays parallel
-    to within the band (a far point) pass. Of cameras at one place the rays must be parallel.
+    the line through the cameras (and clearly so: not beside an epipole), that meets in front of
+    both. Depths come from the point where the two rays are nearest; rays parallel to within the
+    band (a far point) pass. Of cameras at one place the rays must be parallel.
     """
-    baseline = b.c_world - a.c_world
-    length, focal_px = float(baseline.norm()), min(a.camera.fx, b.camera.fx)
-    da, db = (world_rays(v, v.features.xy_px).float() for v in (a, b))
-    if length == 0:
-        return (da[i] - db[j]).norm(dim=1) <= band_px / focal_px
-    baseline = baseline / length
-    E = essential_matrix(a, b) / length
-    xa, xb = rays(a.camera, a.features.xy_px), rays(b.camera, b.features.xy_px)
-    scale_a, scale_b = (
-        torch.tensor([[v.camera.fx, v.camera.fy]], dtype=E.dtype) for v in (a, b)
-    )
-    line_b, line_a = xa @ E.T, xb @ E
-    norm_b, norm_a = (line_b[:, :2] / scale_b).norm(dim=1), (line_a[:, :2] / scale_a).norm(dim=1)
-    residual = (line_b.float()[i] * xb.float()[j]).sum(1).abs_()
-    near = residual <= band_px * torch.minimum(norm_b.float()[i], norm_a.float()[j])
-    along_a, along_b = da @ baseline.float(), db @ baseline.float()
-    cosine, slack = (da[i] * db[j]).sum(1), -band_px / focal_px
-    along_a, along_b = along_a[i], along_b[j]
-    front = (along_a - cosine * along_b >= slack) & (cosine * along_a - along_b >= slack)
-    return near & front & (cosine >= along_a * along_b)
+    if bool((a.c_world == b.c_world).all()):
+        da, db = (world_rays(view, view.features.xy_px) for view in (a, b))
+        return (da[i] - db[j]).norm(dim=1) <= band_px / min(a.camera.fx, b.camera.fx)
+    of_a, of_b = _half_planes(a, b)
+    return _meet(of_a.select(i), of_b.select(j), band_px, _slack(a, b, band_px))
 
 
 def epipolar_pairs(
     a: View, b: View, band_px: float = EPIPOLAR_BAND_PX
-) -> tuple[Tensor, Tensor]:
-    """All pairs of keypoints that `in_band` allows: numbers (k,) in a and in b; none for cameras at
-    one place.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """All pairs of keypoints that `in_band` allows: numbers (k,) in a and in b, and the similarity of
+    their descriptors; none for cameras at one place.
 
-    A point lies in a half-plane bounded by the line through the two cameras. Keypoints of a sorted
-    by the angle of their half-plane, those that can meet a keypoint of b are a run of them.
+    With the keypoints of both sorted by the angle of their half-planes, those of a that can meet
+    one of _BLOCK successive keypoints of b are a run.
     """
-    baseline = b.c_world - a.c_world
     none = torch.zeros(0, dtype=torch.long)
-    if min(len(a.features), len(b.features)) == 0 or float(baseline.norm()) == 0:
-        return none, none
-    axis = baseline / baseline.norm()
-    across = torch.linalg.cross(axis, torch.eye(3, dtype=axis.dtype)[axis.abs().argmin()])
-    frame = torch.stack([across / across.norm(), torch.linalg.cross(axis, across / across.norm())])
-    (xa, ya), (xb, yb) = (
-        (world_rays(v, v.features.xy_px) @ frame.T).unbind(1) for v in (a, b)
-    )
-    angle_a, by_angle = torch.atan2(ya, xa).sort()
+    if min(len(a.features), len(b.features)) == 0 or bool((a.c_world == b.c_world).all()):
+        return none, none, torch.zeros(0)
+    of_a, of_b = _half_planes(a, b)
+    count, order = len(a.features), of_b.angle.argsort()
+    # Twice around, so that no run is broken.
+    by_angle = of_a.angle.argsort().repeat(2)
+    of_a, of_b = of_a.select(by_angle), of_b.select(order)
+    of_a_rows, of_b_rows = a.features.descriptors[by_angle], b.features.descriptors[order]
     # Pixels apart are at least the focal length times the sine of the angle from the half-plane.
     focal_px = min(b.camera.fx, b.camera.fy)
-    reach = torch.asin((band_px / (focal_px * torch.hypot(xb, yb))).clamp(max=1.0))
-    angle_b = torch.atan2(yb, xb)
-    around = torch.cat([angle_a - 2 * math.pi, angle_a, angle_a + 2 * math.pi])
-    first = torch.searchsorted(around, angle_b - reach)
-    count = torch.searchsorted(around, angle_b + reach, right=True) - first
-    j = torch.arange(len(count)).repeat_interleave(count)
-    within = torch.arange(len(j)) - (count.cumsum(0) - count)[j]
-    i = by_angle[(first[j] + within) % len(angle_a)]
-    allowed = in_band(a, b, i, j, band_px)
-    return i[allowed], j[allowed]
+    reach = torch.asin((band_px / (focal_px * of_b.across)).clamp(max=MAX_TURN)) + 1e-5
+    around = torch.cat([of_a.angle[:count] + turn for turn in (-2 * math.pi, 0, 2 * math.pi)])
+    blocks = range(0, len(order), _BLOCK)
+    low = torch.stack([part.min() for part in (of_b.angle - reach).split(_BLOCK)])
+    high = torch.stack([part.max() for part in (of_b.angle + reach).split(_BLOCK)])
+    first = torch.searchsorted(around, low)
+    length = (torch.searchsorted(around, high, right=True) - first).clamp(max=count)
+    slack, parts = _slack(a, b, band_px), []
+    for start, begin, size in zip(blocks, (first % count).tolist(), length.tolist()):
+        block, run = slice(start, start + _BLOCK), slice(begin, begin + size)
+        allowed = _meet(of_a.select(run), of_b.select((block, None)), band_px, slack)
+        column, row = torch.nonzero(allowed, as_tuple=True)
+        similarity = (of_b_rows[block] @ of_a_rows[run].T)[column, row]
+        parts.append((by_angle[run][row], order[block][column], similarity))
+    return tuple(torch.cat(part) for part in zip(*parts))
 
 
 def guided_matches(a: View, b: View, band_px: float = EPIPOLAR_BAND_PX) -> Matches:
     """Mutual matches of two posed views inside the known epipolar band, with the ratio test inside
     the band.
     """
-    i, j = epipolar_pairs(a, b, band_px)
-    similarity = pair_similarity(a.features.descriptors, b.features.descriptors, i, j)
-    alike = similarity >= GUIDED_SIMILARITY
-    row, column, value = i[alike], j[alike], similarity[alike]
-    top_a = best_of(value, row, len(a.features))
-    best = (value == top_a[row]) & (value == best_of(value, column, len(b.features))[column])
+    i, j, similarity = epipolar_pairs(a, b, band_px)
+    top_a = best_of(similarity, i, len(a.features))
+    best = (similarity == top_a[i]) & (similarity == best_of(similarity, j, len(b.features))[j])
+    best &= similarity >= GUIDED_SIMILARITY
     matched = torch.full((len(a.features),), -1)
-    matched[row[best]] = column[best]
+    matched[i[best]] = j[best]
+    row = torch.nonzero(matched >= 0)[:, 0]
     xy_px = b.features.xy_px
     apart = (xy_px[j] - xy_px[matched[i]]).norm(dim=1) > SECOND_NEIGHBOR_PX
-    second = best_of(similarity[apart], i[apart], len(a.features))
-    a_rows = torch.nonzero(matched >= 0)[:, 0]
-    ratio = _distance(top_a[a_rows]) / _distance(second[a_rows].clamp_min(-1)).clamp_min(1e-9)
-    matches = Matches(a_rows, matched[a_rows], top_a[a_rows], ratio)
-    return matches.select(ratio <= GUIDED_RATIO)
-
-
-def pair_similarity(first: Tensor, second: Tensor, i: Tensor, j: Tensor) -> Tensor:
-    """Products (k,) of the rows i (k,) and j (k,) of two sets of descriptors."""
-    pairs = zip(i.split(_PAIRS), j.split(_PAIRS))
-    parts = [(first[rows] * second[columns]).sum(1) for rows, columns in pairs]
-    return torch.cat(parts) if parts else first.new_zeros(0)
+    second = best_of(similarity[apart], i[apart], len(a.features))[row].clamp_min(-1)
+    ratio = _distance(top_a[row]) / _distance(second).clamp_min(1e-9)
+    return Matches(row, matched[row], top_a[row], ratio).select(ratio <= GUIDED_RATIO)
 
 
 def best_of(value: Tensor, key: Tensor, count: int) -> Tensor:

@@ -99,10 +99,12 @@ def test_epipolar_pairs_are_all_in_the_band(random_world, random_poses, look_at,
     a, b = world.view(R, c), world.view(*ahead)
     if seed == 1:
         b.features.xy_px[0] = torch.tensor([b.camera.cx, b.camera.cy])
-    i, j = epipolar_pairs(a, b)
+    i, j, similarity = epipolar_pairs(a, b)
     expected = allowed(a, b)
     assert len(set(zip(i.tolist(), j.tolist()))) == len(i) == int(expected.sum()) > 100
     assert expected[i, j].all()
+    products = a.features.descriptors @ b.features.descriptors.T
+    torch.testing.assert_close(similarity, products[i, j])
 
 
 def test_in_band_keeps_true_pairs_and_few_others(random_world, random_poses):
