@@ -15,7 +15,7 @@ from torch import Tensor
 from localization.matching import View, mutual_matches
 from localization.scoring import epipolar_scores, gather_evidence
 from localization.threads import in_threads
-from localization.triangulation import PARTNERS, Points
+from localization.triangulation import Points
 
 # Index images count for half at this share of the typical distance of the points.
 NEAR = 0.1
@@ -25,6 +25,8 @@ VIEWS, TURN_DEG = 3, 45.0
 UNSEEN_DEG, UNSEEN = 60.0, 0.4
 # Keypoints of an index view that are matched, at most: its share is a mean over them.
 KEYPOINTS = 250
+# Index views that an index view, taken out, is matched with: as a query is at first.
+OTHERS = 12
 
 
 def nearness(away_m: Tensor, near_m: float) -> Tensor:
@@ -54,7 +56,7 @@ class Expectation:
             view = views[number]
             away_m = _away(R, c, view.R_world_from_cam, view.c_world, TURN_DEG)
             away_m[number] = torch.inf
-            others = [i for i in away_m.argsort(stable=True).tolist() if i != number][:PARTNERS]
+            others = [i for i in away_m.argsort(stable=True).tolist() if i != number][:OTHERS]
             near = float(nearness(away_m[others].min(), near_m)) if others else 0.0
             if near == 0:
                 return 0.0

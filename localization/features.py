@@ -23,7 +23,9 @@ SIGMA_FIRST = 1.6  # nominal blur of an octave's first layer, in its own pixels
 # rendered and real, right matches were 1.2 to 2.2 times as many and their share rose as well.
 FIRST_BLUR = 1.8
 BORDER = 5  # octave pixels along the edge where no keypoint is sought
-MIN_SIDE = 16  # an octave smaller than this is not built; must exceed the widest kernel's radius
+MIN_SIDE = 24  # an octave smaller than this is not built; must exceed the widest kernel's radius
+TILE = 32  # rows or columns blurred in one matrix product
+BAND = 64  # rows in which extrema are sought at once: they stay in a core's cache
 MAX_MOVES = 5  # steps to a neighboring sample while an extremum is refined
 # Samples from which an extremum moves on. At Lowe's 0.5 one halfway between two samples goes to and
 # fro and is lost: with 0.6 (as VLFeat) repeatability rises from 0.68 to 0.74, right matches by 8 %.
@@ -42,7 +44,7 @@ CLIP = 0.2  # of the L2 norm, for an entry of the descriptor
 
 MAX_SIDE = 1024  # pixels of the longer side at which keypoints are sought, unless told
 
-CHUNK_KEYPOINTS = 512  # keypoints whose gradient patches are in memory together (about 15 MB each)
+CHUNK_KEYPOINTS = 256  # keypoints whose gradient patches are in memory together (about 8 MB)
 
 
 @dataclass(frozen=True)
@@ -175,39 +177,46 @@ def _doubled(grey: Tensor) -> Tensor:
     )[0, 0]
     if min(doubled.shape) < MIN_SIDE:
         return doubled
-    return _blur(doubled, FIRST_BLUR)
+    blurred = torch.empty_like(doubled)
+    _blur(doubled, [FIRST_BLUR], blurred[None])
+    return blurred
 
 
 def _gaussian_layers(base: Tensor) -> Tensor:
-    """(H, W) -> (SCALES + 3, H, W), blurred by SIGMA_FIRST * 2^(i / SCALES) one after the other."""
-    layers = [base]
-    for i in range(1, SCALES + 3):
-        before, after = (SIGMA_FIRST * 2 ** (j / SCALES) for j in (i - 1, i))
-        layers.append(_blur(layers[-1], math.sqrt(after**2 - before**2)))
-    return torch.stack(layers)
+    """(H, W) -> (SCALES + 3, H, W), blurred to SIGMA_FIRST * 2^(i / SCALES)."""
+    layers = base.new_empty(SCALES + 3, *base.shape)
+    layers[0] = base
+    growth = [2 ** (i / SCALES) for i in range(1, SCALES + 3)]
+    _blur(base, [SIGMA_FIRST * math.sqrt(g * g - 1) for g in growth], layers[1:])
+    return layers
 
 
-def _blur(image: Tensor, sigma: float) -> Tensor:
-    """Gaussian blur of an (H, W) image whose sides exceed 4 sigma; mirrored at the edges.
+def _blur(image: Tensor, sigmas: list[float], out: Tensor) -> None:
+    """Gaussian blurs of an (H, W) image whose sides exceed 4 sigma, mirrored at the edges, into out
+    (sigmas, H, W).
 
-    Sums of shifted views: for one channel on a CPU 10 to 30 times faster than conv2d.
+    Products with banded matrices, a tile of rows, then of columns, at a time: for one channel on a
+    CPU several times faster than shifted sums, and 20 times faster than conv2d.
     """
-    radius = math.ceil(4 * sigma)
-    weights = [math.exp(-0.5 * (i / sigma) ** 2) for i in range(radius + 1)]
-    total = weights[0] + 2 * sum(weights[1:])
-    weights = [weight / total for weight in weights]
+    count, height, width = out.shape
+    radius = math.ceil(4 * max(sigmas))
+    bands = torch.stack([_band(sigma, radius) for sigma in sigmas])  # (sigmas, TILE, TILE + 2 r)
     padded = F.pad(image[None, None], (radius,) * 4, mode="reflect")[0, 0]
-    return _weighted_shifts(_weighted_shifts(padded, weights, 1), weights, 0)
+    padded = F.pad(padded, (0, -width % TILE, 0, -height % TILE))
+    for top in range(0, height, TILE):
+        rows = bands.flatten(0, 1) @ padded[top : top + TILE + 2 * radius]
+        windows = rows.unflatten(0, (count, TILE)).unfold(2, TILE + 2 * radius, TILE)
+        blurred = torch.bmm(windows.flatten(1, 2), bands.transpose(1, 2)).unflatten(1, (TILE, -1))
+        out[:, top : top + TILE] = blurred.flatten(2)[:, : height - top, :width]
 
 
-def _weighted_shifts(padded: Tensor, weights: list[float], dim: int) -> Tensor:
-    radius = len(weights) - 1
-    size = padded.shape[dim] - 2 * radius
-    total = padded.narrow(dim, radius, size) * weights[0]
-    for i in range(1, radius + 1):
-        total.add_(padded.narrow(dim, radius - i, size), alpha=weights[i])
-        total.add_(padded.narrow(dim, radius + i, size), alpha=weights[i])
-    return total
+def _band(sigma: float, radius: int) -> Tensor:
+    """(TILE, TILE + 2 radius): the Gaussian of unit sum in each row, one column further each time;
+    zero beyond 4 sigma, where it would be a slow, denormal number.
+    """
+    offset = torch.arange(TILE + 2 * radius) - radius - torch.arange(TILE)[:, None]
+    weight = torch.exp(-0.5 * (offset.double() / sigma) ** 2) * (offset.abs() <= 4 * sigma)
+    return (weight / weight.sum(1, keepdim=True)).float()
 
 
 def _gradient(layer: Tensor) -> Tensor:
@@ -247,22 +256,21 @@ def _detect(dog: Tensor, octave: int, contrast: float, edge_ratio: float) -> _Ke
 
 
 def _extrema(dog: Tensor, threshold: float) -> Tensor:
-    """Positions (n, 3) int64 (layer, y, x) of samples beyond threshold and their 26 neighbors."""
-    margin = BORDER - 1
-    region = dog[:, margin : dog.shape[1] - margin, margin : dog.shape[2] - margin]
-    center = region[1:-1, 1:-1, 1:-1]
-    bright = (center > threshold) & (center >= _over_neighbors(torch.maximum, region))
-    dark = (center < -threshold) & (center <= _over_neighbors(torch.minimum, region))
-    return torch.nonzero(bright | dark) + torch.tensor([1, BORDER, BORDER])
-
-
-def _over_neighbors(reduce: Callable[[Tensor, Tensor], Tensor], volume: Tensor) -> Tensor:
-    """Reduces each 3x3x3 neighborhood: (S, H, W) -> (S - 2, H - 2, W - 2)."""
-    for dim in (2, 1, 0):
-        size = volume.shape[dim] - 2
-        first, second, third = (volume.narrow(dim, i, size) for i in range(3))
-        volume = reduce(reduce(first, second), third)
-    return volume
+    """Positions (n, 3) int64 (layer, y, x) of samples beyond threshold whose size no neighbor of
+    the 26 exceeds.
+    """
+    found = []
+    for top in range(BORDER, dog.shape[1] - BORDER, BAND):
+        bottom = min(top + BAND, dog.shape[1] - BORDER)
+        region = dog[:, top - 1 : bottom + 1, BORDER - 1 : dog.shape[2] - BORDER + 1].abs()
+        center, largest = region[1:-1, 1:-1, 1:-1], region
+        for dim in range(3):
+            size = largest.shape[dim] - 2
+            first, second, third = (largest.narrow(dim, i, size) for i in range(3))
+            largest = torch.maximum(torch.maximum(first, second), third)
+        found.append(torch.nonzero((center > threshold) & (center >= largest)))
+        found[-1] += torch.tensor([1, top, BORDER])
+    return torch.cat(found) if found else torch.zeros(0, 3, dtype=torch.long)
 
 
 def _refine(dog: Tensor, position: Tensor) -> Tensor:
@@ -363,8 +371,9 @@ def _orientations(field: Tensor, keypoints: _Keypoints) -> Tensor:
     weight = torch.exp(-0.5 * (grid.norm(dim=1) / ORIENTATION_SIGMA) ** 2)
 
     gx, gy = _sample(field, keypoints, grid)
-    votes = _votes(torch.hypot(gx, gy), torch.atan2(gy, gx), ORIENTATION_BINS)
-    histogram = (weight @ votes).float()  # (n, bins)
+    below, above, shares = _shares(weight * torch.hypot(gx, gy), torch.atan2(gy, gx), ORIENTATION_BINS)
+    histogram = gx.new_zeros(len(gx), ORIENTATION_BINS)
+    histogram.scatter_add_(1, below, shares[0]).scatter_add_(1, above, shares[1])
     smooth = sum(
         share / 16 * histogram.roll(shift, 1) for shift, share in zip(range(-2, 3), (1, 4, 6, 4, 1))
     )
@@ -395,8 +404,11 @@ def _descriptors(field: Tensor, keypoints: _Keypoints, angle: Tensor) -> Tensor:
     y, x = torch.cartesian_prod(line, line).unbind(1)
     gx, gy = _sample(field, keypoints, CELL_WIDTH * torch.stack([x, y], 1), angle)
     # The minus sign: orientations count counterclockwise on the screen, as everybody's SIFT does.
-    votes = _votes(torch.hypot(gx, gy), -torch.atan2(gy, gx), CELL_BINS)
-    histogram = (shares @ votes).flatten(1)
+    below, above, votes = _shares(torch.hypot(gx, gy), -torch.atan2(gy, gx), CELL_BINS)
+    by_bin = gx.new_zeros(*gx.shape, CELL_BINS)
+    by_bin.scatter_(2, below[..., None], votes[0][..., None])
+    by_bin.scatter_(2, above[..., None], votes[1][..., None])
+    histogram = (shares @ by_bin).flatten(1)
     histogram = F.normalize(histogram, dim=1).clamp(max=CLIP)
     return F.normalize(histogram, p=1.0, dim=1).sqrt()
 
@@ -420,12 +432,12 @@ def _sample(
     return cos * gx + sin * gy, cos * gy - sin * gx
 
 
-def _votes(magnitude: Tensor, angle: Tensor, bins: int) -> Tensor:
-    """(n, p) gradients -> (n, p, bins): each magnitude shared by the two orientations beside it."""
+def _shares(
+    magnitude: Tensor, angle: Tensor, bins: int
+) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
+    """Of (n, p) gradients the two orientations beside each, and what of its magnitude either gets."""
     place = angle * (bins / (2 * math.pi))
     below = place.floor()
     upper_share = magnitude * (place - below)
-    below = below.long().remainder(bins)[:, :, None]
-    votes = magnitude.new_zeros(*magnitude.shape, bins)
-    votes.scatter_(2, below, (magnitude - upper_share)[:, :, None])
-    return votes.scatter_(2, (below + 1).remainder(bins), upper_share[:, :, None])
+    below = below.long().remainder(bins)
+    return below, (below + 1).remainder(bins), (magnitude - upper_share, upper_share)

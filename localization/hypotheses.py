@@ -23,7 +23,10 @@ FOCAL_RATIOS = (0.55, 0.67, 0.82, 1.22, 1.5, 1.82)
 FOCAL_MODES, FOCAL_SAMPLES = 2, 500
 THRESHOLD_PX = 4.0
 MIN_MATCHES = 5
-REFINE_STEPS = 8
+# Matches on which all poses of a search are scored first, and the best that are scored on all.
+PREVIEW, REVIEWED = 256, 64
+# A mode is refined on so many matches nearest to it, in so many steps.
+REFINED_MATCHES, REFINE_STEPS = 400, 6
 # A mode with no more is what chance gives.
 CHANCE_SCORE = 6.0
 # A mode takes what lies within so many thresholds out of the next search.
@@ -129,11 +132,16 @@ def _modes(
     rows, found = search.rows, []
     xy, X, keypoint = evidence.xy_norm[rows], evidence.point[rows], evidence.keypoint[rows]
     left = torch.ones_like(xy[:, 0])
+    some = slice(None, None, math.ceil(len(rows) / PREVIEW))
     while len(R) and len(found) < search.modes:
-        scores = score_poses(R, t, xy, X, threshold, weights=left, keypoint_ids=keypoint)
-        best = scores.argmax()
-        if float(scores[best]) <= CHANCE_SCORE and found:
+        preview = score_poses(R, t, xy[some], X[some], threshold, weights=left[some])
+        best = preview.topk(min(REVIEWED, len(R))).indices
+        scores = score_poses(
+            R[best], t[best], xy, X, threshold, weights=left, keypoint_ids=keypoint
+        )
+        if float(scores.max()) <= CHANCE_SCORE and found:
             break
+        best = best[scores.argmax()]
         found.append((R[best], t[best]))
         explained = squared_errors(R[best], t[best], xy, X) < (_REMOVAL_FACTOR * threshold) ** 2
         left = torch.where(explained, torch.zeros_like(left), left)
@@ -141,23 +149,22 @@ def _modes(
 
 
 def _refined(evidence: Evidence, seeds: list[tuple[_Search, Tensor, Tensor]]) -> Hypotheses:
-    """The seeds after a few robust steps, each on all matches of its own search (padded to one
-    batch).
+    """The seeds after a few robust steps, each on the matches of its own search nearest to it
+    (padded to one batch).
     """
-    longest = max(len(search.rows) for search, _, _ in seeds)
-    rows = torch.stack(
-        [torch.nn.functional.pad(s.rows, (0, longest - len(s.rows))) for s, _, _ in seeds]
-    )
-    count = torch.tensor([len(s.rows) for s, _, _ in seeds])
+    R, t = (torch.stack(part) for part in list(zip(*seeds))[1:])
+    longest = min(REFINED_MATCHES, max(len(search.rows) for search, _, _ in seeds))
+    rows = torch.zeros(len(seeds), longest, dtype=torch.long)
+    used = torch.zeros(rows.shape, dtype=torch.bool)
+    xy_norm = evidence.xy_norm
+    for k, (search, R_k, t_k) in enumerate(seeds):
+        error = squared_errors(R_k, t_k, xy_norm[search.rows], evidence.point[search.rows])
+        nearest = error.topk(min(longest, len(error)), largest=False).indices
+        rows[k, : len(nearest)], used[k, : len(nearest)] = search.rows[nearest], True
     refined = refine_pose(
-        torch.stack([R for _, R, _ in seeds]),
-        torch.stack([t for _, _, t in seeds]),
-        evidence.xy_norm[rows],
-        evidence.point[rows],
-        THRESHOLD_PX / evidence.focal_px,
-        weights=torch.arange(longest) < count[:, None],
-        iterations=REFINE_STEPS,
-    )
+        R, t, xy_norm[rows], evidence.point[rows], THRESHOLD_PX / evidence.focal_px,
+        weights=used, iterations=REFINE_STEPS,
+    )  # fmt: skip
     R = refined.R_cam_from_world
     return Hypotheses(R, -(R.transpose(1, 2) @ refined.t_cam[..., None])[..., 0])
 

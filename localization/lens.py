@@ -10,7 +10,7 @@ import torch
 from localization.cameras import Camera
 from localization.hypotheses import Hypotheses, focal_hypotheses
 from localization.scoring import epipolar_scores
-from localization.search import ENOUGH, Answer, Estimate, Search, poses_of
+from localization.search import SURE, Answer, Estimate, Search, poses_of
 from localization.tracks import Polished, refine_with_points
 
 # A lens is another one when its focal length (or its center, over that) is off by so much and by so
@@ -42,9 +42,9 @@ def with_own_lens(
         change = torch.tensor(_lens_change(query.camera, lens.camera)[: len(lens.lens_sigma)]).abs()
         off = bool(((change > SAME_LENS) & (change > SAME_LENS_SIGMA * lens.lens_sigma)).any())
         starts = [(lens.camera, poses_of([lens]))] if off else []
-        if not off and answer.estimate.confidence >= ENOUGH:
+        if not off and answer.estimate.confidence >= SURE:
             return answer.estimate
-    if answer is None or answer.estimate.confidence < ENOUGH:
+    if answer is None or answer.estimate.confidence < SURE:
         zoomed = [
             (float(scores.max()), evidence.camera, poses.select([int(scores.argmax())]))
             for evidence, poses in focal_hypotheses(search.evidence, generator)

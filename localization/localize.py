@@ -22,27 +22,25 @@ from localization.fallback import Guess, fall_back
 from localization.features import Features
 from localization.hypotheses import image_hypotheses, pooled_hypotheses
 from localization.lens import with_own_lens
-from localization.matching import View, epipolar_mask, mutual_matches
-from localization.scoring import gather_evidence
+from localization.matching import View, in_band, mutual_matches
 from localization.search import (
-    ENOUGH,
     POLISHED,
-    QUICK_POLISHED,
-    QUICK_REFINED,
+    QUICK_IMAGES,
     REFINED,
     SHIFTED_PROMISING,
+    SURE,
     Estimate,
     Index,
     Search,
+    matched,
+    quick_search,
 )
 from localization.self_test import SelfTest, self_test
 from localization.threads import in_threads
 
 __all__ = ["Estimate", "View", "localize", "share_world"]
 
-# Queries at least this confident serve as index views for the others, and their answers stand.
-SURE = 0.5
-# When no more are, of those at least this confident the surest, this share of them at a time.
+# When no more queries are sure, of those at least this confident the surest, this share of them at a time.
 NEARLY_SURE, NEARLY_SHARE = 0.2, 0.25
 # As helpers of a query serve those whose most similar index views are its own: so many, of so many
 # compared.
@@ -178,12 +176,13 @@ def _generator(seed: int, features: Features) -> torch.Generator:
 
 def _locate(query: View, index: Index, order: list[int], generator: torch.Generator) -> Estimate:
     """The pose of one query from the index views in `order`."""
-    matches = {i: mutual_matches(query.features, index.views[i].features) for i in order}
-    evidence = gather_evidence(query, index.views, index.points, matches)
-    search = Search(query, index, order, evidence)
-    search.add(pooled_hypotheses(evidence, generator), QUICK_REFINED, QUICK_POLISHED)
-    answer = search.best()
-    if answer is None or answer.estimate.confidence < ENOUGH:
+    search, answer = quick_search(query, index, order[:QUICK_IMAGES], generator)
+    evidence = search.evidence
+    if answer is None or answer.estimate.confidence < SURE:
+        if len(order) > QUICK_IMAGES:
+            evidence = matched(query, index, order)
+            search = Search(query, index, order, evidence, search.refined)
+            search.add(pooled_hypotheses(evidence, generator), REFINED, POLISHED)
         search.add(image_hypotheses(evidence, order, generator), REFINED, POLISHED)
         search.add(search.shifted(), REFINED, POLISHED, SHIFTED_PROMISING)
         answer = search.best()
@@ -231,7 +230,7 @@ def share_world(pairs: Iterable[tuple[View, View]]) -> bool:
         matches = matches.select(matches.ratio < 0.8)
         if len(matches) < SHARED_MATCHES:
             continue
-        allowed = epipolar_mask(a, b)[matches.a, matches.b]
+        allowed = in_band(a, b, matches.a, matches.b)
         proofs += float(allowed.double().mean()) >= SHARED_INLIERS
         if proofs == SHARED_PROOFS:
             return True

@@ -6,7 +6,7 @@ distance to the best over that to the second best, where a second neighbor count
 elsewhere in the image: one corner often gives several keypoints (two orientations, two scales).
 """
 
-from collections.abc import Iterable, Iterator
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -21,6 +21,11 @@ GUIDED_RATIO = 0.9
 GUIDED_SIMILARITY = 0.7
 # Second neighbors looked through for one that lies elsewhere.
 _NEIGHBORS = 4
+# Half-planes through both cameras are compared up to this sine of their angle: beside an epipole,
+# where more of them come near, no depth can be told.
+MAX_TURN = 0.25
+# Keypoints of an image whose candidates are sought together.
+_BLOCK = 64
 # Keypoints of an image compared at once with all of another: the similarities stay in the
 # processor's cache.
 _ROWS = 256
@@ -89,45 +94,29 @@ def _distance(similarity: Tensor) -> Tensor:
     return (2 - 2 * similarity).clamp_min(0).sqrt()
 
 
-def _best_and_second(similarity: Tensor, xy_px: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """For each row of similarity (n, m): best column, its similarity, that of the best column that
-    lies elsewhere.
-
-    xy_px (m, 2) are the positions of the columns' keypoints. Where nothing lies elsewhere the last
-    value is -1.
-    """
-    top, column = similarity.topk(min(_NEIGHBORS, similarity.shape[1]), dim=1)
-    offset = xy_px[column] - xy_px[column[:, :1]]
-    elsewhere = offset.norm(dim=-1) > SECOND_NEIGHBOR_PX
-    second = torch.where(elsewhere, top, torch.full_like(top, -1.0)).amax(dim=1)
-    return column[:, 0], top[:, 0], second
-
-
-def _mutual(similarity: Iterable[Tensor], xy_b_px: Tensor) -> Matches:
-    """Mutual best matches from the successive rows of a similarity matrix (n_a, n_b); the ratio is
-    taken along b.
-    """
-    parts, done = [], 0
-    top_a = torch.full((len(xy_b_px),), -2.0)
-    best_a = torch.full((len(xy_b_px),), -1, dtype=torch.long)
-    for rows in similarity:
-        parts.append(_best_and_second(rows, xy_b_px))
-        top, row = rows.max(dim=0)
-        best_a = torch.where(top > top_a, row + done, best_a)
-        top_a = torch.maximum(top_a, top)
-        done += len(rows)
-    best_b, value, second = (torch.cat(part) for part in zip(*parts))
-    a = torch.arange(len(best_b))
-    ratio = _distance(value) / _distance(second).clamp_min(1e-9)
-    mutual = best_a[best_b] == a
-    return Matches(a[mutual], best_b[mutual], value[mutual], ratio[mutual])
-
-
 def mutual_matches(a: Features, b: Features) -> Matches:
     """Mutual matches by descriptor alone, without a ratio test (the ratio comes along)."""
     if min(len(a.xy_px), len(b.xy_px)) == 0:
         return _no_matches()
-    return _mutual((rows @ b.descriptors.T for rows in a.descriptors.split(_ROWS)), b.xy_px)
+    top_b = torch.full((len(b),), -2.0)
+    parts = []
+    for rows in a.descriptors.split(_ROWS):
+        similarity = rows @ b.descriptors.T
+        parts.append(similarity.max(dim=1))
+        torch.maximum(top_b, similarity.amax(dim=0), out=top_b)
+    top, column = (torch.cat(part) for part in zip(*parts))
+    row = torch.nonzero(top == top_b[column])[:, 0]
+    # Seconds are looked for only where they are needed.
+    seconds = [_second(rows, b) for rows in a.descriptors[row].split(_ROWS)]
+    ratio = _distance(top[row]) / _distance(torch.cat(seconds)).clamp_min(1e-9)
+    return Matches(row, column[row], top[row], ratio)
+
+
+def _second(descriptors: Tensor, b: Features) -> Tensor:
+    """The similarity (n,) of the second best keypoint of b that lies elsewhere; -1 where none does."""
+    top, column = (descriptors @ b.descriptors.T).topk(min(_NEIGHBORS, len(b)), dim=1)
+    elsewhere = (b.xy_px[column] - b.xy_px[column[:, :1]]).norm(dim=-1) > SECOND_NEIGHBOR_PX
+    return torch.where(elsewhere, top, -1.0).amax(dim=1)
 
 
 def essential_matrix(a: View, b: View) -> Tensor:
@@ -141,78 +130,162 @@ def essential_matrix(a: View, b: View) -> Tensor:
     return cross @ R_b_from_a
 
 
-def epipolar_mask(a: View, b: View, band_px: float = EPIPOLAR_BAND_PX) -> Tensor:
-    """Which keypoint pairs (n_a, n_b) the known poses allow.
+@dataclass(frozen=True)
+class _HalfPlanes:
+    """Keypoints (n,) of a posed view in half-planes bounded by the line through two cameras.
 
-    Allowed is a pair within band_px of each other's epipolar line, in both images, that meets in
-    front of both cameras. Depths come from the point where the two rays are nearest; rays parallel
-    to within the band (a far point) pass.
+    angle: of the half-plane, in radians about that line; along, across: cosine and sine of the
+    ray's angle from the line, towards the second camera; px: pixels, at least, by which the
+    keypoint leaves its half-plane per unit of the sine of the half-plane's angle; line_px: what of
+    a deviation from the half-plane the other image shows, over the pixel.
     """
-    return torch.cat(list(_mask_rows(a, b, band_px)))
+
+    angle: Tensor
+    along: Tensor
+    across: Tensor
+    size: Tensor
+    line: Tensor
+
+    @classmethod
+    def of(cls, view: View, other: View, axis: Tensor, frame: Tensor) -> "_HalfPlanes":
+        ray = rays(view.camera, view.features.xy_px)
+        size = ray.norm(dim=1)
+        ray = (ray / size[:, None]) @ view.R_world_from_cam.T
+        x, y = (ray @ frame.T).unbind(1)
+        across = torch.hypot(x, y)
+        # The unit normal of the half-plane in the other camera's axes: its line there.
+        normal = (torch.stack([-y, x], 1) / across[:, None].clamp_min(1e-12)) @ frame
+        line = normal @ other.R_world_from_cam[:, :2]
+        focal = torch.tensor([other.camera.fx, other.camera.fy], dtype=line.dtype)
+        parts = torch.atan2(y, x), ray @ axis, across, size * across, (line / focal).norm(dim=1)
+        return cls(*(part.float() for part in parts))
+
+    def select(self, keep: Tensor | slice | tuple) -> "_HalfPlanes":
+        return _HalfPlanes(*(value[keep] for value in vars(self).values()))
 
 
-def _mask_rows(a: View, b: View, band_px: float) -> Iterator[Tensor]:
-    """`epipolar_mask`, _ROWS keypoints of a at a time."""
-    E = essential_matrix(a, b)
-    xa, xb = rays(a.camera, a.features.xy_px), rays(b.camera, b.features.xy_px)
-    line_b, line_a = xa @ E.T, xb @ E
-    scale_b = torch.tensor([b.camera.fx, b.camera.fy], dtype=E.dtype)
-    scale_a = torch.tensor([a.camera.fx, a.camera.fy], dtype=E.dtype)
-    norm_b, norm_a = (line_b[:, :2] / scale_b).norm(dim=1), (line_a[:, :2] / scale_a).norm(dim=1)
-    unit_line_b, point_b = (line_b / norm_b[:, None].clamp_min(1e-12)).float(), xb.T.float()
+def _half_planes(a: View, b: View) -> tuple[_HalfPlanes, _HalfPlanes]:
+    """Both views' keypoints about the line from a to b."""
     baseline = b.c_world - a.c_world
-    da, db = world_rays(a, a.features.xy_px), world_rays(b, b.features.xy_px)
-    along_a, along_b = da @ baseline, db @ baseline
-    slack = -float(baseline.norm()) * band_px / min(a.camera.fx, b.camera.fx)
-    for start in range(0, max(1, len(xa)), _ROWS):
-        # Few pairs are near the line in image b: only those are looked at closer.
-        distance_b = unit_line_b[start : start + _ROWS] @ point_b
-        mask = distance_b.abs_() <= band_px
-        row, j = mask.nonzero(as_tuple=True)
-        i = row + start
-        near = distance_b[row, j] * norm_b[i] <= band_px * norm_a[j]
-        cosine = (da[i] * db[j]).sum(dim=1)
-        depth_a, depth_b = along_a[i] - cosine * along_b[j], cosine * along_a[i] - along_b[j]
-        mask[row, j] = near & (depth_a >= slack) & (depth_b >= slack)
-        yield mask
+    axis = baseline / baseline.norm()
+    across = torch.linalg.cross(axis, torch.eye(3, dtype=axis.dtype)[axis.abs().argmin()])
+    across = across / across.norm()
+    frame = torch.stack([across, torch.linalg.cross(axis, across)])
+    return _HalfPlanes.of(a, b, axis, frame), _HalfPlanes.of(b, a, axis, frame)
+
+
+def _meet(a: _HalfPlanes, b: _HalfPlanes, band_px: float, slack: float) -> Tensor:
+    """Which pairs of keypoints, of broadcastable shapes, may show one point; see `in_band`."""
+    turn = b.angle - a.angle
+    off, cosine = turn.sin().abs(), turn.cos()
+    near = (off * b.size <= band_px * a.line) & (off * a.size <= band_px * b.line)
+    near &= (off <= MAX_TURN) & (cosine > 0)
+    product = a.along * b.along + a.across * b.across * cosine
+    front = (a.along - product * b.along >= slack) & (product * a.along - b.along >= slack)
+    return near & front
+
+
+def _slack(a: View, b: View, band_px: float) -> float:
+    """How far behind, in baselines, a point may seem by an error of the band."""
+    return -band_px / min(a.camera.fx, b.camera.fx)
+
+
+def in_band(
+    a: View, b: View, i: Tensor, j: Tensor, band_px: float = EPIPOLAR_BAND_PX
+) -> Tensor:
+    """Which of k pairs of keypoints i (k,) of a and j (k,) of b the known poses allow.
+
+    Allowed is a pair within band_px of each other's epipolar line, in both images, on one side of
+    the line through the cameras (and clearly so: not beside an epipole), that meets in front of
+    both. Depths come from the point where the two rays are nearest; rays parallel to within the
+    band (a far point) pass. Of cameras at one place the rays must be parallel.
+    """
+    if bool((a.c_world == b.c_world).all()):
+        da, db = (world_rays(view, view.features.xy_px) for view in (a, b))
+        return (da[i] - db[j]).norm(dim=1) <= band_px / min(a.camera.fx, b.camera.fx)
+    of_a, of_b = _half_planes(a, b)
+    return _meet(of_a.select(i), of_b.select(j), band_px, _slack(a, b, band_px))
+
+
+def epipolar_pairs(
+    a: View, b: View, band_px: float = EPIPOLAR_BAND_PX
+) -> tuple[Tensor, Tensor, Tensor]:
+    """All pairs of keypoints that `in_band` allows: numbers (k,) in a and in b, and the similarity of
+    their descriptors; none for cameras at one place.
+
+    With the keypoints of both sorted by the angle of their half-planes, those of a that can meet
+    one of _BLOCK successive keypoints of b are a run.
+    """
+    none = torch.zeros(0, dtype=torch.long)
+    if min(len(a.features), len(b.features)) == 0 or bool((a.c_world == b.c_world).all()):
+        return none, none, torch.zeros(0)
+    of_a, of_b = _half_planes(a, b)
+    count, order = len(a.features), of_b.angle.argsort()
+    # Twice around, so that no run is broken.
+    by_angle = of_a.angle.argsort().repeat(2)
+    of_a, of_b = of_a.select(by_angle), of_b.select(order)
+    of_a_rows, of_b_rows = a.features.descriptors[by_angle], b.features.descriptors[order]
+    # Pixels apart are at least the focal length times the sine of the angle from the half-plane.
+    focal_px = min(b.camera.fx, b.camera.fy)
+    reach = torch.asin((band_px / (focal_px * of_b.across)).clamp(max=MAX_TURN)) + 1e-5
+    around = torch.cat([of_a.angle[:count] + turn for turn in (-2 * math.pi, 0, 2 * math.pi)])
+    blocks = range(0, len(order), _BLOCK)
+    low = torch.stack([part.min() for part in (of_b.angle - reach).split(_BLOCK)])
+    high = torch.stack([part.max() for part in (of_b.angle + reach).split(_BLOCK)])
+    first = torch.searchsorted(around, low)
+    length = (torch.searchsorted(around, high, right=True) - first).clamp(max=count)
+    slack, parts = _slack(a, b, band_px), []
+    for start, begin, size in zip(blocks, (first % count).tolist(), length.tolist()):
+        block, run = slice(start, start + _BLOCK), slice(begin, begin + size)
+        allowed = _meet(of_a.select(run), of_b.select((block, None)), band_px, slack)
+        column, row = torch.nonzero(allowed, as_tuple=True)
+        similarity = (of_b_rows[block] @ of_a_rows[run].T)[column, row]
+        parts.append((by_angle[run][row], order[block][column], similarity))
+    return tuple(torch.cat(part) for part in zip(*parts))
 
 
 def guided_matches(a: View, b: View, band_px: float = EPIPOLAR_BAND_PX) -> Matches:
     """Mutual matches of two posed views inside the known epipolar band, with the ratio test inside
     the band.
     """
-    if min(len(a.features.xy_px), len(b.features.xy_px)) == 0:
-        return _no_matches()
-    rows = a.features.descriptors.split(_ROWS)
-    similarity = (
-        (part @ b.features.descriptors.T).masked_fill_(~allowed, -1.0)
-        for part, allowed in zip(rows, _mask_rows(a, b, band_px))
-    )
-    matches = _mutual(similarity, b.features.xy_px)
-    return matches.select(
-        (matches.similarity >= GUIDED_SIMILARITY) & (matches.ratio <= GUIDED_RATIO)
-    )
+    i, j, similarity = epipolar_pairs(a, b, band_px)
+    top_a = best_of(similarity, i, len(a.features))
+    best = (similarity == top_a[i]) & (similarity == best_of(similarity, j, len(b.features))[j])
+    best &= similarity >= GUIDED_SIMILARITY
+    matched = torch.full((len(a.features),), -1)
+    matched[i[best]] = j[best]
+    row = torch.nonzero(matched >= 0)[:, 0]
+    xy_px = b.features.xy_px
+    apart = (xy_px[j] - xy_px[matched[i]]).norm(dim=1) > SECOND_NEIGHBOR_PX
+    second = best_of(similarity[apart], i[apart], len(a.features))[row].clamp_min(-1)
+    ratio = _distance(top_a[row]) / _distance(second).clamp_min(1e-9)
+    return Matches(row, matched[row], top_a[row], ratio).select(ratio <= GUIDED_RATIO)
+
+
+def best_of(value: Tensor, key: Tensor, count: int) -> Tensor:
+    """The largest value (k,) of each key 0..count-1, (count,); -2 where there is none."""
+    return value.new_full((count,), -2.0).scatter_reduce_(0, key, value, "amax")
 
 
 def near_pairs(R_world_from_cam: Tensor, c_world: Tensor, limit: int) -> list[tuple[int, int]]:
     """Pairs (i < j) of posed images worth matching, at most about `limit` a image, from their poses
     alone.
 
-    Images that look more than 90 degrees apart are left out. Of an image's others, sorted by
-    distance, the nearer half of `limit` is taken whole and the rest spread evenly over the next 3 x
-    limit, so that a slow video still gives baselines.
+    Images that look more than 90 degrees apart, or from one place, are left out. Of an image's
+    others, sorted by distance, the nearer half of `limit` is taken whole and the rest spread evenly
+    over the next 3 x limit, so that a slow video still gives baselines.
     """
-    n = len(c_world)
-    distance = torch.cdist(c_world, c_world)
-    forward = R_world_from_cam[:, :, 2]
-    distance = distance.masked_fill(forward @ forward.T <= 0, torch.inf)
-    distance.fill_diagonal_(torch.inf)
     pairs = set()
-    for i in range(n):
-        order = [j for j in distance[i].argsort(stable=True).tolist() if distance[i, j] < torch.inf]
+    near, spread = limit // 2, limit - limit // 2
+    for i in range(len(c_world)):
+        away = (c_world - c_world[i]).norm(dim=1)
+        usable = (away > 0) & (R_world_from_cam[:, :, 2] @ R_world_from_cam[i, :, 2] > 0)
+        away, order = away.masked_fill(~usable, torch.inf).topk(
+            min(len(away), near + 3 * limit), largest=False
+        )
+        order = order[away < torch.inf].tolist()
         if len(order) > limit:
-            far = order[limit // 2 : limit // 2 + 3 * limit]
-            spread = torch.linspace(0, len(far) - 1, limit - limit // 2).round().long().tolist()
-            order = order[: limit // 2] + [far[k] for k in spread]
+            far = torch.linspace(near, len(order) - 1, spread).round().long().tolist()
+            order = order[:near] + [order[k] for k in far]
         pairs.update((min(i, j), max(i, j)) for j in order)
     return sorted(pairs)

@@ -20,6 +20,7 @@ MAX_POINTS = 6000
 MAX_VIEW_ANGLE_DEG = 60.0
 MAX_DEPTH_RATIO = 2.5
 GUIDED_RADII_PX = (12.0, 6.0, 4.0)
+GUIDED_STEPS = 6
 GUIDED_SIMILARITY = 0.75
 FOUND_PX = 2.0
 _DRIFT_PX = 8.0
@@ -172,30 +173,53 @@ class Refined:
     found: int
 
 
-def guided_refinement(points: PointMap, query: View, R: Tensor, c: Tensor) -> Refined | None:
-    """Match points to keypoints near their projections and solve, in ever smaller windows; None if
-    nothing is left.
+def guided_refinement(points: PointMap, query: View, R: Tensor, c: Tensor) -> list[Refined]:
+    """Match points to keypoints near their projections and solve, in ever smaller windows, for h
+    poses R (h, 3, 3), c (h, 3) at once; those to which nothing is left are left out.
     """
-    visible = visible_points(points, query, R, c)
-    if len(visible.position) == 0 or len(query.features.xy_px) == 0:
-        return None
     xy_norm = rays(query.camera, query.features.xy_px)[:, :2]
     focal = (query.camera.fx + query.camera.fy) / 2
-    xy, _ = project_query(query, R, c, visible.position)
-    near = near_candidates(visible, query, xy, GUIDED_RADII_PX[0] + _DRIFT_PX)
-    counts = (len(visible.position), len(query.features.xy_px))
+    nearby = [_nearby(points, query, *pose) for pose in zip(R, c)]
+    counts = [(len(visible.position), len(xy_norm)) for visible, _ in nearby]
     for radius in GUIDED_RADII_PX:
-        inside = near.select(_errors(query, R, c, visible, near) <= radius)
-        inside = _mutual_best(inside, *counts)
-        if len(inside.point) < 4:
-            return None
-        X, x = visible.position[inside.point], xy_norm[inside.keypoint]
-        refined = refine_pose(R, -R @ c, x, X, radius / focal, iterations=10)
+        inside = [
+            _mutual_best(near.select(_errors(query, *pose, visible, near) <= radius), *count)
+            for pose, (visible, near), count in zip(zip(R, c), nearby, counts)
+        ]
+        kept = [k for k, found in enumerate(inside) if len(found.point) >= 4]
+        if not kept:
+            return []
+        nearby, counts, inside = ([part[k] for k in kept] for part in (nearby, counts, inside))
+        x, X, used = (
+            torch.nn.utils.rnn.pad_sequence(part, batch_first=True)
+            for part in zip(
+                *(
+                    (xy_norm[found.keypoint], visible.position[found.point], found.point >= 0)
+                    for found, (visible, _) in zip(inside, nearby)
+                )
+            )
+        )
+        R, c = R[kept], c[kept]
+        t = -(R @ c[..., None])[..., 0]
+        refined = refine_pose(
+            R, t, x, X, radius / focal, weights=used, iterations=GUIDED_STEPS
+        )
         R = refined.R_cam_from_world
-        c = -R.T @ refined.t_cam
-    error = _errors(query, R, c, visible, near)
-    found = _mutual_best(near.select(error <= FOUND_PX), *counts)
-    return Refined(R, c, len(found.point))
+        c = -(R.transpose(1, 2) @ refined.t_cam[..., None])[..., 0]
+    found = []
+    for *pose, (visible, near), count in zip(R, c, nearby, counts):
+        close = near.select(_errors(query, *pose, visible, near) <= FOUND_PX)
+        found.append(Refined(*pose, len(_mutual_best(close, *count).point)))
+    return found
+
+
+def _nearby(
+    points: PointMap, query: View, R: Tensor, c: Tensor
+) -> tuple[PointMap, Candidates]:
+    """The points visible from a pose, and all pairs that its refinement may come to need."""
+    visible = visible_points(points, query, R, c)
+    xy, _ = project_query(query, R, c, visible.position)
+    return visible, near_candidates(visible, query, xy, GUIDED_RADII_PX[0] + _DRIFT_PX)
 
 
 def _errors(query: View, R: Tensor, c: Tensor, visible: PointMap, near: Candidates) -> Tensor:

@@ -15,10 +15,10 @@ from localization.absolute_pose import pose_deviation
 from localization.cameras import Camera
 from localization.expectation import Expectation
 from localization.fallback import Guess
-from localization.hypotheses import Hypotheses, shifted_hypotheses
-from localization.matching import View
+from localization.hypotheses import Hypotheses, pooled_hypotheses, shifted_hypotheses
+from localization.matching import View, mutual_matches
 from localization.refinement import PointMap, Refined, guided_refinement, point_map
-from localization.scoring import Evidence, epipolar_scores
+from localization.scoring import Evidence, epipolar_scores, gather_evidence
 from localization.tracks import Polished, polish
 from localization.triangulation import Points, triangulate_views
 
@@ -28,12 +28,17 @@ REFINED, POLISHED = 8, 4
 # A hypothesis that scores less than this share of the best is not refined; one computed from others
 # is rougher.
 PROMISING, SHIFTED_PROMISING = 0.4, 0.25
+# A mode that explains less than this share of the best after refinement is not polished.
+RIVAL = 0.5
 # Hypotheses nearer than this share of the typical distance of the points, or this angle, are one.
 SAME_MODE, SAME_MODE_DEG = 0.03, 2.0
 # Answers nearer than this share of the typical distance and this angle are of one place.
 SAME_PLACE, SAME_PLACE_DEG = 0.1, 10.0
-# An answer this confident needs no further search.
-ENOUGH = 0.7
+# An answer this confident needs no further search; it serves as an index view for others.
+SURE = 0.5
+# Index images, the most alike, that a query is matched with first: the rest only where that left
+# doubt.
+QUICK_IMAGES = 12
 # Inliers at which chance is out by 63 %.
 TYPICAL_INLIERS = 30
 
@@ -103,6 +108,8 @@ class Answer:
 class Search:
     """What was found so far of where a query is: refined hypotheses, and the polished poses of the
     best modes.
+
+    order: the index views that count; map: their points.
     """
 
     query: View
@@ -112,6 +119,12 @@ class Search:
     refined: list[Refined] = field(default_factory=list)
     polished: list[Polished] = field(default_factory=list)
     tried: set[int] = field(default_factory=set)
+    map: PointMap = field(init=False)
+
+    def __post_init__(self) -> None:
+        used = torch.zeros(len(self.index.views), dtype=torch.bool)
+        used[self.order] = True
+        self.map = self.index.map.select(used[self.index.map.view])
 
     def add(self, more: Hypotheses, most: int, modes: int, promising: float = PROMISING) -> None:
         """Refine the new among the promising of more hypotheses, at most so many; polish the best
@@ -119,20 +132,25 @@ class Search:
         """
         scores, known = self._scores(more), poses_of(self.refined)
         best = max([float(v.max()) for v in (scores, self._scores(known)) if len(v)], default=0.0)
+        new = []
         for i in _distinct(more, scores, self.index.same_m, most):
             R, c = more.R_cam_from_world[i], more.c_world[i]
             if float(scores[i]) >= promising * best and not bool(
                 _near(known, R, c, self.index.same_m).any()
             ):
-                self.refined += filter(None, [guided_refinement(self.index.map, self.query, R, c)])
+                new.append(i)
+        new = more.select(new)
+        if len(new):
+            self.refined += guided_refinement(self.map, self.query, new.R_cam_from_world, new.c_world)
         poses = poses_of(self.refined)
-        for i in _distinct(poses, self._scores(poses), self.index.same_m, modes):
+        scores = self._scores(poses)
+        for i in _distinct(poses, scores, self.index.same_m, modes):
             near = _near(poses, poses.R_cam_from_world[i], poses.c_world[i], self.index.same_m)
             start = max(torch.nonzero(near)[:, 0].tolist(), key=lambda j: self.refined[j].found)
-            if start not in self.tried:
+            if start not in self.tried and float(scores[i]) >= RIVAL * float(scores.max()):
                 self.tried.add(start)
                 R, c = poses.R_cam_from_world[start], poses.c_world[start]
-                of = (self.query, self.index.views, self.order, self.index.map, self.evidence)
+                of = (self.query, self.index.views, self.order, self.map, self.evidence)
                 self.polished += filter(None, [polish(*of, R, c)])
 
     def shifted(self) -> Hypotheses:
@@ -152,14 +170,15 @@ class Search:
         """
         if not self.polished:
             return None
-        poses = poses_of(self.polished)
+        # What was refined only may not be the answer, but is a rival.
+        poses = poses_of([*self.polished, *self.refined])
         explained = epipolar_scores(
             self.evidence, poses.R_cam_from_world, poses.c_world, polished=True
         )
         of_poses = zip(poses.R_cam_from_world, poses.c_world, explained.tolist())
         fulfilled = [self.index.expected.fulfilled(self.query, *of_pose) for of_pose in of_poses]
         scores = explained * torch.tensor(fulfilled)
-        best = int(scores.argmax())
+        best = int(scores[: len(self.polished)].argmax())
         here = _near(
             poses,
             poses.R_cam_from_world[best],
@@ -168,8 +187,8 @@ class Search:
             SAME_PLACE_DEG,
         )
         rival = float(scores.masked_fill(here, 0).max())
-        most = max(torch.nonzero(here)[:, 0].tolist(), key=lambda i: self.polished[i].tracks)
-        pose = self.polished[most]
+        here = torch.nonzero(here[: len(self.polished)])[:, 0].tolist()
+        pose = self.polished[max(here, key=lambda i: self.polished[i].tracks)]
         confidence = _confidence(float(scores[best]), rival, pose.tracks) * fulfilled[best]
         sigmas = (float(v) for v in pose_deviation(pose.covariance))
         estimate = Estimate(
@@ -179,6 +198,22 @@ class Search:
 
     def _scores(self, poses: Hypotheses) -> Tensor:
         return epipolar_scores(self.evidence, poses.R_cam_from_world, poses.c_world)
+
+
+def matched(query: View, index: Index, order: list[int]) -> Evidence:
+    """The evidence of a query's matches with the index views in `order`."""
+    matches = {i: mutual_matches(query.features, index.views[i].features) for i in order}
+    return gather_evidence(query, index.views, index.points, matches)
+
+
+def quick_search(
+    query: View, index: Index, order: list[int], generator: torch.Generator
+) -> tuple[Search, Answer | None]:
+    """The first search for a query among some index views, which mostly is enough, and its answer."""
+    evidence = matched(query, index, order)
+    search = Search(query, index, order, evidence)
+    search.add(pooled_hypotheses(evidence, generator), QUICK_REFINED, QUICK_POLISHED)
+    return search, search.best()
 
 
 def poses_of(found: Sequence[Refined | Polished]) -> Hypotheses:

@@ -11,13 +11,10 @@ from dataclasses import dataclass, replace
 import torch
 
 from localization.absolute_pose import angle_deg
-from localization.hypotheses import pooled_hypotheses
-from localization.matching import View, mutual_matches
+from localization.matching import View
 from localization.refinement import point_map
-from localization.scoring import gather_evidence
-from localization.search import QUICK_POLISHED, QUICK_REFINED, SAME_MODE_DEG, Index, Search
+from localization.search import QUICK_IMAGES, SAME_MODE_DEG, Index, quick_search
 from localization.threads import in_threads
-from localization.triangulation import PARTNERS
 
 # Index images tested, and the keypoints of each that are matched: it must cost little.
 TESTED, KEYPOINTS = 3, 500
@@ -83,16 +80,8 @@ def _located(index: Index, number: int, seed: int) -> tuple[float, float, float,
     index = replace(index, points=points, map=point_map(index.views, points))
     step = max(1, len(view.features) // KEYPOINTS)
     query = View(view.features.select(slice(None, None, step)), view.camera)
-    order = others[:PARTNERS]
-    matches = {i: mutual_matches(query.features, index.views[i].features) for i in order}
-    evidence = gather_evidence(query, index.views, index.points, matches)
-    search = Search(query, index, order, evidence)
-    search.add(
-        pooled_hypotheses(evidence, torch.Generator().manual_seed(seed)),
-        QUICK_REFINED,
-        QUICK_POLISHED,
-    )
-    answer = search.best()
+    generator = torch.Generator().manual_seed(seed)
+    _, answer = quick_search(query, index, others[:QUICK_IMAGES], generator)
     if answer is None:
         return (math.inf,) * 4
     estimate = answer.estimate

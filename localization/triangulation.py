@@ -34,18 +34,23 @@ class Cameras:
     focal: Tensor
     center: Tensor
 
-    def select(self, index: Tensor) -> "Cameras":
-        """The cameras that an index tensor (any shape) picks."""
+    def select(self, index: Tensor | tuple) -> "Cameras":
+        """The cameras that an index picks."""
         return Cameras(
             *(v[index] for v in (self.R_cam_from_world, self.c_world, self.focal, self.center))
         )
+
+
+def rotate(R: Tensor, v: Tensor) -> Tensor:
+    """R v of many small matrices (..., 3, 3) and vectors (..., 3): faster than as products."""
+    return R[..., 0] * v[..., :1] + R[..., 1] * v[..., 1:2] + R[..., 2] * v[..., 2:]
 
 
 def project_points(cameras: Cameras, points: Tensor) -> tuple[Tensor, Tensor]:
     """Pixels (..., 2) and depths (...) of points (..., 3) in cameras of broadcastable leading
     shape.
     """
-    local = (cameras.R_cam_from_world @ (points - cameras.c_world)[..., None]).squeeze(-1)
+    local = rotate(cameras.R_cam_from_world, points - cameras.c_world)
     depth = local[..., 2]
     safe = torch.where(depth.abs() < 1e-9, torch.full_like(depth, 1e-9), depth)
     return local[..., :2] / safe[..., None] * cameras.focal + cameras.center, depth
@@ -93,7 +98,7 @@ def _normal_equations(
     """J^T W J (n, 3, 3), barely damped, and J^T W r (n, 3) of the reprojection residuals of points
     (n, 3).
     """
-    local = (cameras.R_cam_from_world @ (points[:, None] - cameras.c_world)[..., None]).squeeze(-1)
+    local = rotate(cameras.R_cam_from_world, points[:, None] - cameras.c_world)
     depth = local[..., 2:].clamp_min(1e-6)
     residual = local[..., :2] / depth * cameras.focal + cameras.center - xy_px
     slope = cameras.focal / depth
@@ -137,8 +142,8 @@ def consensus_points(
 ) -> Points:
     """One point for each of n keypoints of the anchor image from their matches in V other images.
 
-    anchor: one camera (leading shape (1,)); anchor_xy_px (n, 2); others (V,); xy_px (n, V, 2) the
-    matched positions where seen (n, V); numbers (V,) of these images. A depth proposed by one match
+    anchor: one camera (leading shape (1,)); anchor_xy_px (n, 2); others (n, V); xy_px (n, V, 2) the
+    matched positions where seen (n, V); numbers (n, V) of these images. A depth proposed by one match
     (angle >= 1 degree, in front) is borne out by every match it reprojects onto within 3 px; the
     depth with most support, then with the widest angle, wins. Kept are points in front of every
     agreeing camera, within 4 px in each and in the anchor, seen under at least 1 degree.
@@ -149,13 +154,14 @@ def consensus_points(
     proposed = seen & (angle >= MIN_ANGLE_DEG) & (depth > 0)
     candidate = anchor.c_world + depth.clamp_min(0)[..., None] * ray[:, None]
 
-    supports = agreeing(others, candidate[:, :, None], xy_px[:, None], CONSENSUS_PX) & seen[:, None]
+    supports = agreeing(others.select((slice(None), None)), candidate[:, :, None], xy_px[:, None], CONSENSUS_PX) & seen[:, None]
     support = supports.sum(-1) + angle / 1000
     best = torch.where(proposed, support, torch.full_like(support, -1.0)).argmax(dim=1)
     rows = torch.arange(len(ray))
     borne_out = supports[rows, best]
 
-    cameras = Cameras(*(torch.cat(v) for v in zip(vars(anchor).values(), vars(others).values())))
+    first = anchor.select(torch.zeros(len(ray), 1, dtype=torch.long))
+    cameras = Cameras(*(torch.cat(v, 1) for v in zip(vars(first).values(), vars(others).values())))
     all_xy = torch.cat([anchor_xy_px[:, None].to(xy_px.dtype), xy_px], dim=1)
     used = torch.cat([torch.ones_like(borne_out[:, :1]), borne_out], dim=1)
     position, covariance = refine_points(cameras, all_xy, used, candidate[rows, best])
@@ -173,7 +179,7 @@ def unit_rays(cameras: Cameras, xy_px: Tensor) -> Tensor:
     """
     xy = (xy_px.to(torch.float64) - cameras.center) / cameras.focal
     ray = torch.cat([xy, torch.ones_like(xy[..., :1])], dim=-1)
-    ray = (cameras.R_cam_from_world.transpose(-1, -2) @ ray[..., None]).squeeze(-1)
+    ray = rotate(cameras.R_cam_from_world.transpose(-1, -2), ray)
     return ray / ray.norm(dim=-1, keepdim=True)
 
 
@@ -224,15 +230,41 @@ def triangulate_views(
 def _points_of_view(views: list[View], cameras: Cameras, i: int, matched: dict) -> Points:
     """The points of view i; matched: other view's number -> (keypoints of i, keypoints of the
     other).
+
+    Keypoints with equally many matches, roughly, are worked on together: the work grows with the
+    square, and most have few.
     """
-    xy = views[i].features.xy_px.to(torch.float64)
-    others = sorted(matched)
-    xy_other = xy.new_zeros(len(xy), max(1, len(others)), 2)
-    seen = torch.zeros(xy_other.shape[:2], dtype=torch.bool)
-    for column, j in enumerate(others):
-        own, other = matched[j]
-        xy_other[own, column] = views[j].features.xy_px[other].to(torch.float64)
-        seen[own, column] = True
-    index = torch.tensor(others or [i])
-    this = torch.tensor([i])
-    return consensus_points(cameras.select(this), xy, cameras.select(index), xy_other, seen, index)
+    count = len(views[i].features)
+    points = Points(
+        torch.zeros(count, 3, dtype=torch.float64),
+        torch.zeros(count, dtype=torch.bool),
+        torch.full((count, max(1, len(matched))), -1),
+    )
+    if not matched:
+        return points
+    keypoint = torch.cat([own for own, _ in matched.values()])
+    number = torch.cat([torch.full_like(own, j) for j, (own, _) in matched.items()])
+    xy_px = torch.cat([views[j].features.xy_px[other] for j, (_, other) in matched.items()]).double()
+    order = keypoint.argsort(stable=True)
+    keypoint, number, xy_px = keypoint[order], number[order], xy_px[order]
+    matches = torch.bincount(keypoint, minlength=count)
+    slot = torch.arange(len(keypoint)) - (matches.cumsum(0) - matches)[keypoint]
+    least, most = 0, 2
+    while least < int(matches.max()):
+        rows = torch.nonzero((matches > least) & (matches <= most))[:, 0]
+        place = torch.full((count,), -1)
+        place[rows] = torch.arange(len(rows))
+        here = place[keypoint] >= 0
+        at = place[keypoint[here]], slot[here]
+        seen = torch.zeros(len(rows), most, dtype=torch.bool)
+        xy, numbers = torch.zeros(len(rows), most, 2, dtype=torch.float64), torch.full(seen.shape, i)
+        seen[at], xy[at], numbers[at] = True, xy_px[here], number[here]
+        own = views[i].features.xy_px[rows].double()
+        found = consensus_points(
+            cameras.select(torch.tensor([i])), own, cameras.select(numbers), xy, seen, numbers
+        )
+        points.position[rows], points.valid[rows] = found.position, found.valid
+        width = min(most, points.seen_in.shape[1])
+        points.seen_in[rows, :width] = found.seen_in[:, :width]
+        least, most = most, 2 * most
+    return points

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from localization.cameras import Convention, poses_from_file, project
-from localization.matching import Matches, View, epipolar_mask, mutual_matches
+from localization.matching import Matches, View, in_band, mutual_matches
 from localization.triangulation import triangulate_views
 from model import InputError
 from reporting.canvas import Block, save
@@ -191,8 +191,7 @@ def _fitting_matches(query: View, view: View) -> tuple[Matches, torch.Tensor]:
     """The distinct matches of two posed views, and which of them (m,) the poses allow."""
     matches = mutual_matches(query.features, view.features)
     matches = matches.select(matches.ratio < SHOWN_RATIO)
-    allowed = epipolar_mask(_only(query, matches.a), _only(view, matches.b))
-    return matches, allowed.diagonal()
+    return matches, in_band(query, view, matches.a, matches.b)
 
 
 def _only(view: View, keypoints: torch.Tensor | slice) -> View:

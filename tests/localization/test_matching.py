@@ -9,9 +9,10 @@ from localization.cameras import Camera, rays
 from localization.features import Features
 from localization.matching import (
     View,
-    epipolar_mask,
+    epipolar_pairs,
     essential_matrix,
     guided_matches,
+    in_band,
     mutual_matches,
     near_pairs,
 )
@@ -79,24 +80,51 @@ def test_essential_matrix_is_pycolmaps(random_world, random_poses):
     torch.testing.assert_close(ours / ours.norm(), theirs)
 
 
-def test_epipolar_mask_keeps_true_pairs_and_few_others(random_world, random_poses):
+def every_pair(a: View, b: View) -> tuple[torch.Tensor, torch.Tensor]:
+    i, j = torch.cartesian_prod(*(torch.arange(len(v.features)) for v in (a, b))).T
+    return i, j
+
+
+def allowed(a: View, b: View) -> torch.Tensor:
+    """`in_band` of every pair (n_a, n_b)."""
+    return in_band(a, b, *every_pair(a, b)).reshape(len(a.features), len(b.features))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_epipolar_pairs_are_all_in_the_band(random_world, random_poses, look_at, seed):
+    """Wherever the epipole is: beside the image, in it (the camera goes ahead), on a keypoint."""
+    world = random_world(seed)
+    (R, c), pose = random_poses(2, 5 + seed)
+    ahead = [pose, (R, c + 0.4 * R[:, 2]), (R, c + 0.5 * R[:, 0]), (R, c - 0.2 * R[:, 2])][seed]
+    a, b = world.view(R, c), world.view(*ahead)
+    if seed == 1:
+        b.features.xy_px[0] = torch.tensor([b.camera.cx, b.camera.cy])
+    i, j, similarity = epipolar_pairs(a, b)
+    expected = allowed(a, b)
+    assert len(set(zip(i.tolist(), j.tolist()))) == len(i) == int(expected.sum()) > 100
+    assert expected[i, j].all()
+    products = a.features.descriptors @ b.features.descriptors.T
+    torch.testing.assert_close(similarity, products[i, j])
+
+
+def test_in_band_keeps_true_pairs_and_few_others(random_world, random_poses):
     world = random_world(4)
     a, b = (world.view(*pose, clutter=0) for pose in random_poses(2, 5))
-    mask = epipolar_mask(a, b)
+    mask = allowed(a, b)
     common = [(i, int((b.seen == p).nonzero()[0])) for i, p in enumerate(a.seen) if p in b.seen]
     assert all(mask[i, j] for i, j in common)
     assert mask.double().mean() < 0.05
-    torch.testing.assert_close(epipolar_mask(b, a), mask.T)
+    torch.testing.assert_close(allowed(b, a), mask.T)
 
 
-def test_epipolar_mask_refuses_points_behind(look_at):
+def test_in_band_refuses_points_behind(look_at):
     """Two parallel cameras a meter apart: a pixel must move against the baseline, by any positive disparity."""
     R = look_at(torch.zeros(3).double(), torch.tensor([0.0, 5.0, 0.0]).double())
     camera_xy = [[320.0, 240.0], [420.0, 240.0]]
     camera = Camera(320, 320, 320, 240, 640, 480)
     a = View(features_at([[370.0, 240.0]], torch.eye(128)[:1]), camera, R, torch.zeros(3).double())
     b = View(features_at(camera_xy, torch.eye(128)[:2]), camera, R, torch.tensor([1.0, 0, 0]).double())
-    assert epipolar_mask(a, b).tolist() == [[True, False]]
+    assert allowed(a, b).tolist() == [[True, False]]
 
 
 def test_guided_matches_see_through_repetition(corridor, look_at):
@@ -112,11 +140,14 @@ def test_guided_matches_see_through_repetition(corridor, look_at):
 
 
 def test_guided_matches_of_one_place(random_world, random_poses):
-    """No baseline at all: nothing can be triangulated, nothing breaks."""
+    """No baseline at all: nothing can be triangulated, nothing breaks; in the band are parallel rays."""
     world = random_world(6)
     (R, c), (R2, _) = random_poses(2, 7)
-    a, b = world.view(R, c), world.view(R2, c)
-    assert torch.isfinite(guided_matches(a, b).ratio).all()
+    a, b = world.view(R, c, clutter=0), world.view(R2, c, clutter=0)
+    assert len(guided_matches(a, b)) == 0
+    common = [(i, int((b.seen == p).nonzero()[0])) for i, p in enumerate(a.seen) if p in b.seen]
+    mask = allowed(a, b)
+    assert all(mask[i, j] for i, j in common) and mask.double().mean() < 0.01
 
 
 def test_near_pairs(look_at):

@@ -85,7 +85,7 @@ def test_consensus_outvotes_wrong_matches(random_world, random_poses):
     wrong = torch.rand(seen.shape, generator=generator) < 0.4
     xy[wrong] = torch.rand(int(wrong.sum()), 2, generator=generator, dtype=torch.float64) * 480
     anchor = ~wrong[:, 0] & seen[:, 0]
-    first, others = torch.tensor([0]), torch.arange(1, 8)
+    first, others = torch.tensor([0]), torch.arange(1, 8).expand(200, -1)
     points = consensus_points(cameras.select(first), xy[:, 0], cameras.select(others), xy[:, 1:], seen[:, 1:], others)
     good = points.valid & anchor
     assert good.sum() > 0.8 * anchor.sum()
@@ -102,7 +102,7 @@ def test_points_behind_and_without_parallax_are_refused(random_world, look_at):
     R = look_at(torch.zeros(3).double(), torch.tensor([0.0, 7.0, 0.0]).double())
     near = [(R, torch.tensor([0.001 * i, 0.0, 0.0]).double()) for i in range(4)]
     cameras, xy, seen = observed(world, near, 0.0)
-    one, rest = torch.tensor([0]), torch.tensor([1, 2, 3])
+    one, rest = torch.tensor([0]), torch.tensor([1, 2, 3]).expand(50, -1)
     none = consensus_points(cameras.select(one), xy[:, 0], cameras.select(rest), xy[:, 1:], seen[:, 1:], rest)
     assert not none.valid.any()  # 3 mm of baseline at 7 m is far under a degree
     wide = [(R, torch.tensor([0.5 * i, 0.0, 0.0]).double()) for i in range(4)]
