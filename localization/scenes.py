@@ -16,6 +16,7 @@ from localization.calibration import Calibration, calibrate
 from localization.cameras import Camera, Convention, poses_from_file
 from localization.localize import Estimate, localize, share_world
 from localization.matching import View
+from localization.search import Index
 from localization.self_test import SelfTest
 from localization.threads import in_threads
 
@@ -98,12 +99,14 @@ def localize_scenes(
     seed: int,
     progress: Callable[[str, int, int], None],
     tested: Callable[[list[str], SelfTest], None],
+    built: Callable[[list[int], Index], None] | None = None,
     trust: dict[str, float] | None = None,
 ) -> dict[int, Estimate]:
     """An estimate for each query row that has an index image in its world; see `localize`.
 
-    tested is called with the scenes of each world and the outcome of its map's test of itself; trust:
-    what answers in a scene are worth at most, where that is less than 1.
+    tested is called with the scenes of each world and the outcome of its map's test of itself, built
+    with its index rows and what was built of them; trust: what answers in a scene are worth at most,
+    where that is less than 1.
 
     descriptors (n, d): one a frame; their dot products say how alike images are.
     """
@@ -121,6 +124,7 @@ def localize_scenes(
             ranking,
             seed=seed,
             tested=partial(tested, world),
+            built=built and partial(built, index_rows),
             trust=min((trust or {}).get(scene, 1.0) for scene in world),
             progress=lambda name, done, of, world=world: progress(
                 f"{' '.join(world)}: {name}", done, of
