@@ -86,6 +86,11 @@ class IndoorDataset(Dataset):
         image = self.transform(image) if self.transform else image
         return image, torch.tensor(self.poses[i], dtype=torch.float32), str(path), scene, frame
 
+    def lens_of(self, row: int) -> Camera | None:
+        """The camera of a frame whose scene tells several."""
+        path, scene, _ = self.frames[row]
+        return self.files[scene].lenses.get(path) if scene in self.files else None
+
     def keep(self, rows: list[int], *parts: list[int]) -> list[list[int]]:
         """Reduce the data set to these rows; -> the new rows of each of `parts`, as far as they are kept."""
         self.frames, self.poses = [self.frames[row] for row in rows], self.poses[rows]
@@ -271,7 +276,8 @@ def find_poses(
             cameras = {scene: given or files.camera for scene, files in frames.files.items()}
             said = parse_convention(args.convention) if args.convention else None
             conventions = {scene: said or files.convention for scene, files in frames.files.items()}
-            calibrations = calibrate_scenes(views, scene_of, frames.poses, index, cameras, conventions)
+            lenses = [None if given else frames.lens_of(row) for row in range(len(frames))]
+            calibrations = calibrate_scenes(views, scene_of, frames.poses, index, cameras, conventions, lenses)
             # Rows read in another order can leave images at an end without one.
             index[:] = [row for row in index if np.isfinite(frames.poses[row]).all()]
             for row in queries if args.query_intrinsics else []:
@@ -279,7 +285,8 @@ def find_poses(
                 views[row].camera = Camera(*args.query_intrinsics, own.width, own.height)
                 views[row].lens_is_sure = True
             for scene, calibration in calibrations.items():
-                print(f"Camera of {scene}: {calibration.describe()}")
+                several = len(set(frames.files[scene].lenses.values()))
+                print(f"Camera of {scene}: {calibration.describe()}" + (f", of {several} cameras" if several else ""))
                 for sentence in calibration.warnings:
                     warn(f"{scene}: {sentence}.")
         with phase("poses", seconds):

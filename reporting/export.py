@@ -178,7 +178,9 @@ def _colmap(
     views |= {
         row: placed(frames, row, answer) for row, answer in found if frames.scenes[row] == scene
     }
-    cameras = {camera: n for n, camera in enumerate(dict.fromkeys(v.camera for v in views.values()), 1)}
+    cameras = {
+        camera: n for n, camera in enumerate(dict.fromkeys(v.camera for v in views.values()), 1)
+    }
     camera_lines = [f"{n} {_camera(camera)}\n" for camera, n in cameras.items()]
 
     structure = structure.within(index)
@@ -199,7 +201,8 @@ def _colmap(
         image_lines.append(f"{number} {_from_world(view)} {cameras[view.camera]} {image}\n")
         corners = (xy + 0.5).tolist()
         image_lines.append(
-            " ".join(f"{x:.3f} {y:.3f} {p + 1}" for (x, y), p in zip(corners, point.tolist())) + "\n"
+            " ".join(f"{x:.3f} {y:.3f} {p + 1}" for (x, y), p in zip(corners, point.tolist()))
+            + "\n"
         )
     point_lines = [
         f"{n} {_words(position)} {' '.join(map(str, color))} {np.mean(error):.4f} {' '.join(track)}\n"

@@ -31,8 +31,8 @@ ENTRY = (
     ("", ""),
 )
 KEYS = ("path", "best_match", "embed_dist", "error_m", "error_deg")  # of an entry
-TSV_HEADER = "\t".join(
-    "path tx ty tz q1 q2 q3 q4 method inliers sigma_m sigma_deg confidence found".split()
+TSV_HEADER = (
+    "path\ttx\tty\ttz\tq1\tq2\tq3\tq4\tmethod\tinliers\tsigma_m\tsigma_deg\tconfidence\tfound"
 )
 
 
