@@ -33,8 +33,10 @@ from localization.localize import Estimate, View
 from localization.pose_files import SceneFiles, read_scene
 from localization.scenes import calibrate_scenes, localize_scenes
 from localization.self_test import SelfTest
+from localization.structure import Structure, structure_of
 from model import WARNINGS, InputError, choose_device, load_checkpoint, progress, refuse, warn
 from reporting import check, handin, report
+from reporting.export import check_exports, write_exports
 from reporting.pose_file import ASSIGNED_SCENES, pose_text, poses_tsv, summarize
 from reporting.poses import PosedFrames, write_pose_pictures
 from reporting.screen import always_printed, on_screen, phase, versions
@@ -83,6 +85,11 @@ class IndoorDataset(Dataset):
         image = load_image(path)
         image = self.transform(image) if self.transform else image
         return image, torch.tensor(self.poses[i], dtype=torch.float32), str(path), scene, frame
+
+    def lens_of(self, row: int) -> Camera | None:
+        """The camera of a frame whose scene tells several."""
+        path, scene, _ = self.frames[row]
+        return self.files[scene].lenses.get(path) if scene in self.files else None
 
     def keep(self, rows: list[int], *parts: list[int]) -> list[list[int]]:
         """Reduce the data set to these rows; -> the new rows of each of `parts`, as far as they are kept."""
@@ -194,6 +201,7 @@ def tell_poses(rows: list[dict], conventions: dict[str, Convention], file: Path)
             f"  {' '.join(f'{v:.6f}' for v in row['pose'])}  ({conventions[row['scene']].describe()})\n"
             f"  method {row['method']}, {row['inliers']} inliers, standard deviations {row['sigma_m']:.4f} m "
             f"{row['sigma_deg']:.3f} deg, confidence {row['confidence']:.2f}"
+            + ("" if row["found"] else ": not found, less than --min-confidence")
             + (f"\n  taken with a lens of its own: {row['lens']}" if row["lens"] else "")
         )
     handin.write_text(file, poses_tsv(rows))
@@ -218,6 +226,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     option("--query-intrinsics", nargs=4, type=float, metavar=("FX", "FY", "CX", "CY"), help="of the queries alone (default: the scene's, or found out)")
     option("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"], help="default: auto")
     option("--query", type=Path, nargs="+", metavar="IMAGE", help="find the poses of these images instead, from all frames of the scenes")
+    option(
+        "--export", nargs=2, action="append", default=[], metavar=("FORMAT", "PATH"),
+        help="also write the map and the poses as a COLMAP model into the new folder PATH (colmap), or the poses into the new file PATH (tum, hloc); may be repeated",
+    )  # fmt: skip
+    option("--min-confidence", type=float, default=0.0, metavar="C", help="queries less sure than this, 0 to 1, count as not found (default: 0)")
     option("--quiet", action="store_true", help="print results and warnings only")
     option("--no-cache", action="store_true", help="neither read nor write .cache/")
     return parser.parse_args(argv)
@@ -233,15 +246,17 @@ def check_options(args: argparse.Namespace) -> None:
         if lens and not (np.isfinite(lens).all() and min(lens[:2]) > 0):
             said = " ".join(f"{value:g}" for value in lens)
             raise InputError(f"{option} {said}: give finite numbers, the focal lengths positive.")
+    if not 0 <= args.min_confidence <= 1:
+        raise InputError(f"--min-confidence {args.min_confidence:g}: give a number from 0 to 1.")
     handin.check_output(args.output)
 
 
 def find_poses(
     frames: IndoorDataset, queries: list[int], index: list[int], descriptors: np.ndarray, args: argparse.Namespace,
     seconds: dict[str, float],
-) -> tuple[list[View], dict[str, Calibration], dict[int, Estimate], dict[str, SelfTest]]:  # fmt: skip
-    """The views of all frames, each scene's calibration, an estimate for each query that has an index, and how the
-    maps tested themselves."""
+) -> tuple[list[View], dict[str, Calibration], dict[int, Estimate], dict[str, SelfTest], Structure]:  # fmt: skip
+    """The views of all frames, each scene's calibration, an estimate for each query that has an index, how the maps
+    tested themselves, and their points."""
     # Many small tensors from here on: one thread an operation is faster than two that wait.
     torch.set_num_threads(1)
     paths, scene_of, _ = zip(*frames.frames)
@@ -261,7 +276,8 @@ def find_poses(
             cameras = {scene: given or files.camera for scene, files in frames.files.items()}
             said = parse_convention(args.convention) if args.convention else None
             conventions = {scene: said or files.convention for scene, files in frames.files.items()}
-            calibrations = calibrate_scenes(views, scene_of, frames.poses, index, cameras, conventions)
+            lenses = [None if given else frames.lens_of(row) for row in range(len(frames))]
+            calibrations = calibrate_scenes(views, scene_of, frames.poses, index, cameras, conventions, lenses)
             # Rows read in another order can leave images at an end without one.
             index[:] = [row for row in index if np.isfinite(frames.poses[row]).all()]
             for row in queries if args.query_intrinsics else []:
@@ -269,22 +285,26 @@ def find_poses(
                 views[row].camera = Camera(*args.query_intrinsics, own.width, own.height)
                 views[row].lens_is_sure = True
             for scene, calibration in calibrations.items():
-                print(f"Camera of {scene}: {calibration.describe()}")
+                several = len(set(frames.files[scene].lenses.values()))
+                print(f"Camera of {scene}: {calibration.describe()}" + (f", of {several} cameras" if several else ""))
                 for sentence in calibration.warnings:
                     warn(f"{scene}: {sentence}.")
         with phase("poses", seconds):
             tests: dict[str, SelfTest] = {}
+            maps = []
             estimates = localize_scenes(
                 views, scene_of, queries, index, descriptors, top_k=args.top_k, seed=args.seed, progress=show,
                 tested=lambda world, outcome: tests.update({" ".join(world): outcome}),
+                built=lambda rows, built: maps.append((rows, built.views, built.points)),
                 trust={scene: UNTRUSTED for scene, c in calibrations.items() if not c.trusted},
             )  # fmt: skip
             for world, outcome in tests.items():
                 print(f"Map of {world}: {outcome.describe()}.")
     for row, estimate in estimates.items():
         if estimate.camera:
+            views[row].camera = estimate.camera
             print(f"{paths[row].name} was taken with another lens: f {estimate.camera.fx:.1f} px.")
-    return views, calibrations, estimates, tests
+    return views, calibrations, estimates, tests, structure_of(maps)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -305,6 +325,7 @@ def run(args: argparse.Namespace) -> None:
         queries, index = split_frames(frames.poses, args.seed)
     print(f"{len(frames)} frames of {' '.join(frames.scenes)}: {len(queries)} queries, {len(index)} index images.")
 
+    check_exports(args.export, frames.scenes, [path for path, _, _ in frames.frames])
     handin.claim_output(args.output)
     with phase("descriptors", seconds):
         paths = [path for path, _, _ in frames.frames]
@@ -318,7 +339,7 @@ def run(args: argparse.Namespace) -> None:
         raise InputError(f"no index image of {' '.join(frames.scenes)} can be read: replace them.")
     if args.query:
         frames.place_queries(queries, index, descriptors)
-    views, calibrations, estimates, tests = find_poses(frames, queries, index, descriptors, args, seconds)
+    views, calibrations, estimates, tests, structure = find_poses(frames, queries, index, descriptors, args, seconds)
 
     conventions = {scene: c.convention for scene, c in calibrations.items()}
     similarity, best = search(descriptors[queries], descriptors[index], 1)
@@ -326,9 +347,14 @@ def run(args: argparse.Namespace) -> None:
         answer(frames, query, index[b], float(s), estimates.get(query), conventions)
         for query, b, s in zip(queries, best[:, 0], similarity[:, 0])
     ]
+    for row in rows:
+        row["found"] = row["confidence"] >= args.min_confidence
+    paths, scenes, _ = zip(*frames.frames)
+    posed = PosedFrames(paths, scenes, frames.poses, views, queries, index, conventions)
     if args.query:
         with always_printed():
             tell_poses(rows, conventions, args.output / "query_poses.tsv")
+            export(args, posed, rows, structure, camera_dir)
         return
     handin.write_text(args.output / "result_pose_eval.txt", pose_text(rows, len(index)))
     handin.write_text(args.output / "estimated_poses.tsv", poses_tsv(rows))
@@ -338,13 +364,13 @@ def run(args: argparse.Namespace) -> None:
     for method in sorted({row["method"] for row in rows}):
         part = ours[[row["method"] == method for row in rows]]
         methods[method] = {"count": len(part), **{k: v for k, v in summarize(part).items() if k.startswith("median")}}
+    export(args, posed, rows, structure, camera_dir)
     with phase("pictures", seconds):
-        paths, scenes, _ = zip(*frames.frames)
-        posed = PosedFrames(paths, scenes, frames.poses, views, queries, index, conventions)
         pictures = write_pose_pictures(args.output, posed, rows)
     section = {
         "data": {"name": "built-in sample" if is_sample else str(camera_dir), "root": str(camera_dir), "is_sample": is_sample},
         "seed": args.seed, "scenes": frames.scenes, "queries": len(queries), "index": len(index),
+        "not_found": sum(not row["found"] for row in rows),
         **summarize(ours), "retrieval": summarize(retrieval), "methods": methods,
         "cameras": {scene: c.as_dict() for scene, c in calibrations.items()},
         "self_test": {world: vars(outcome) for world, outcome in tests.items()},
@@ -358,6 +384,12 @@ def run(args: argparse.Namespace) -> None:
         print(f"Mean Pose Error: {mean_m:.4f}\nMean Rotation Error: {mean_deg:.2f} deg")
 
 
+def export(args: argparse.Namespace, posed: PosedFrames, rows: list[dict], structure: Structure, root: Path) -> None:
+    """Write what --export asks for, and say so."""
+    for path in write_exports(args.export, posed, rows, structure, root):
+        print(f"Exported: {path}")
+
+
 def finish(args: argparse.Namespace, section: dict) -> None:
     """Write metrics, report and code copies; print the table of methods."""
     handin.update_metrics(args.output, "test", section, handin.file_sha256(args.checkpoint))
@@ -367,6 +399,8 @@ def finish(args: argparse.Namespace, section: dict) -> None:
     table = {**section["methods"], "all": {"count": section["queries"], **section}, "top-1 retrieval alone": {"count": section["queries"], **section["retrieval"]}}
     for name, line in table.items():
         print(f"{name:32s}{line['count']:8d}{line.get('median_m', np.nan):10.4f}{line.get('median_deg', np.nan):12.3f}")
+    if section["not_found"]:
+        print(f"Not found, with a confidence below {args.min_confidence:g}: {section['not_found']} of {section['queries']} queries.")
     for line in check.missing(args.output):
         print(f"Still missing in {args.output}: {line}")
 

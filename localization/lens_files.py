@@ -7,7 +7,7 @@ they write loses half a pixel here. An intrinsics.txt of bare numbers is taken a
 import math
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,13 +19,27 @@ from model import InputError, warn
 
 Size = tuple[int, int]  # width, height
 
-# COLMAP's models and their parameters (src/colmap/sensor/models.h) but for the fisheye ones.
-_COLMAP_MODELS = {
-    "SIMPLE_PINHOLE": "f cx cy",
-    "PINHOLE": "fx fy cx cy",
-    "SIMPLE_RADIAL": "f cx cy k1",
-    "RADIAL": "f cx cy k1 k2",
-    "OPENCV": "fx fy cx cy k1 k2 p1 p2",
+# COLMAP's models in the order of their numbers (src/colmap/sensor/models.h): how many parameters
+# they have, and which, where the model is read.
+COLMAP_MODELS = {
+    "SIMPLE_PINHOLE": (3, "f cx cy"),
+    "PINHOLE": (4, "fx fy cx cy"),
+    "SIMPLE_RADIAL": (4, "f cx cy k1"),
+    "RADIAL": (5, "f cx cy k1 k2"),
+    "OPENCV": (8, "fx fy cx cy k1 k2 p1 p2"),
+    "OPENCV_FISHEYE": (8, ""),
+    "FULL_OPENCV": (12, ""),
+    "FOV": (5, ""),
+    "SIMPLE_RADIAL_FISHEYE": (4, ""),
+    "RADIAL_FISHEYE": (5, ""),
+    "THIN_PRISM_FISHEYE": (12, ""),
+    "RAD_TAN_THIN_PRISM_FISHEYE": (16, ""),
+    "SIMPLE_DIVISION": (4, ""),
+    "DIVISION": (5, ""),
+    "SIMPLE_FISHEYE": (3, ""),
+    "FISHEYE": (4, ""),
+    "EUCM": (6, ""),
+    "EQUIRECTANGULAR": (2, ""),
 }
 _FORMS = (
     "fx fy cx cy, then k1 k2 p1 p2 if you like, a 3x3 matrix, or a line of COLMAP's cameras.txt"
@@ -142,47 +156,62 @@ def _on_images(path: Path, lens: dict[str, float], sizes: Counter[Size]) -> Came
     return _camera(path, lens, best)
 
 
-def _camera(path: Path, lens: dict[str, float], size: Size) -> Camera:
+def _camera(where: Path | str, lens: dict[str, float], size: Size) -> Camera:
     """A Camera of named parameters; distortion other than k1 and k2 is left out with a warning."""
     fx, fy = (lens.get(name, lens.get("f", math.nan)) for name in ("fx", "fy"))
     values = [fx, fy, lens["cx"], lens["cy"], lens.get("k1", 0.0), lens.get("k2", 0.0)]
     if not (np.isfinite(values).all() and min(fx, fy) > 0 and min(size) > 0):
-        raise InputError(f"{path}: the focal lengths must be positive, found fx={fx:g}, fy={fy:g}.")
+        raise InputError(
+            f"{where}: the focal lengths must be positive, found fx={fx:g}, fy={fy:g}."
+        )
     if left_out := [name for name in ("p1", "p2", "k3") if lens.get(name)]:
-        warn(f"{path}: the distortion {', '.join(left_out)} is left out, k1 and k2 are used.")
+        warn(f"{where}: the distortion {', '.join(left_out)} is left out, k1 and k2 are used.")
     return Camera(*values[:4], *size, *values[4:])
 
 
-def read_colmap_cameras(path: Path) -> dict[str, Camera]:
-    """CAMERA_ID -> camera of COLMAP's cameras.txt: CAMERA_ID MODEL WIDTH HEIGHT PARAMS…"""
+def read_colmap_cameras(path: Path, used: Collection[str] | None = None) -> dict[str, Camera]:
+    """CAMERA_ID -> camera of COLMAP's cameras.txt: CAMERA_ID MODEL WIDTH HEIGHT PARAMS…
+
+    used: the numbers of those that are asked for, None for all.
+    """
     cameras = {}
     for number, line in enumerate(read_lines(path, "the cameras", utf16=True), 1):
         words = numbers_in(line)
-        if not words:
+        if not words or not (used is None or words[0] in used):
             continue
-        where = f"{path}, line {number}"
-        names = _COLMAP_MODELS.get(words[1] if len(words) > 1 else "", "").split()
-        if not names:
-            raise InputError(
-                f"{where}: the model is none of {', '.join(_COLMAP_MODELS)}: undistort the images "
-                "with COLMAP's image_undistorter."
-            )
+        where, model = f"{path}, line {number}", words[1] if len(words) > 1 else ""
         try:
             width, height, *parameters = map(to_number, words[2:])
-            size = int(width), int(height)
-            if len(parameters) != len(names):
-                raise ValueError
-        except (ValueError, OverflowError):
-            needed = f"CAMERA_ID {words[1]} WIDTH HEIGHT {' '.join(names)}"
+            cameras[words[0]] = colmap_camera(where, model, (width, height), parameters)
+        except (ValueError, OverflowError) as error:
+            if isinstance(error, InputError):
+                raise
             raise InputError(
-                f"{where}: {needed} is needed, with numbers; correct that line."
+                f"{where}: CAMERA_ID MODEL WIDTH HEIGHT PARAMS[] is needed, with numbers; correct "
+                "that line."
             ) from None
-        lens = dict(zip(names, parameters))
-        lens.update(cx=lens["cx"] - 0.5, cy=lens["cy"] - 0.5)
-        cameras[words[0]] = _camera(path, lens, size)
-    if not cameras:
+    if not cameras and used is None:
         raise InputError(f"{path} describes no camera: export it again from COLMAP.")
     return cameras
+
+
+def colmap_camera(
+    where: str, model: str, size: tuple[float, float], parameters: Sequence[float]
+) -> Camera:
+    """A camera of one of COLMAP's models; `where` names it in a sentence. Raises InputError."""
+    names = COLMAP_MODELS.get(model, (0, ""))[1].split()
+    if not names:
+        readable = [name for name, (_, names) in COLMAP_MODELS.items() if names]
+        raise InputError(
+            f"{where}: the model {model or '(none)'} is none of {', '.join(readable)}: undistort "
+            "the images with COLMAP's image_undistorter."
+        )
+    if len(parameters) != len(names):
+        needed = f"CAMERA_ID {model} WIDTH HEIGHT {' '.join(names)}"
+        raise InputError(f"{where}: {needed} is needed, with numbers; correct that line.")
+    lens = dict(zip(names, parameters))
+    lens.update(cx=lens["cx"] - 0.5, cy=lens["cy"] - 0.5)
+    return _camera(where, lens, (int(size[0]), int(size[1])))
 
 
 def nerf_camera(path: Path, values: dict, sizes: Counter[Size]) -> Camera | None:

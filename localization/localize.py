@@ -63,18 +63,21 @@ def localize(
     trust: float = 1.0,
     progress: Callable[[str, int, int], None] | None = None,
     tested: Callable[[SelfTest], None] | None = None,
+    built: Callable[[Index], None] | None = None,
 ) -> list[Estimate]:
     """Poses of the query views of one world from its posed index views.
 
     ranking: for each query the numbers of its index views by global descriptor, best first (at
     least one; only these are matched). trust: no answer is more confident. progress(phase, done,
     of) is called as work advances, tested with the outcome of the index's test of itself, which
-    corrects standard deviations and bounds confidence too.
+    corrects standard deviations and bounds confidence too; built with the index itself.
     """
     report = progress or (lambda phase, done, of: None)
     index = Index.build(
         [view.prepared() for view in index_views], lambda done, of: report("index", done, of)
     )
+    if built:
+        built(index)
     outcome = self_test(index, seed)
     if tested:
         tested(outcome)

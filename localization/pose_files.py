@@ -9,7 +9,7 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +17,7 @@ import numpy as np
 from dataset.text import read_lines
 from eval import IMAGE_SUFFIXES, list_images
 from localization.cameras import OPENCV, OPENGL, Camera, Convention
+from localization.colmap_binary import binary_cameras, binary_images
 from localization.lens_files import (
     image_sizes,
     nerf_camera,
@@ -28,6 +29,7 @@ from localization.pose_rows import PoseRow, colmap_rows, is_colmap, is_number, n
 from model import InputError, warn
 
 COLMAP = Convention("xyzw", "world_to_camera", OPENCV.axes)
+_FOLDERS = 3  # of a name that are looked at, at most
 _STAMP_FROM = 1e8  # whole numbers from here on are times, smaller ones count frames
 
 
@@ -36,57 +38,64 @@ class SceneFiles:
     """What a scene's folder says.
 
     paths: its pictures in order. poses: (n, 7) float64, their rows, NaN where the pose is unknown.
-    camera: their lens, on the size of image it belongs to, or None. convention: of the poses, or
-    None where it has to be found out.
+    camera: their lens, on the size of image it belongs to, or None; where they have several, the
+    one that most have. convention: of the poses, or None where it has to be found out. lenses: that
+    of each picture where they have several.
     """
 
     paths: list[Path]
     poses: np.ndarray
     camera: Camera | None
     convention: Convention | None
+    lenses: dict[Path, Camera] = field(default_factory=dict)
 
 
 def read_scene(folder: Path) -> SceneFiles:
     """The pictures in `folder`/images with poses, lens and convention from the files beside them.
 
-    pose.txt is taken where it is there, else transforms.json, else COLMAP's images.txt; the lens is
-    that of intrinsics.txt, else of what gave the poses, else of cameras.txt. Where the counts of
-    pictures and poses differ, a warning says what is left out. Raises InputError naming file and
-    line for what is missing or in no form that is read.
+    pose.txt is taken where it is there, else transforms.json, else COLMAP's images.txt or
+    images.bin, whose images may be in folders; the lens is that of intrinsics.txt, else of what gave
+    the poses, else of the cameras beside it. Where the counts of pictures and poses differ, a
+    warning says what is left out. Raises InputError naming file and line for what is missing or in
+    no form that is read.
     """
     pictures = folder / "images"
-    paths = list_images(pictures)
+    file = _beside(folder, "pose.txt", "transforms.json", "images.txt", "images.bin")
+    paths = list_images(pictures, "**/*" if file and file.stem == "images" else "*")
     if not paths:
         raise InputError(
             f"{pictures} holds no image ({' '.join(IMAGE_SUFFIXES)}): unpack the frames there."
         )
-    file = _beside(folder, "pose.txt", "transforms.json", "images.txt")
     if file is None:
         others = ", ".join(sorted(path.name for path in folder.glob("*.txt"))) or "no other .txt"
         raise InputError(
             f"{folder / 'pose.txt'} is missing (there is {others}): a line an image is needed."
         )
-    lenses = [_beside(folder, "intrinsics.txt"), _beside(folder, "cameras.txt")]
-    sizes = image_sizes(paths) if any(lenses) or file.suffix == ".json" else Counter()
     camera, convention = None, None
-    lines = read_lines(file, "the pose file", utf16=True)
-    if file.suffix == ".json":
-        rows, values = nerf_rows(file, lines)
-        camera, convention = nerf_camera(file, values, sizes), OPENGL
-    elif file.name == "images.txt" or is_colmap(lines):
-        rows, convention = colmap_rows(file, lines), COLMAP
+    if file.suffix == ".bin":
+        rows, convention = binary_images(file), COLMAP
     else:
-        rows = text_rows(file, lines)
-    if lenses[0]:
-        camera = read_intrinsics(lenses[0], sizes)
-    elif lenses[1] and not camera:
-        camera = _used_camera(lenses[1], rows)
+        lines = read_lines(file, "the pose file", utf16=True)
+        if file.suffix == ".json":
+            rows, values = nerf_rows(file, lines)
+            camera, convention = nerf_camera(file, values, image_sizes(paths)), OPENGL
+        elif file.stem == "images" or is_colmap(lines):
+            rows, convention = colmap_rows(file, lines), COLMAP
+        else:
+            rows = text_rows(file, lines)
     if not any(rows):
         raise InputError(f"{file} is empty: a line an image is needed.")
     labels = next(row.labels for row in rows if row)
     kept = _by_labels(file, rows, paths) if labels else _by_order(file, rows, paths)
-    poses = np.array([rows[i].pose if rows[i] else np.full(7, np.nan) for i in kept.values()])
-    return SceneFiles([paths[i] for i in kept], poses.reshape(-1, 7), camera, convention)
+    rows = [rows[i] for i in kept.values()]
+    paths = [paths[i] for i in kept]
+    lenses = {}
+    if own := _beside(folder, "intrinsics.txt"):
+        camera = read_intrinsics(own, image_sizes(paths))
+    elif not camera and (cameras := _cameras_of(file, folder)):
+        camera, lenses = _lenses(cameras, rows, paths)
+    poses = np.array([row.pose if row else np.full(7, np.nan) for row in rows])
+    return SceneFiles(paths, poses.reshape(-1, 7), camera, convention, lenses)
 
 
 def _beside(folder: Path, *names: str) -> Path | None:
@@ -96,20 +105,33 @@ def _beside(folder: Path, *names: str) -> Path | None:
     return next(found, None)
 
 
-def _used_camera(file: Path, rows: list[PoseRow | None]) -> Camera:
-    """The camera of cameras.txt that most of the images are of."""
-    cameras = read_colmap_cameras(file)
-    used = Counter(row.camera for row in rows if row and row.camera) or Counter(
-        [next(iter(cameras))]
-    )
-    camera = used.most_common(1)[0][0]
-    if camera not in cameras:
-        raise InputError(
-            f"{file} has no camera {camera}, of which images.txt has images: export both again."
-        )
-    if len(used) > 1:
-        warn(f"{file}: the images are of {len(used)} cameras; camera {camera} is taken for all.")
-    return cameras[camera]
+def _cameras_of(file: Path, folder: Path) -> Path | None:
+    """The file of the cameras that belongs to a file of poses: of the same model, else any."""
+    own = (file.with_name(f"cameras{suffix}") for suffix in (file.suffix, ".txt", ".bin"))
+    return next(filter(Path.is_file, own), None) or _beside(folder, "cameras.txt")
+
+
+def _lenses(
+    file: Path, rows: list[PoseRow | None], paths: list[Path]
+) -> tuple[Camera, dict[Path, Camera]]:
+    """The camera that most of the images are of, the first where none says; that of each image
+    where they are of several."""
+    used = Counter(row.camera for row in rows if row and row.camera)
+    if file.suffix == ".bin":
+        cameras = binary_cameras(file, used)
+    else:
+        cameras = read_colmap_cameras(file, used or None)
+    for name in used:
+        if name not in cameras:
+            raise InputError(
+                f"{file} has no camera {name}, of which there are images: export both again."
+            )
+    if not used:
+        return next(iter(cameras.values())), {}
+    common = cameras[used.most_common(1)[0][0]]
+    if len(set(cameras.values())) == 1:
+        return common, {}
+    return common, {path: cameras[row.camera] for path, row in zip(paths, rows) if row}
 
 
 # ---------------------------------------------------------------- rows to pictures
@@ -164,35 +186,50 @@ def _by_labels(file: Path, rows: list[PoseRow | None], paths: Sequence[Path]) ->
                         f"{file.parent} has {len(paths)} images, {len(found)} of which are among "
                         f"the {len(there)} poses by {pair.__name__[6:]}: the others are left out."
                     )
+                if len(found) < len(there) and file.stem == "images":
+                    warn(
+                        f"{file}: {len(there) - len(found)} of its {len(there)} images are not "
+                        "there: they are left out."
+                    )
                 return {image: there[found[image]] for image in sorted(found)}
     row = rows[there[0]]
     raise InputError(
-        f"{file}, line {row.line}: {' '.join(row.labels)!r} stands beside the pose, but the "
+        f"{file}, {'image' if file.suffix == '.bin' else 'line'} {row.line}: "
+        f"{' '.join(row.labels)!r} stands beside the pose, but the "
         f"images ({paths[0].name} …) bear no such names or numbers: remove it from every line if "
         "row i belongs to image i."
     )
 
 
 def _same_names(column: Sequence[str], paths: Sequence[Path]) -> dict[int, int] | None:
-    """Picture -> row where the words are names of pictures, with or without folders and ending."""
-    rows = {}
-    for row, word in enumerate(column):
-        rows.setdefault(_name(re.split(r"[/\\]", word)[-1]), []).append(row)
-    found = {
-        image: rows.get(_name(path.name)) or rows.get(_name(path.stem))
-        for image, path in enumerate(paths)
-    }
-    found = {image: same for image, same in found.items() if same}
-    used = [row for same in found.values() for row in same]
-    if len(used) != len(found) or len(set(used)) != len(used):
+    """Picture -> row where the words are names of pictures, with or without folders and ending.
+
+    Folders count as far as names alone do not tell the pictures apart.
+    """
+    for depth in range(1, _FOLDERS + 2):
+        rows = {}
+        for row, word in enumerate(column):
+            rows.setdefault(_name(re.split(r"[/\\]", word), depth), []).append(row)
+        found = {
+            image: rows.get(_name(path.parts, depth))
+            or rows.get(_name(path.with_suffix("").parts, depth))
+            for image, path in enumerate(paths)
+        }
+        found = {image: same for image, same in found.items() if same}
+        used = [row for same in found.values() for row in same]
+        if len(used) == len(found) and len(set(used)) == len(used):
+            break
+    else:
         return None
     if all(map(is_number, column)) and len(used) not in (len(paths), len(column)):
         return None
     return {image: row for image, (row,) in found.items()}
 
 
-def _name(text: str) -> str:
-    return unicodedata.normalize("NFC", text).casefold()
+def _name(parts: Sequence[str], depth: int) -> str:
+    """The last words of a path, so many of those that lie in images/, in one spelling."""
+    inside = parts[1 + max((i for i, p in enumerate(parts[:-1]) if p == "images"), default=-1) :]
+    return unicodedata.normalize("NFC", "/".join(inside[-depth:])).casefold()
 
 
 def _same_numbers(column: Sequence[str], paths: Sequence[Path]) -> dict[int, int] | None:

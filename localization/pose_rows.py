@@ -204,14 +204,20 @@ def colmap_rows(file: Path, lines: list[str]) -> list[PoseRow]:
         words = _colmap_line(line) if without_comment(line) else None
         if words:
             qw, *xyz_t = (to_number(word) for word in words[1:8])
-            pose = _pose(f"{file}, line {number}", np.array([*xyz_t[3:], *xyz_t[:3], qw]))
-            rows.append(PoseRow(number, (words[9].strip(),), pose, words[8]))
+            values = np.array([*xyz_t[3:], *xyz_t[:3], qw])
+            where = f"{file}, line {number}"
+            rows.append(colmap_pose(where, number, values, words[9].strip(), words[8]))
         elif without_comment(line) and not (rows and all(map(is_number, line.split()))):
             raise InputError(
                 f"{file}, line {number}: neither IMAGE_ID QW QX QY QZ TX TY TZ CAMERA_ID NAME nor "
                 "the points of an image; export the model again as text."
             )
     return rows
+
+
+def colmap_pose(where: str, number: int, values: np.ndarray, name: str, camera: str) -> PoseRow:
+    """The row of an image of COLMAP, of tx ty tz qx qy qz qw (7,). Raises InputError."""
+    return PoseRow(number, (name,), _pose(where, values), camera)
 
 
 def nerf_rows(file: Path, lines: list[str]) -> tuple[list[PoseRow], dict]:

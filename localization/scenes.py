@@ -8,14 +8,16 @@ localized together.
 
 import itertools
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
 
 from localization.calibration import Calibration, calibrate
-from localization.cameras import Camera, Convention, poses_from_file
+from localization.cameras import Camera, Convention, camera_for, poses_from_file, project, rays
 from localization.localize import Estimate, localize, share_world
 from localization.matching import View
+from localization.search import Index
 from localization.self_test import SelfTest
 from localization.threads import in_threads
 
@@ -27,13 +29,24 @@ def calibrate_scenes(
     index: Sequence[int],
     cameras: dict[str, Camera | None],
     conventions: dict[str, Convention | None],
+    lenses: Sequence[Camera | None] = (),
 ) -> dict[str, Calibration]:
     """Convention and cameras of each scene from its index rows.
 
     views: one a frame, whose camera tells its size; they get the camera found, those of the index
     their poses. poses (n, 7): rows of the pose files, put in the order in which they belong to the
-    frames. cameras, conventions: of each scene, None where it has to be found out.
+    frames. cameras, conventions: of each scene, None where it has to be found out. lenses: of each
+    frame, where those of a scene are known to have several: they are judged as if the scene's camera
+    had taken all, and keep their own.
     """
+    own = {
+        row: camera_for(lens, views[row].camera.width, views[row].camera.height)
+        for row, lens in enumerate(lenses)
+        if lens
+    }
+    common = {scene: camera and camera.pinhole() for scene, camera in cameras.items()}
+    for row, lens in own.items():
+        views[row] = _seen_with(replace(views[row], camera=lens), common[scene_of[row]])
     scenes = list(dict.fromkeys(scene_of))
     rows_of = {scene: [row for row, own in enumerate(scene_of) if own == scene] for scene in scenes}
     indexed = set(index)
@@ -50,16 +63,30 @@ def calibrate_scenes(
         )
 
     found = dict(zip(scenes, in_threads(find_out, scenes)))
+    for scene in {scene_of[row] for row in own}:
+        sizes = {
+            (lens.width, lens.height): lens for row, lens in own.items() if scene_of[row] == scene
+        }
+        found[scene] = replace(found[scene], camera=cameras[scene], cameras=sizes)
     for scene, rows in rows_of.items():
         unknown = np.full((1, 7), np.nan)
         poses[rows] = np.vstack([poses[rows], unknown])[found[scene].rows]
         for row in rows:
             views[row] = found[scene].applied(views[row])
+            if row in own:
+                view = replace(views[row], camera=common[scene], lens_is_sure=True)
+                views[row] = _seen_with(view, own[row])
     for row in index:
         if np.isfinite(poses[row]).all():
             R, c = poses_from_file(poses[row], found[scene_of[row]].convention)
             views[row].R_world_from_cam, views[row].c_world = R, c
     return found
+
+
+def _seen_with(view: View, camera: Camera) -> View:
+    """The view as another lens at its place would have taken it."""
+    xy_px = project(camera, rays(view.camera, view.features.xy_px)).float()
+    return replace(view, features=replace(view.features, xy_px=xy_px), camera=camera)
 
 
 def worlds_of(
@@ -98,12 +125,14 @@ def localize_scenes(
     seed: int,
     progress: Callable[[str, int, int], None],
     tested: Callable[[list[str], SelfTest], None],
+    built: Callable[[list[int], Index], None] | None = None,
     trust: dict[str, float] | None = None,
 ) -> dict[int, Estimate]:
     """An estimate for each query row that has an index image in its world; see `localize`.
 
-    tested is called with the scenes of each world and the outcome of its map's test of itself; trust:
-    what answers in a scene are worth at most, where that is less than 1.
+    tested is called with the scenes of each world and the outcome of its map's test of itself, built
+    with its index rows and what was built of them; trust: what answers in a scene are worth at most,
+    where that is less than 1.
 
     descriptors (n, d): one a frame; their dot products say how alike images are.
     """
@@ -121,6 +150,7 @@ def localize_scenes(
             ranking,
             seed=seed,
             tested=partial(tested, world),
+            built=built and partial(built, index_rows),
             trust=min((trust or {}).get(scene, 1.0) for scene in world),
             progress=lambda name, done, of, world=world: progress(
                 f"{' '.join(world)}: {name}", done, of

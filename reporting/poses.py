@@ -151,8 +151,8 @@ def _match_picture(
     index = [row for row in frames.index if frames.scenes[row] == frames.scenes[query]]
     if not index:
         return None
-    placed = _placed(frames, query, answers[number])
-    best, shown = _best_explained(placed, [frames.views[row] for row in index])
+    view = placed(frames, query, answers[number])
+    best, shown = _best_explained(view, [frames.views[row] for row in index])
     return draw_matches((frames.paths[query], frames.paths[index[best]]), shown, caption)
 
 
@@ -164,7 +164,7 @@ def _verdict(answer: dict) -> str:
     return ", ".join(facts)
 
 
-def _placed(frames: PosedFrames, query: int, answer: dict) -> View:
+def placed(frames: PosedFrames, query: int, answer: dict) -> View:
     """The view of a query at its estimated pose."""
     R, c = poses_from_file([answer["pose"]], frames.conventions[frames.scenes[query]])
     return replace(frames.views[query], R_world_from_cam=R[0], c_world=c[0])

@@ -24,7 +24,7 @@ EPOCH_COLUMNS = (  # key of an epoch, name, decimals
     ("val_R@1", "R@1, val lists", 3),
     ("seconds", "seconds", 1),
 )
-NO_SETTINGS = {"query", "quiet"}  # options that change no result
+NO_SETTINGS = {"query", "quiet", "export"}  # options that change no result
 
 
 def write_report(output: Path) -> None:
@@ -248,6 +248,12 @@ def _pose_results(test: dict, output: Path) -> list[str]:
             medians = _number(entry.get("median_m"), 3), _number(entry.get("median_deg"), 2)
             rows.append([name, str(entry.get("count")), *medians])
         blocks.append(_table(rows))
+    if unsure := test.get("not_found"):
+        least = (test.get("settings") or {}).get("min_confidence")
+        blocks.append(
+            f"Of {test.get('queries')} queries {unsure} count as not found: their confidence is below "
+            f"{_said(least)}. The figures are of all."
+        )
     measured = [row for row in test.get("per_query") or [] if row.get("error_m") is not None]
     if worst := sorted(measured, key=lambda row: -row["error_m"])[:5]:
         rows = [["query", "method", "inliers", "error m", "error °", "confidence"]]
