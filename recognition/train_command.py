@@ -249,7 +249,7 @@ def val_judge(
         queries = inputs.describe(model, rows[: len(split)], "val queries")
         index = inputs.describe(model, rows[len(split) :], "val database")
         shown = sorted({*values, 1, SCORED_K})
-        _, ranking = search(queries, index, shown[-1], inputs.device)
+        _, ranking = search(queries, index, shown[-1], inputs.device, not model.unit_norm)
         found = recall_at(first_hits(ranking, split.positives), ranking.shape[1], shown)
         recall = {f"val R@{k}": value for k, value in zip(shown, found)}
         return torch.tensor([recall[f"val R@{SCORED_K}"]]), recall

@@ -18,7 +18,6 @@ from recognition.inference import (
     Pipeline,
     merge_crops,
     rank,
-    search_in_blocks,
     transform_for,
     unit,
     vote,
@@ -93,23 +92,6 @@ def test_ranking_by_every_method_against_plain_loops(method):
         assert ranked.tolist() == (-index @ q.mean(0)).argsort()[:4].tolist()
     assert (np.diff(similarity, axis=1) <= 0).all() and found.shape == (4, 4)
     assert rank(queries, index, 50, method)[1].shape == (4, 9)
-
-
-def test_search_in_blocks_is_the_search(monkeypatch):
-    queries, index = vectors(6, 5), vectors(40, 5, 1)
-    index[[3, 17, 30]] = index[3]  # ties: the earlier first
-    whole = search(queries, index, 7)
-    monkeypatch.setattr(inference, "BLOCK_CELLS", 5 * 9)
-    parts = search_in_blocks(queries, index, 7)
-    assert np.array_equal(whole[1], parts[1]) and np.allclose(whole[0], parts[0])
-    best = search_in_blocks(index[3:4], index, 3)[1]
-    assert best.tolist() == [[3, 17, 30]]
-
-
-def test_a_mapped_file_is_searched(tmp_path):
-    index = np.memmap(tmp_path / "d", np.float32, "w+", shape=(50, 4))
-    index[:] = vectors(50, 4)
-    assert search_in_blocks(np.asarray(index[7:9]), index, 1)[1].tolist() == [[7], [8]]
 
 
 def test_recall_is_a_hand_count_also_beyond_the_database():

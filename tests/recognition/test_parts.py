@@ -2,13 +2,14 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from model import WARNINGS, DescriptorModel, InputError
-from recognition.aggregation import GeM, build_aggregation
+from recognition.aggregation import L2_PLACES, GeM, build_aggregation
 from recognition.backbones import BACKBONES, build_trunk, calibrate, load_fitting, read_weights
 from recognition.objectives import build_objective, sare_loss
 from recognition.optimization import make_optimizer, make_rate, make_stop, plateaus
@@ -129,6 +130,23 @@ def test_gem_is_the_generalized_mean():
     assert torch.allclose(GeM(True)(x), GeM(False)(unit)) and not torch.allclose(
         GeM(True)(x), GeM(False)(x)
     )
+
+
+@pytest.mark.parametrize("l2", L2_PLACES)
+def test_gem_is_normalized_where_l2_says(l2):
+    """Each of the benchmark's places (there before_pool has no L2 at the end) in plain numpy."""
+    model = small(aggregation="gem", l2=l2).eval()
+    images = torch.rand(2, 3, 64, 64)
+    with torch.inference_mode():
+        x, found = model.trunk(images).double().numpy(), model(images).numpy()
+    if l2.startswith("before_pool"):
+        x = x / np.maximum(np.sqrt((x**2).sum(1, keepdims=True)), 1e-12)
+    want = (np.maximum(x, 1e-6) ** 3).mean((2, 3)) ** (1 / 3)
+    if l2 in ("before_pool", "after_pool"):
+        want = want / np.linalg.norm(want, axis=1, keepdims=True)
+    assert np.allclose(found, want, rtol=1e-3, atol=1e-5)
+    assert model.unit_norm == (l2 in ("before_pool", "after_pool"))
+    assert small(aggregation="gem", l2=l2, fc_output_dim=4).unit_norm  # FC, then L2, as published
 
 
 @pytest.mark.parametrize("aggregation", ["netvlad", "gem"])
