@@ -237,6 +237,20 @@ def recall_interval(
     return low.tolist(), high.tolist()
 
 
+def recall_gain(
+    hits: np.ndarray, before: np.ndarray, k: int = 1, seed: int = 0
+) -> tuple[float, float, float]:
+    """Recall at K less that `before`, of first hits of the same queries, and its 95 % interval.
+
+    A paired bootstrap: queries are redrawn, each with both of its answers.
+    """
+    difference = (hits < k).astype(float) - (before < k)
+    n = len(difference)
+    weights = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), BOOTSTRAP_DRAWS)
+    low, high = np.percentile(weights @ difference / n, [2.5, 97.5])
+    return float(difference.mean()), float(low), float(high)
+
+
 def chance_recall(
     positives: Sequence[np.ndarray], database_size: int, recall_values: Sequence[int]
 ) -> list[float]:

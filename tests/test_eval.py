@@ -23,6 +23,7 @@ from eval import (
     first_hits,
     positives_within,
     read_batches,
+    recall_gain,
     recall_interval,
     search,
 )
@@ -106,6 +107,18 @@ def test_a_database_in_a_file_is_read_once_and_a_part_at_a_time(tmp_path, monkey
     np.testing.assert_array_equal(found, np.argsort(-(vectors[:40] @ vectors.T))[:, :5])
     assert max(database.read) <= 16 * 90 and sum(database.read) == vectors.size
     assert max(held) <= 90 * 7 and sum(held) == 40 * 1000
+
+
+def test_gain_is_paired():
+    before = np.array([0, 5, 5, 0] * 25)
+    assert recall_gain(before, before) == (0, 0, 0)
+    mean, low, high = recall_gain(np.where(before == 5, 0, before), before)
+    assert mean == 0.5 and 0.38 < low < 0.45 and 0.55 < high < 0.62  # 2 sqrt(0.25 / 100)
+    assert recall_gain(before, before + 1, 7) == (0, 0, 0)
+    assert recall_gain(np.zeros(4), np.array([0, 5, 5, 0]), 5)[0] == 0.5
+    # Answers that change together have a narrow interval, wherever recall itself is uncertain.
+    few = np.where(np.arange(100) < 2, 0, before + 1)
+    assert recall_gain(few, before + 1)[2] <= 0.06
 
 
 def test_positives_and_the_nearest_where_there_is_none():

@@ -338,13 +338,6 @@ def test_compared_runs_are_one_table(trained, capsys, tmp_path):
     assert compare.main([str(tmp_path / "out")]) == 2
 
 
-def test_gain_is_paired():
-    before = np.array([0, 5, 5, 0] * 25)
-    assert compare.gain(before, before) == (0, 0, 0)
-    mean, low, high = compare.gain(np.where(before == 5, 0, before), before)
-    assert mean == 0.5 and 0.38 < low < 0.45 and 0.55 < high < 0.62
-
-
 def test_a_log_has_whole_lines_only(tmp_path, capsys):
     with records.logged(tmp_path, ["--a", "b c"]):
         print("one", end=" ")
