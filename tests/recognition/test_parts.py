@@ -274,8 +274,9 @@ def test_losses_are_those_of_pytorch_metric_learning():
         found = info(mine, torch.arange(6), indices_tuple=pair)["loss"]["losses"]
         assert sare_loss(q, p, n, joint=True)[i].item() == pytest.approx(found.item(), abs=1e-5)
         for j in range(4):
-            pair = torch.tensor([0]), torch.tensor([1]), torch.tensor([0]), torch.tensor([2 + j])
-            found = info(mine, torch.arange(6), indices_tuple=pair)["loss"]["losses"]
+            twice = torch.tensor([0, 0]), torch.tensor([1, 1])  # a single pair is passed over
+            pair = *twice, torch.tensor([0]), torch.tensor([2 + j])
+            found = info(mine, torch.arange(6), indices_tuple=pair)["loss"]["losses"][0]
             ours = sare_loss(q, p, n, joint=False)[i, j].item()
             assert ours == pytest.approx(found.item(), abs=1e-5)
 
