@@ -42,6 +42,7 @@ from model import (
 )
 
 SEARCH_CELLS = 2**25  # most entries of a queries x database matrix held at a time
+SEARCH_BLOCK = 2**26  # most numbers of the database that are read at a time
 BOOTSTRAP_DRAWS = 1000
 RECALL_VALUES = tuple(range(1, 21))
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
@@ -155,24 +156,40 @@ def compute_embeddings(
 
 
 def search(
-    queries: np.ndarray, database: np.ndarray, k: int, device: torch.device | str = "cpu"
+    queries: np.ndarray,
+    database: np.ndarray,
+    k: int,
+    device: torch.device | str = "cpu",
+    by_distance: bool = False,
 ) -> tuple[np.ndarray, np.ndarray]:
     """The k most similar rows of `database` for each query, exactly, by inner product.
 
     queries (nq, D), database (nd, D), rows of norm 1 -> similarity, index, both (nq, min(k, nd)),
     best first; equal similarities in the order of the database. At most SEARCH_CELLS similarities
-    are held at a time.
+    are held at a time, and SEARCH_BLOCK numbers of the database are read, which may be a mapped file.
+    by_distance: for rows of any norm, by Euclidean distance d: the similarity is 1 - d^2 / 2, as
+    between rows of norm 1.
     """
-    k = min(k, len(database))
-    base = torch.from_numpy(database).to(device)
-    rows = max(1, SEARCH_CELLS // max(1, len(database)))
-    values, indices = [torch.empty(0, k)], [torch.empty(0, k, dtype=torch.long)]
-    for chunk in torch.from_numpy(queries).split(rows):
-        similarity = chunk.to(device) @ base.T
-        value, index = _stable_topk(similarity, k)
-        values.append(value.cpu())
-        indices.append(index.cpu())
-    return torch.cat(values).numpy(), torch.cat(indices).numpy()
+    queries = torch.from_numpy(queries)
+    values, indices = torch.empty(len(queries), 0), torch.empty(len(queries), 0, dtype=torch.long)
+    step = max(1, SEARCH_BLOCK // max(1, database.shape[1]))
+    for begin in range(0, len(database), step):
+        block = database[begin : begin + step]
+        block = block if block.flags.writeable else block.copy()  # torch takes no file read only
+        base = torch.from_numpy(block).to(device)
+        found = []
+        for chunk in queries.split(max(1, SEARCH_CELLS // len(base))):
+            chunk = chunk.to(device)
+            similarity = chunk @ base.T
+            if by_distance:
+                of_query, of_base = (torch.linalg.vector_norm(x, dim=1).square() / 2 for x in (chunk, base))
+                similarity += 1 - of_query[:, None] - of_base
+            found.append([part.cpu() for part in _stable_topk(similarity, min(k, len(base)))])
+        value, index = (torch.cat(parts) for parts in zip(*found))
+        values, best = torch.cat([values, value], 1).sort(dim=1, descending=True, stable=True)
+        values = values[:, :k]
+        indices = torch.cat([indices, index + begin], 1).gather(1, best[:, :k])
+    return values.numpy(), indices.numpy()
 
 
 def _stable_topk(similarity: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -218,6 +235,20 @@ def recall_interval(
     )
     low, high = np.percentile(weights @ answered / len(hits), [2.5, 97.5], axis=0)
     return low.tolist(), high.tolist()
+
+
+def recall_gain(
+    hits: np.ndarray, before: np.ndarray, k: int = 1, seed: int = 0
+) -> tuple[float, float, float]:
+    """Recall at K less that `before`, of first hits of the same queries, and its 95 % interval.
+
+    A paired bootstrap: queries are redrawn, each with both of its answers.
+    """
+    difference = (hits < k).astype(float) - (before < k)
+    n = len(difference)
+    weights = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), BOOTSTRAP_DRAWS)
+    low, high = np.percentile(weights @ difference / n, [2.5, 97.5])
+    return float(difference.mean()), float(low), float(high)
 
 
 def chance_recall(
@@ -300,7 +331,8 @@ def evaluate_recall(
     """
     queries, _, _ = compute_embeddings(model, query_ds, device)
     database, _, _ = compute_embeddings(model, db_ds, device)
-    _, ranking = search(queries, database, max(recall_values), device)
+    by_distance = not getattr(model, "unit_norm", True)
+    _, ranking = search(queries, database, max(recall_values), device, by_distance)
     positives = positives_within(np.asarray(utmQ), np.asarray(utmDb), float(posDistThr))
     return print_recall(first_hits(ranking, positives), recall_values)
 
@@ -309,13 +341,18 @@ class ImageFiles(Dataset):
     """Image files: item (image (3, size, size) as the network wants it, index, path).
 
     spare_unreadable: a file that cannot be read gives a black image; its row is in `unreadable`.
+    transform: of an RGB image, which it shrinks to not less than `size`, if it is not to be square.
     """
 
     def __init__(
-        self, paths: Sequence[Path], spare_unreadable: bool = False, size: int = IMAGE_SIZE
+        self,
+        paths: Sequence[Path],
+        spare_unreadable: bool = False,
+        size: int = IMAGE_SIZE,
+        transform: Callable[[Image.Image], torch.Tensor] | None = None,
     ) -> None:
         self.paths, self.size = paths, size
-        self.transform = transform_to(size)
+        self.transform = transform or transform_to(size)
         self.spare_unreadable = spare_unreadable
         self.unreadable: dict[int, InputError] = {}
 
@@ -377,7 +414,7 @@ def find_images(folder: Path, left_out: Sequence[Path]) -> list[Path]:
     return kept
 
 
-def search_folder(args: argparse.Namespace) -> None:
+def search_folder(args: argparse.Namespace, load: Callable[[], nn.Module]) -> None:
     """Print each query's most similar images of a folder, and draw them if --picture says so."""
     if args.index is None:
         raise InputError("--query needs --index FOLDER, the images to search in.")
@@ -386,15 +423,17 @@ def search_folder(args: argparse.Namespace) -> None:
     if args.picture and args.picture.suffix.lower() not in Image.registered_extensions():
         raise InputError(f"--picture {args.picture} has no ending of an image: name a .png file.")
     index = find_images(args.index, args.query)
-    model, device = load_checkpoint(args.checkpoint), choose_device(args.device)
-    queries, _, _ = compute_embeddings(model, ImageFiles(args.query, size=model.image_size), device)
-    files = ImageFiles(index, spare_unreadable=True, size=model.image_size)
+    model, device = load(), choose_device(args.device)
+    images = {"size": model.image_size, "transform": getattr(model, "transform", None)}
+    queries, _, _ = compute_embeddings(model, ImageFiles(args.query, **images), device)
+    files = ImageFiles(index, spare_unreadable=True, **images)
     database, _, _ = compute_embeddings(model, files, device)
     rows = files.readable()
     index, database = [index[row] for row in rows], database[rows]
     if not index:
         raise InputError(f"no image of {args.index} can be read: name another --index.")
-    similarity, ranking = search(queries, database, args.top_k, device)
+    by_distance = not getattr(model, "unit_norm", True)
+    similarity, ranking = search(queries, database, args.top_k, device, by_distance)
     print(f"{len(args.query)} queries, {len(index)} images in {args.index}; cosine similarity, best first.")
     for query, values, rows in zip(args.query, similarity, ranking):
         print(query)
@@ -436,17 +475,19 @@ def build_parser() -> argparse.ArgumentParser:
 def main(
     argv: list[str] | None = None,
     recall_of_lists: Callable[[argparse.Namespace], None] | None = None,
+    load: Callable[[Path], nn.Module] = load_checkpoint,
 ) -> int:
     """Recall of a checkpoint, or with --query a search in a folder. Exit code 2 for bad input.
 
     recall_of_lists: measures recall on the lists of --dataset; None where this file stands alone.
+    load: reads the checkpoint of a search; its `transform`, if any, is what the images need.
     """
     args = build_parser().parse_args(argv)
     if hasattr(sys.stdout, "reconfigure"):  # a path in letters that the console lacks stops nothing
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         if args.query:
-            search_folder(args)
+            search_folder(args, lambda: load(args.checkpoint))
         elif recall_of_lists is None:
             raise InputError("--split needs the program's recognition/ and dataset/ beside eval.py.")
         else:

@@ -132,8 +132,14 @@ class DescriptorModel(nn.Module):
         return all(getattr(part, "initialized", True) for part in (self.trunk, self.aggregation))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Images (N, 3, H, W), or what the frozen part made of them -> (N, descriptor_dim), rows of norm 1."""
-        return F.normalize(self.aggregation(self.local_descriptors(x)), dim=1)
+        """Images (N, 3, H, W), or what the frozen part made of them -> (N, descriptor_dim)."""
+        descriptors = self.aggregation(self.local_descriptors(x))
+        return F.normalize(descriptors, dim=1) if self.unit_norm else descriptors
+
+    @property
+    def unit_norm(self) -> bool:
+        """Whether descriptors have norm 1: unless the aggregation says that they are not to."""
+        return getattr(self.aggregation, "unit_norm", True)
 
     def local_descriptors(self, x: Tensor) -> Tensor:
         """The trunk's map (N, C, h, w) of images, or of what its frozen part made of them."""

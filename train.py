@@ -12,6 +12,7 @@ systems of recognition/ on folders of named images: python train.py --dataset_na
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -146,7 +147,7 @@ def train(
     files, `queries_per_epoch`, `state_dict` and `load_state_dict`.
     judge: scores (n,) of held-out queries, higher is better, and numbers to show, before the training
     and after each epoch. The epoch of best scores is kept (_is_kept), 0 being the untrained model;
-    without a judge the one of lowest val loss.
+    without a judge the one of lowest val loss. Weights that the optimizer averaged are judged too.
     save: is given a state every SAVE_SECONDS and after each epoch, from which a later call with
     `state` goes on, to the same result. optimizer: makes one of groups of parameters.
     rate: what `lr` is multiplied with, of the share of the training that is done and the epochs so
@@ -193,7 +194,14 @@ def train(
         clock = now
         if save:
             parts = {"optimizer": optimizer.state_dict(), "loader": train_loader.state_dict()}
-            save({**run, **parts, "weights": weights_of(changed)})
+            averaged = averages(optimizer)
+            mean = {name: averaged.get(p, p) for name, p in changed.items()} if averaged else {}
+            save({**run, **parts, "weights": weights_of(changed), "averaged": weights_of(mean)})
+
+    def keep_if_best(record: dict, scores: Tensor | None) -> None:
+        if _is_kept(record, scores, run["best"]):
+            top = _best_scores(scores, run["best"])
+            run["best"] = {**record, "scores": top, "weights": weights_of(changed)}
 
     if judge and epochs and not state:
         scores, shown = judge(model)
@@ -241,9 +249,14 @@ def train(
             record["skipped"] = train_loader.queries_per_epoch - int(totals["items"])
         scores, shown = judge(model) if judge else (None, {})
         record.update(shown)
-        if _is_kept(record, scores, run["best"]):
-            top = _best_scores(scores, run["best"])
-            run["best"] = {**record, "scores": top, "weights": weights_of(changed)}
+        keep_if_best(record, scores)
+        averaged = averages(optimizer) if judge else {}
+        with exchanged(averaged):
+            if averaged:
+                scores, of_average = judge(model)
+                shown = {**shown, **{f"averaged {name}": value for name, value in of_average.items()}}
+                record.update(shown)
+                keep_if_best({**record, "averaged": True}, scores)
         record["seconds"] = totals["seconds"] + time.perf_counter() - clock
         run["history"].append(record)
         _report(record, shown, epochs, objective)
@@ -255,6 +268,7 @@ def train(
         if judge or not math.isnan(run["best"]["val_loss"]):
             by = "held-out queries" if judge else "validation loss"
             kept = f"epoch {run['best']['epoch']}" if run["best"]["epoch"] else "the untrained model"
+            kept += ", its averaged weights" if run["best"].get("averaged") else ""
             tqdm.write(f"Kept: {kept}, chosen by the {by}.")
     return run["history"]
 
@@ -312,6 +326,27 @@ def set_weights(parameters: dict[str, Tensor], weights: dict[str, Tensor]) -> No
     """Give parameters the values of `weights_of`."""
     for name, parameter in parameters.items():
         parameter.copy_(weights[name])
+
+
+def averages(optimizer: torch.optim.Optimizer) -> dict[Tensor, Tensor]:
+    """The mean of each parameter's values in the steps so far; {} unless it is ASGD that averages."""
+    states = optimizer.state.items()
+    return {p: state["ax"] for p, state in states if "ax" in state and state["mu"] < 1}
+
+
+@contextlib.contextmanager
+def exchanged(values: dict[Tensor, Tensor]) -> Iterator[None]:
+    """Parameters have these values inside."""
+    own = {parameter: parameter.detach().clone() for parameter in values}
+    try:
+        with torch.no_grad():
+            for parameter, value in values.items():
+                parameter.copy_(value)
+        yield
+    finally:
+        with torch.no_grad():
+            for parameter, value in own.items():
+                parameter.copy_(value)
 
 
 def _is_kept(record: dict, scores: Tensor | None, best: dict) -> bool:

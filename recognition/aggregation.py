@@ -11,19 +11,22 @@ from model import NetVLAD, half_precision
 
 GEM_EPS = 1e-6
 AGGREGATIONS = ("netvlad", "gem")
-L2_PLACES = ("before_pool", "after_pool")
+# What of GeM is L2-normalized: channels before it, the descriptor after it. As published, before_pool
+# left the descriptor as it was: that is before_pool_only.
+L2_PLACES = ("before_pool", "after_pool", "before_pool_only", "none")
 
 
 class GeM(nn.Module):
     """Generalized mean (mean max(x, eps)^p)^(1/p) over positions, p learned (Radenovic et al. 2018).
 
-    l2_first: L2-normalize each position's channels before.
+    l2_first: L2-normalize each position's channels before. unit_norm: whether the result, if it is the
+    descriptor, is to be L2-normalized.
     """
 
-    def __init__(self, l2_first: bool = True, p: float = 3.0) -> None:
+    def __init__(self, l2_first: bool = True, unit_norm: bool = True, p: float = 3.0) -> None:
         super().__init__()
         self.p = nn.Parameter(torch.full((1,), p))
-        self.l2_first = l2_first
+        self.l2_first, self.unit_norm = l2_first, unit_norm
 
     def forward(self, x: Tensor) -> Tensor:
         """x (N, C, h, w) -> (N, C)."""
@@ -61,7 +64,8 @@ def build_aggregation(
     if name == "netvlad":
         pool, dim = NetVLAD(clusters, channels), clusters * channels
     else:
-        pool, dim = GeM(l2_first=l2 == "before_pool"), channels
+        unit_norm = l2 in ("before_pool", "after_pool")
+        pool, dim = GeM(l2 in ("before_pool", "before_pool_only"), unit_norm), channels
     if fc_output_dim is None:
         return pool, dim
     return Projected(pool, dim, fc_output_dim), fc_output_dim

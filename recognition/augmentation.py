@@ -19,6 +19,8 @@ LUMA = (0.299, 0.587, 0.114)
 # RGB -> Y, I, Q of NTSC: hue is the angle of (I, Q).
 YIQ = ((0.299, 0.587, 0.114), (0.596, -0.274, -0.322), (0.211, -0.523, 0.312))
 NIGHT_LAMPS = 5
+SKY_GAP = 0.08  # of the width
+SKY_STEP = 0.03  # largest change of its brightness from a row to the next, after a blur of 5 pixels
 BLUR_SIGMA_PX = 1.5
 ERASED = (0.02, 0.2)  # share of the image's area
 
@@ -176,27 +178,49 @@ def warp(x: Tensor, from_result: Tensor) -> Tensor:
 
 
 def night(x: Tensor, draw: Draw, generator: torch.Generator) -> Tensor:
-    """Images as if by night: darker, flatter, less colored, warm, with lamps and noise.
+    """Images as if by night: a dark sky, less light, more of it below, less color, lamps and noise.
 
-    Gamma 1.2 … 2.2, gain 0.15 … 0.5, contrast 0.7 … 1.1, saturation 0.3 … 1, red 0.9 … 1.15, blue
-    0.75 … 1.1, up to NIGHT_LAMPS lamps (Gaussians of 2 … 6 % of the width), noise sigma 0.01 … 0.05
+    The sky keeps 0.05 … 0.3 of its light. Gamma 1 … 1.8; the light falls to 0.4 … 1 times as much at the
+    top; then a mean of 0.06 … 0.25, contrast 0.7 … 1.1, saturation 0.3 … 1, red 0.9 … 1.15, blue
+    0.75 … 1.1, up to NIGHT_LAMPS lamps (Gaussians of 1 … 5 % of the width), noise sigma 0.01 … 0.05
     times the root of the intensity.
     """
-    x = x.clamp(0, 1).pow(draw(1.2, 2.2)) * draw(0.15, 0.5)
+    h, w = x.shape[2:]
+    rows, columns = (torch.arange(n, device=x.device, dtype=x.dtype) for n in (h, w))
+    x = x.clamp(0, 1)
+    x = x * (1 - sky(x) * draw(0.7, 0.95))
+    x = x.pow(draw(1.0, 1.8)) * (1 - draw(0, 0.6) * (1 - rows / h)[:, None])
+    x = (x * draw(0.06, 0.25) / x.mean((1, 2, 3), True).clamp(min=0.01)).clamp(0, 1)
     x = blend(x, x.mean((1, 2, 3), True), draw(0.7, 1.1))
     x = blend(x, gray(x), draw(0.3, 1.0))
     x = x * torch.cat([draw(0.9, 1.15), torch.ones_like(x[:, :1, :1, :1]), draw(0.75, 1.1)], 1)
-    h, w = x.shape[2:]
-    rows, columns = (torch.arange(n, device=x.device, dtype=x.dtype) for n in (h, w))
     count = draw(0, NIGHT_LAMPS + 1).floor()
     warm = x.new_tensor([1.0, 0.8, 0.5])[:, None, None]
     for number in range(NIGHT_LAMPS):
-        across, down, radius = draw(0, w), draw(0, h), draw(0.02, 0.06) * w
+        across, down, radius = draw(0, w), draw(0, h), draw(0.01, 0.05) * w
         square = (columns - across).square() + (rows[:, None] - down).square()
         lamp = torch.exp(-square / (2 * radius.square())) * draw(0.3, 1.0)
         x = x + (number < count) * lamp * warm
     noise = torch.randn(x.shape, generator=generator).to(x.device)
     return (x + noise * draw(0.01, 0.05) * (x + 0.02).sqrt()).clamp(0, 1)
+
+
+def sky(x: Tensor) -> Tensor:
+    """Share of sky (B, 1, H, W), guessed: from the top down to the first edge of each column.
+
+    Only where the top is brighter than the image is on average; gaps narrower than SKY_GAP are none.
+    """
+    h, w = x.shape[2:]
+    light = F.avg_pool2d(gray(x), 5, 1, 2, count_include_pad=False)
+    step = F.pad(light.diff(dim=2).abs(), (0, 0, 1, 0))
+    smooth = (step < SKY_STEP) & (light[:, :, :1] > light.mean((2, 3), True))
+    height = smooth.to(x.dtype).cumprod(dim=2).sum(dim=2)  # (B, 1, W)
+    across = 2 * round(SKY_GAP * w / 2) + 1
+    for sign in (-1, 1):  # what is high over a few columns only is lowered: an opening
+        height = sign * F.max_pool1d(sign * height, across, 1, across // 2)
+    height = height + 2 * (height > 0)  # the blur shows an edge two rows early
+    below = torch.arange(h, device=x.device)[:, None] < height[:, :, None]
+    return F.avg_pool2d(below.to(x.dtype), 5, 1, 2, count_include_pad=False)
 
 
 def _rectangle(x: Tensor, draw: Draw) -> Tensor:

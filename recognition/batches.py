@@ -157,10 +157,11 @@ class BenchmarkTuples:
         needed = {"random": hard, "partial": np.union1d(hard, shared), "full": np.arange(size)}
         candidates = needed[self.mining]
         similarity = np.full((len(queries), size), -np.inf, np.float32)
-        described = self.inputs.describe(model, queries, "queries") @ (
-            self.inputs.describe(model, self.first_index + candidates, "candidates").T
-        )
-        similarity[:, candidates] = described
+        of_queries = self.inputs.describe(model, queries, "queries")
+        of_index = self.inputs.describe(model, self.first_index + candidates, "candidates")
+        similarity[:, candidates] = of_queries @ of_index.T
+        if not model.unit_norm:  # nearest by distance, as between descriptors of norm 1
+            similarity[:, candidates] -= np.square(of_index).sum(axis=1) / 2
         found, used = Tuples.zeros(len(queries), self.negatives), np.zeros(len(queries), bool)
         found.queries[:] = queries
         for i, query in enumerate(queries):

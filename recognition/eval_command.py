@@ -13,13 +13,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import nn
 
 import eval
 from dataset import lists, split_files
 from dataset import locate as locate_lists
 from dataset.folders import FolderImages, FolderSplit, find_data_set, read_split
 from dataset.sample import folders as sample_folders
-from eval import find_images, first_hits, load_image, recall_interval
+from eval import first_hits, recall_gain, recall_interval
 from model import (
     PRECISIONS,
     WARNINGS,
@@ -36,6 +37,7 @@ from recognition.backbones import BACKBONES
 from recognition.inference import (
     METHODS,
     OF_CROPS,
+    Combined,
     Pca,
     Pipeline,
     describe_images,
@@ -43,7 +45,7 @@ from recognition.inference import (
     transform_for,
     unit,
 )
-from recognition.recipes import ARCHITECTURE, RECIPES, count_work, load_model
+from recognition.recipes import ARCHITECTURE, RECIPES, count_work, load_model, read_settings
 from recognition.reranking import (
     RERANKED,
     rerank_clusters,
@@ -143,10 +145,16 @@ def build_parser() -> argparse.ArgumentParser:
     """The command line of the evaluation."""
     parser = argparse.ArgumentParser(prog="eval.py", description=__doc__.partition("\n")[0])
     option = parser.add_argument
-    option("--resume", type=Path, required=True, metavar="FILE", help="checkpoint or other weights")
+    option(
+        "--resume", "--checkpoint", type=Path, required=True, metavar="FILE",
+        help="checkpoint or other weights",
+    )  # fmt: skip
     option("--query", type=Path, nargs="+", metavar="IMAGE", help="search these in --index instead")
     option("--index", type=Path, metavar="FOLDER", help="images to search in, also below")
     option("--top-k", type=positive, default=5, help="images to name for a query (default: 5)")
+    option(
+        "--picture", type=Path, metavar="FILE", help="draw the queries and what was found (.png)"
+    )
     for add in (add_data_flags, add_model_flags, add_test_flags):
         add(parser)
     return parser
@@ -211,12 +219,13 @@ def evaluate(
         names = {key: [str(path) for path in value] for key, value in paths.items()}
         write_whole(args.save_descriptors, lambda part: np.savez(part, **arrays, **names))
     k = min(len(split.index), max(*args.recall_values, RERANKED, args.num_preds_to_save))
-    rankings = {}
+    rankings, by_distance = {}, not (pipeline.unit_norm or args.pca_dim)
     for variant, q, d in zip(pipeline.variants, queries, index):
-        how = (k, args.test_method, device, args.majority_weight)
+        how = (k, args.test_method, device, args.majority_weight, by_distance)
         similarity, rankings[variant or args.test_method] = rank(q, d, *how)
     ranking = list(rankings.values())[-1]
-    described = unit(queries[-1].mean(axis=1))
+    described = queries[-1].mean(axis=1)
+    described = described if by_distance else unit(described)
     if args.rerank:
         ranking = rerank(args, split, described, index[-1], similarity, ranking)
         rankings[f"re-ranked, {args.rerank}"] = ranking
@@ -346,7 +355,7 @@ def parts_of(split: FolderSplit, night_list: Path | None) -> dict[str, np.ndarra
 
 
 def print_table(name: str, table: dict[str, Row], values: Sequence[int], k: int) -> None:
-    """Recall in %, a line a row; the 95 % interval of its first K."""
+    """Recall in %, a line a row; the 95 % interval of its first K, and of its gain over the first row."""
     width = max(24, *(len(row) for row in table))
     print(f"\n{name:{width}s}" + "".join(f"{f'R@{v}':>7s}" for v in values) + "   (%)  queries")
     for row, found in table.items():
@@ -354,60 +363,43 @@ def print_table(name: str, table: dict[str, Row], values: Sequence[int], k: int)
         numbers = "".join(f"{100 * recall:7.1f}" for recall in found["recall"])
         low, high = recall_interval(hits, [min(values[0], k)])
         interval = f"R@{values[0]} {100 * low[0]:.1f} to {100 * high[0]:.1f}"
+        before = np.array(next(iter(table.values()))["hits"])
+        if row != next(iter(table)) and len(hits) == len(before):
+            gain, low, high = (100 * x for x in recall_gain(hits, before, min(values[0], k)))
+            interval += f", gain {gain:+.1f} ({low:+.1f} to {high:+.1f})"
         print(f"{row:{width}s}{numbers} {len(hits):13d}  {interval}")
     print(flush=True)
-
-
-def search_folder(model: DescriptorModel, args: argparse.Namespace) -> None:
-    """Print each --query's most similar images in --index."""
-    if args.index is None:
-        raise InputError("--query needs --index FOLDER, the images to search in.")
-    paths, size = find_images(args.index, args.query), tuple(args.resize)
-    how, device = transform_for("hard_resize", size), choose_device(args.device)
-    found = []
-    for files in (args.query, paths):
-        images = [(path, i) for i, path in enumerate(files)]
-        dataset = Described(images, how, max(size))
-        parts = describe_images(
-            Pipeline(model, args.scales), dataset, device, Store(Path(".")), args.infer_batch_size
-        )
-        found.append(parts[-1])
-    similarity, ranking = rank(found[0], found[1][:, 0], args.top_k, "hard_resize", device)
-    for query, values, rows in zip(args.query, similarity, ranking):
-        print(query)
-        for number, (value, row) in enumerate(zip(values, rows), start=1):
-            print(f"{number:4d}  {value:.4f}  {paths[row]}")
-
-
-class Described(torch.utils.data.Dataset):
-    """Image files whose names say nothing: item (image, index, path)."""
-
-    def __init__(
-        self, images: Sequence[tuple[Path, int]], transform: object, at_least: int
-    ) -> None:
-        self.images, self.transform, self.at_least = images, transform, at_least
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, i: int) -> tuple:
-        path, number = self.images[i]
-        return self.transform(load_image(path, self.at_least)), number, str(path)
 
 
 def command(argv: Sequence[str] | None = None) -> int:
     """What eval.py runs: the assignment's lists or a folder, or with this room's flags `main`."""
     _, others = eval.build_parser().parse_known_args(argv)
-    return main(argv) if others else eval.main(argv, recall_of_lists)
+    return main(argv) if others else eval.main(argv, recall_of_lists, load_any)
+
+
+def load_any(checkpoint: Path) -> nn.Module:
+    """The model in a checkpoint of any recipe, with what it wants done to images."""
+    if "backbone" not in read_settings(checkpoint):
+        return load_checkpoint(checkpoint)
+    model, settings = load_model(checkpoint, {})
+    return ready_to_search(model, settings["resize"])
+
+
+def ready_to_search(model: nn.Module, size: Sequence[int]) -> nn.Module:
+    """The model, told of the size (height, width) of its images."""
+    model.image_size, model.transform = max(size), transform_for("hard_resize", tuple(size))
+    return model
 
 
 def recall_of_lists(args: argparse.Namespace) -> None:
     """Recall@1/5/10 of a checkpoint on the assignment's lists of one split."""
     root, _ = locate_lists(args.dataset, split_files(args.split))
-    model, device = load_checkpoint(args.checkpoint), choose_device(args.device)
+    model, device = load_any(args.checkpoint), choose_device(args.device)
     split = lists.read_split(root, args.split, size=model.image_size)
     if split is None:
         raise InputError(f"there is no {args.split} list: choose --split val.")
+    if hasattr(model, "transform"):
+        split.queries.transform = split.index.transform = model.transform
     for line in lists.data_warnings({args.split: split}):
         warn(line)
     where = (split.utm_query, split.utm_index, split.threshold)
@@ -425,7 +417,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             args.resize = args.resize or settings.get("resize") or RESIZE
             model.precision = args.precision
             if args.query:
-                search_folder(model, args)
+                searched = ready_to_search(Combined(model, args.scales), args.resize)
+                eval.search_folder(args, lambda: searched)
                 return 0
             folder, name = locate(args)
             run = records.new_run_folder(args.save_dir)

@@ -28,8 +28,7 @@ METHODS = (
 )
 OF_CROPS = ("five_crops", "nearest_crop", "maj_voting")
 VOTING_LEVELS = (1, 5, 10)  # among the first so many of each crop images are counted
-BLOCK_IMAGES = 4096  # described at a time
-BLOCK_CELLS = 2**28  # most numbers of index descriptors that are searched at a time
+BLOCK_CELLS = 2**26  # most numbers of descriptors that are computed before they are stored
 WHITENING_EPS = 1e-12
 
 
@@ -64,8 +63,8 @@ def transform_for(method: str, size: tuple[int, int]) -> Callable[[Image.Image],
 class Pipeline(nn.Module):
     """A model on several scales of its images, and on crops: descriptors side by side.
 
-    Images (B, 3, H, W) -> (B, V · D): one D for each scale, each of norm 1, and with several scales
-    one more for their normalized mean. Of crops (B, 15, s, s): (B, 5 · V · D).
+    Images (B, 3, H, W) -> (B, V · D): one D for each scale and, with several scales, all of norm 1, one
+    more for their normalized mean. Of crops (B, 15, s, s): (B, 5 · V · D).
     """
 
     def __init__(self, model: nn.Module, scales: Sequence[float] = (1.0,)) -> None:
@@ -79,6 +78,11 @@ class Pipeline(nn.Module):
         single = [f"scale {scale:g}" for scale in self.scales]
         return [*single, "all scales"] if len(single) > 1 else [""]
 
+    @property
+    def unit_norm(self) -> bool:
+        """Whether descriptors have norm 1."""
+        return len(self.scales) > 1 or self.model.unit_norm
+
     def forward(self, x: Tensor) -> Tensor:
         """See the class."""
         images = x.unflatten(1, (-1, IMAGE_CHANNELS)).flatten(0, 1)  # crops as images
@@ -88,10 +92,19 @@ class Pipeline(nn.Module):
             scaled = images
             if scale != 1:
                 scaled = F.interpolate(images, size, mode="bilinear", antialias=True)
-            found.append(F.normalize(self.model(scaled).float(), dim=1))
+            one = self.model(scaled).float()
+            found.append(F.normalize(one, dim=1) if self.unit_norm else one)
         if len(found) > 1:
             found.append(F.normalize(torch.stack(found).mean(0), dim=1))
         return torch.cat(found, 1).view(len(x), -1)
+
+
+class Combined(Pipeline):
+    """A model on several scales of its images: the last descriptor of a Pipeline alone."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images (B, 3, H, W) -> (B, D)."""
+        return super().forward(x)[:, -self.model.descriptor_dim :]
 
 
 def describe_images(
@@ -103,11 +116,12 @@ def describe_images(
     crops: int = 1,
 ) -> np.ndarray:
     """Descriptors (V, n, crops, D) of a data set of (image, index, path), in memory or in a file."""
-    found = None
-    for begin in range(0, len(dataset), BLOCK_IMAGES):
-        rows = range(begin, min(begin + BLOCK_IMAGES, len(dataset)))
+    found, variants = None, len(pipeline.variants)
+    step = max(1, BLOCK_CELLS // (crops * variants * pipeline.model.descriptor_dim))
+    for begin in range(0, len(dataset), step):
+        rows = range(begin, min(begin + step, len(dataset)))
         part, _, _ = compute_embeddings(pipeline, Subset(dataset, rows), device, batch_size)
-        part = part.reshape(len(rows), crops, len(pipeline.variants), -1).transpose(2, 0, 1, 3)
+        part = part.reshape(len(rows), crops, variants, -1).transpose(2, 0, 1, 3)
         if found is None:
             shape = (part.shape[0], len(dataset), *part.shape[2:])
             found = store.empty(shape, torch.float32).numpy()
@@ -153,23 +167,6 @@ def unit(x: np.ndarray) -> np.ndarray:
     return x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
 
 
-def search_in_blocks(
-    queries: np.ndarray, index: np.ndarray, k: int, device: torch.device | str = "cpu"
-) -> tuple[np.ndarray, np.ndarray]:
-    """eval.search with the index in blocks, so that it may lie in a mapped file larger than memory."""
-    rows = max(k, BLOCK_CELLS // index.shape[1])
-    values, numbers = np.empty((len(queries), 0), np.float32), np.empty((len(queries), 0), int)
-    for begin in range(0, len(index), rows):
-        value, number = search(queries, index[begin : begin + rows], k, device)
-        values = np.concatenate([values, value], 1)
-        numbers = np.concatenate([numbers, number + begin], 1)
-        best = np.argsort(-values, axis=1, kind="stable")[
-            :, :k
-        ]  # of equals the earlier stays first
-        values, numbers = np.take_along_axis(values, best, 1), np.take_along_axis(numbers, best, 1)
-    return values, numbers
-
-
 def rank(
     queries: np.ndarray,
     index: np.ndarray,
@@ -177,16 +174,18 @@ def rank(
     method: str,
     device: torch.device | str = "cpu",
     majority_weight: float = 0.01,
+    by_distance: bool = False,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Similarity and index rows (nq, min(k, nd)) by one of METHODS, best first.
 
-    queries: (nq, C, D), C descriptors a query; index: (nd, D).
+    queries: (nq, C, D), C descriptors a query; index: (nd, D). by_distance: as eval.search.
     """
     k = min(k, len(index))
     if method not in ("nearest_crop", "maj_voting"):
-        return search_in_blocks(unit(queries.mean(axis=1)), index, k, device)
+        mean = queries.mean(axis=1)
+        return search(mean if by_distance else unit(mean), index, k, device, by_distance)
     count, crops, dim = queries.shape
-    similarity, found = search_in_blocks(queries.reshape(-1, dim), index, k, device)
+    similarity, found = search(queries.reshape(-1, dim), index, k, device, by_distance)
     distance = (2 - 2 * similarity).reshape(count, crops, k)
     found = found.reshape(count, crops, k)
     if method == "maj_voting":

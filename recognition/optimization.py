@@ -19,15 +19,16 @@ PLATEAU_GAIN = 1e-4  # share of the best R@1 by which it must rise to count
 
 
 def make_optimizer(
-    name: str, weight_decay: float | None = None
+    name: str, weight_decay: float | None = None, average_after: int = 0
 ) -> Callable[[list[dict]], Optimizer]:
     """What makes an optimizer of groups of parameters.
 
-    Vectors (biases, norms, GeM's p) do not decay.
+    Vectors (biases, norms, GeM's p) do not decay. average_after: steps after which ASGD begins to average
+    the weights (Polyak & Juditsky 1992); train() then judges and keeps those too.
     """
     kind, decay = OPTIMIZERS[name]
     decay = decay if weight_decay is None else weight_decay
-    options = {"momentum": MOMENTUM} if name == "sgd" else {}
+    options = {"sgd": {"momentum": MOMENTUM}, "asgd": {"t0": average_after}}.get(name, {})
 
     def make(groups: list[dict]) -> Optimizer:
         split = []

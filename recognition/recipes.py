@@ -1,5 +1,6 @@
 """Published systems as rows of one table, and their models: built, saved, loaded."""
 
+import contextlib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -8,8 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from model import DAMAGED, DescriptorModel, InputError, load_checkpoint
-from recognition.aggregation import build_aggregation
+from model import DescriptorModel, described_settings, load_checkpoint
+from recognition.aggregation import L2_PLACES, build_aggregation
 from recognition.backbones import BACKBONES, build_trunk, load_fitting, read_weights
 
 
@@ -84,8 +85,8 @@ def let_batchnorm_drift(model: DescriptorModel) -> None:
 def load_model(path: Path, settings: Mapping) -> tuple[DescriptorModel, dict]:
     """The model in a file, in evaluation mode, and the settings it was made with.
 
-    A checkpoint of train.py knows its settings; base.py's netvlad_final.pth is known by its keys; of
-    any other file `settings` say the architecture, and its keys may be the benchmark's. InputError
+    A checkpoint of train.py, or of base.py with another network, knows its settings; base.py's other
+    netvlad_final.pth is known by its keys; of any other file `settings` say the architecture, and its keys may be the benchmark's. InputError
     naming the first key that does not fit.
     """
     state = read_weights(path)
@@ -102,12 +103,26 @@ def load_model(path: Path, settings: Mapping) -> tuple[DescriptorModel, dict]:
 
 
 def read_settings(path: Path) -> dict:
-    """The settings in a checkpoint of train.py; {} for other files."""
-    try:
+    """The settings in a checkpoint of train.py, or beside one of base.py with another network.
+
+    {} for other files, also unreadable ones: `read_weights` says what is wrong with those.
+    """
+    found = None
+    with contextlib.suppress(Exception):  # a damaged pickle raises all kinds
         found = torch.load(path, map_location="cpu", weights_only=True)
-    except DAMAGED as error:
-        raise InputError(f"{path} cannot be read ({error}): name another file.") from error
-    return found.get("settings", {}) if isinstance(found, dict) else {}
+    if not isinstance(found, dict):
+        return {}
+    described = described_settings(path)
+    if "settings" in found or "backbone" not in described or "netvlad.centers" in found:
+        return found.get("settings", {})
+    size = described["image_size"]
+    return {
+        **{name: described[name] for name in ("backbone", "aggregation")},
+        "netvlad_clusters": len(found.get("aggregation.centers", ())),
+        "fc_output_dim": None,
+        "l2": L2_PLACES[0],
+        "resize": [size, size],
+    }
 
 
 def from_benchmark(state: Mapping[str, Tensor], model: DescriptorModel) -> dict[str, Tensor]:

@@ -9,12 +9,12 @@ import numpy as np
 import torch
 from PIL import Image
 
-from eval import load_image
+from eval import load_image, search
 from localization.features import Features, extract_features
 from localization.matching import mutual_matches
 from localization.relative_pose import essential_ransac
 from model import progress
-from recognition.inference import search_in_blocks, unit
+from recognition.inference import unit
 
 RERANKED = 20  # K
 EXPANSION_NEIGHBORS, EXPANSION_POWER = 5, 3.0
@@ -78,7 +78,7 @@ def rerank_expansion(
 ) -> np.ndarray:
     """The ranking (nq, k) of the expanded queries."""
     expanded = expand_queries(queries, index, similarity, ranking)
-    return search_in_blocks(expanded, index, ranking.shape[1], device)[1]
+    return search(expanded, index, ranking.shape[1], device)[1]
 
 
 def rerank_geometric(

@@ -74,7 +74,7 @@ from training.distributed import (
 )
 from training.inputs import Inputs, Store
 
-LAST, BEST = "last_model.pth", "best_model.pth"
+LAST, BEST, AVERAGED = "last_model.pth", "best_model.pth", "averaged_model.pth"
 SAVED = {"settings", "images", "model_state_dict", "origin", "training"}
 ANY_TIME = {"device", "resume"}  # settings that may differ when resuming
 KMEANS_IMAGES = 500
@@ -249,7 +249,7 @@ def val_judge(
         queries = inputs.describe(model, rows[: len(split)], "val queries")
         index = inputs.describe(model, rows[len(split) :], "val database")
         shown = sorted({*values, 1, SCORED_K})
-        _, ranking = search(queries, index, shown[-1], inputs.device)
+        _, ranking = search(queries, index, shown[-1], inputs.device, not model.unit_norm)
         found = recall_at(first_hits(ranking, split.positives), ranking.shape[1], shown)
         recall = {f"val R@{k}": value for k, value in zip(shown, found)}
         return torch.tensor([recall[f"val R@{SCORED_K}"]]), recall
@@ -322,6 +322,9 @@ def run_training(
         whole = {**untrained, **own_weights(training["weights"])}
         last = {**described, "training": training, "model_state_dict": whole}
         save_tensors(run / LAST, last)
+        if training["averaged"]:
+            mean = {**untrained, **own_weights(training["averaged"])}
+            save_tensors(run / AVERAGED, {**described, "model_state_dict": mean})
         if training["best"] and training["step"] == 0:
             best = {**untrained, **own_weights(training["best"]["weights"])}
             epoch = training["best"]["epoch"]
@@ -340,7 +343,7 @@ def run_training(
         judge=val_judge(splits["val"], inputs["val"], args.recall_values),
         state=args.saved and args.saved["training"],
         save=save if first else None,
-        optimizer=make_optimizer(args.optim, args.weight_decay),
+        optimizer=make_optimizer(args.optim, args.weight_decay, len(tuples)),
         rate=make_rate(
             args.scheduler,
             args.epochs_num,
@@ -348,7 +351,7 @@ def run_training(
             step=args.scheduler_epochs,
             factor=args.scheduler_factor,
         ),
-        stop=make_stop(args.patience, lambda record: record[f"val R@{SCORED_K}"]),
+        stop=make_stop(args.patience, better_score),
         sum_over_processes=sum_over_processes,
     )
     for part in inputs.values():
@@ -379,6 +382,12 @@ def run_training(
             metrics["recall"][f"{name} {part}"] = table
             records.write(run, metrics)
     print(f"Written: {run / BEST}, {run / LAST}, {run / 'metrics.json'}.")
+
+
+def better_score(record: dict) -> float:
+    """An epoch's score: that of its weights or, if better, of those averaged until then."""
+    names = (f"val R@{SCORED_K}", f"averaged val R@{SCORED_K}")
+    return max(record[name] for name in names if name in record)
 
 
 def own_weights(weights: dict) -> dict:

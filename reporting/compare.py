@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from eval import BOOTSTRAP_DRAWS
+from eval import recall_gain
 from model import InputError, refuse, warn
 from reporting import canvas
 from reporting.handin import write_whole
@@ -86,15 +86,6 @@ def differing(rows: Sequence[Row]) -> list[str]:
     return [n for n in names if len({json.dumps(row["settings"].get(n)) for row in rows}) > 1]
 
 
-def gain(hits: np.ndarray, first: np.ndarray, seed: int = 0) -> tuple[float, float, float]:
-    """Of ranks of first hits of the same queries: R@1 less that of `first`, and its 95 % interval."""
-    difference = (hits < 1).astype(float) - (first < 1)
-    n = len(difference)
-    weights = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), BOOTSTRAP_DRAWS)
-    low, high = np.percentile(weights @ difference / n, [2.5, 97.5])
-    return float(difference.mean()), float(low), float(high)
-
-
 def make_table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
     """Header and cells: run, test, settings that differ, recall and gain of each data set, costs."""
     names = differing(rows)
@@ -119,7 +110,7 @@ def _gain_text(row: Row, first: Row, name: str) -> str:
     hits, before = row["hits"].get(name), first["hits"].get(name)
     if row is first or hits is None or before is None or len(hits) != len(before):
         return "–"
-    mean, low, high = (100 * value for value in gain(hits, before))
+    mean, low, high = (100 * value for value in recall_gain(hits, before))
     return f"{mean:+.1f} [{low:.1f}, {high:.1f}]"
 
 

@@ -7,6 +7,7 @@ import sys
 import threading
 from pathlib import Path
 
+import faiss
 import numpy as np
 import pytest
 import torch
@@ -22,6 +23,7 @@ from eval import (
     first_hits,
     positives_within,
     read_batches,
+    recall_gain,
     recall_interval,
     search,
 )
@@ -44,14 +46,79 @@ def test_search_equals_a_stable_sort_also_with_ties(monkeypatch):
     queries = rng.integers(-2, 3, (40, 3)).astype(np.float32)
     database = rng.integers(-2, 3, (60, 3)).astype(np.float32)  # many equal products
     expected = np.argsort(-(queries @ database.T), axis=1, kind="stable")
-    for cells in (2**25, 100):  # in one chunk and in many
+    for cells, numbers in ((2**25, 2**26), (100, 2**26), (2**25, 40), (10, 1)):  # in chunks of both
         monkeypatch.setattr(evaluation, "SEARCH_CELLS", cells)
+        monkeypatch.setattr(evaluation, "SEARCH_BLOCK", numbers)
         for k in (1, 7, 60, 80):
             similarity, index = search(queries, database, k)
             np.testing.assert_array_equal(index, expected[:, :k])
             np.testing.assert_array_equal(
                 similarity, np.take_along_axis(queries @ database.T, index, 1)
             )
+
+
+@pytest.mark.parametrize("by_distance", [False, True])
+def test_search_is_that_of_faiss(monkeypatch, by_distance):
+    rng = np.random.default_rng(0)
+    queries, database = (rng.standard_normal((n, 32)).astype(np.float32) for n in (50, 700))
+    if by_distance:
+        database *= rng.uniform(0.5, 2, (700, 1)).astype(np.float32)
+    else:
+        queries, database = (
+            x / np.linalg.norm(x, axis=1, keepdims=True) for x in (queries, database)
+        )
+    index = (faiss.IndexFlatL2 if by_distance else faiss.IndexFlatIP)(32)
+    index.add(database)
+    theirs, rows = index.search(queries, 20)
+    monkeypatch.setattr(evaluation, "SEARCH_BLOCK", 32 * 150)
+    similarity, ours = search(queries, database, 20, by_distance=by_distance)
+    np.testing.assert_array_equal(ours, rows)
+    expected = 1 - theirs / 2 if by_distance else theirs
+    np.testing.assert_allclose(similarity, expected, rtol=1e-4, atol=1e-4)
+
+
+class Counted:
+    """A database that notes how many numbers of it are read at a time."""
+
+    def __init__(self, file: np.ndarray) -> None:
+        self.file, self.shape, self.read = file, file.shape, []
+
+    def __len__(self) -> int:
+        return len(self.file)
+
+    def __getitem__(self, rows: slice) -> np.ndarray:
+        self.read.append(self.file[rows].size)
+        return self.file[rows]
+
+
+@pytest.mark.parametrize("mode", ["r", "r+"])
+def test_a_database_in_a_file_is_read_once_and_a_part_at_a_time(tmp_path, monkeypatch, mode):
+    vectors = np.random.default_rng(0).standard_normal((1000, 16)).astype(np.float32)
+    np.save(tmp_path / "database.npy", vectors)
+    database = Counted(np.load(tmp_path / "database.npy", mmap_mode=mode))
+    monkeypatch.setattr(evaluation, "SEARCH_BLOCK", 16 * 90)
+    monkeypatch.setattr(evaluation, "SEARCH_CELLS", 90 * 7)
+    held = []
+    top = evaluation._stable_topk
+    monkeypatch.setattr(
+        evaluation, "_stable_topk", lambda s, k: (held.append(s.numel()), top(s, k))[1]
+    )
+    _, found = search(vectors[:40], database, 5)
+    np.testing.assert_array_equal(found, np.argsort(-(vectors[:40] @ vectors.T))[:, :5])
+    assert max(database.read) <= 16 * 90 and sum(database.read) == vectors.size
+    assert max(held) <= 90 * 7 and sum(held) == 40 * 1000
+
+
+def test_gain_is_paired():
+    before = np.array([0, 5, 5, 0] * 25)
+    assert recall_gain(before, before) == (0, 0, 0)
+    mean, low, high = recall_gain(np.where(before == 5, 0, before), before)
+    assert mean == 0.5 and 0.38 < low < 0.45 and 0.55 < high < 0.62  # 2 sqrt(0.25 / 100)
+    assert recall_gain(before, before + 1, 7) == (0, 0, 0)
+    assert recall_gain(np.zeros(4), np.array([0, 5, 5, 0]), 5)[0] == 0.5
+    # Answers that change together have a narrow interval, wherever recall itself is uncertain.
+    few = np.where(np.arange(100) < 2, 0, before + 1)
+    assert recall_gain(few, before + 1)[2] <= 0.06
 
 
 def test_positives_and_the_nearest_where_there_is_none():

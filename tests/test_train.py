@@ -9,6 +9,7 @@ from torch import nn
 
 import train as train_py
 from model import DescriptorModel, InputError, NetVLADModel, half_precision
+from recognition.optimization import make_optimizer
 from tests.training.places import a_model, tuples_of
 from train import (
     RankingLoss,
@@ -203,6 +204,67 @@ def test_the_loop_serves_any_network_and_any_objective_with_parameters_of_its_ow
     # Adam's first step moves each weight by its rate: the objective's is its own.
     optimizer = train_py.trained_parts(model, objective, 1e-2)[1]
     assert [group["peak"] for group in optimizer.param_groups] == [1e-2, 0.05]
+
+
+# ---------------------------------------------------------------- averaged weights
+
+
+def train_by_asgd(steps: list, judged: list, **options) -> tuple[dict, list[dict]]:
+    """Two epochs by ASGD that averages from its third step on; the model's weights, and the history.
+
+    steps, judged: get the trained weights after each step, and when the model is judged. The judge likes
+    the averaged weights of the second epoch best.
+    """
+    tuples, model = tuples_of(mining="random")
+    weights = [p for p in model.parameters() if p.requires_grad]
+
+    def watched(groups):
+        optimizer = make_optimizer("asgd", average_after=1)(groups)
+        step = optimizer.step
+
+        def step_and_note():
+            step()
+            steps.append([p.detach().clone() for p in weights])
+
+        optimizer.step = step_and_note
+        return optimizer
+
+    def judge(model):
+        judged.append([p.detach().clone() for p in weights])
+        return torch.tensor([float(len(judged) + options.get("judged_before", 0))]), {"r": len(judged)}
+
+    how = {"optimizer": watched, "judge": judge, "epochs": 2, "lr": 0.5}
+    more = {k: v for k, v in options.items() if k != "judged_before"}
+    history = train(model, tuples, [], "cpu", **how, **more)
+    return model.state_dict(), history
+
+
+def test_averaged_weights_are_judged_and_kept_beside_the_raw_ones():
+    steps, judged, saved = [], [], []
+    found, history = train_by_asgd(steps, judged, save=saved.append)
+    mean = [torch.stack(each[2:]).mean(0) for each in zip(*steps)]
+    assert len(judged) == 5  # untrained, and twice an epoch
+    for place, wanted in ((3, steps[-1]), (4, mean)):
+        for a, b in zip(judged[place], wanted):
+            torch.testing.assert_close(a, b)
+    assert not all(torch.allclose(a, b) for a, b in zip(mean, steps[-1]))
+    assert [(epoch["r"], epoch["averaged r"]) for epoch in history] == [(2, 3), (4, 5)]
+    best = saved[-1]["best"]
+    assert best["averaged"] and best["epoch"] == 2
+    for name, value in best["weights"].items():
+        assert torch.equal(value, saved[-1]["averaged"][name]) and torch.equal(value, found[name])
+    for a, b in zip(saved[-1]["weights"].values(), steps[-1]):
+        assert torch.equal(a, b)  # the training goes on from the raw ones
+
+
+def test_a_run_with_averages_is_taken_up_exactly(monkeypatch):
+    monkeypatch.setattr(train_py, "SAVE_SECONDS", 0)
+    whole = train_by_asgd([], [])[0]
+    saved = []
+    train_by_asgd([], [], save=lambda state: saved.append(copy.deepcopy(state)))
+    (middle,) = [s for s in saved if (s["epoch"], s["step"]) == (2, 1)]
+    again = train_by_asgd([], [], state=middle, judged_before=3)[0]
+    assert all(torch.equal(again[name], whole[name]) for name in whole)
 
 
 # ---------------------------------------------------------------- which epoch, what goes wrong

@@ -12,6 +12,7 @@ from recognition.augmentation import (
     gray,
     homography,
     night,
+    sky,
     turn_hue,
     warp,
 )
@@ -101,6 +102,28 @@ def test_night_is_darker_and_noisy_and_has_lamps():
         return low + (high - low) * torch.rand(64, 1, 1, 1, generator=generator)
 
     found = night(x, draw, generator)
-    assert found.mean() < 0.5 * x.mean() and found.median() < 0.4
+    assert 0.05 < found.mean() < 0.3 < 0.5 * x.mean() and found.median() < 0.3
     lit = (found.amax((1, 2, 3)) > 0.75).float().mean()
     assert 0.2 < lit < 1.0
+
+
+def test_the_sky_turns_darker_than_the_houses():
+    """A smooth bright sky above houses with windows; by night it is the other way round."""
+    x = torch.full((8, 3, 60, 80), 0.7) + torch.linspace(-0.1, 0.1, 60)[:, None]
+    houses = torch.zeros(60, 80, dtype=torch.bool)
+    houses[30:, :50] = houses[45:, 50:] = True
+    checks = (torch.arange(60)[:, None] // 4 + torch.arange(80) // 4) % 2
+    x = torch.where(houses, 0.25 + 0.2 * checks, x)
+    share = sky(x)[0, 0]
+    inside = torch.zeros_like(houses)  # of the sky, away from its edge
+    inside[:24] = inside[:40, 58:] = True
+    assert share[inside].min() > 0.9 and share[34:, :44].max() < 0.1
+    assert sky(x.flip(2))[..., :20, :].max() == 0  # a dark top is none
+    generator = seeded()
+
+    def draw(low: float, high: float) -> torch.Tensor:
+        return low + (high - low) * torch.rand(8, 1, 1, 1, generator=generator)
+
+    by_night = gray(night(x, draw, generator))[:, 0]
+    darker = by_night[:, inside].median(1).values < by_night[:, houses].median(1).values
+    assert darker.float().mean() > 0.8 and x[0, 0][inside].median() > x[0, 0][houses].median()

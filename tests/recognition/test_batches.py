@@ -94,6 +94,25 @@ def test_tuples_are_those_that_a_plain_loop_finds(mining):
             remembered[query] = set(far[:4])
 
 
+def test_descriptors_of_other_norms_are_mined_by_distance():
+    data = places()
+    scale = torch.rand(60, 1, generator=torch.Generator().manual_seed(5)) * 3 + 0.2
+    data.index.vectors *= scale
+    tuples, model = tuples_of(data)
+    model.aggregation.unit_norm = False
+    found = tuples.draw_window(model, 1, 0)
+    q, d = data.queries.vectors.numpy(), data.index.vectors.numpy()
+    distance, away = np.linalg.norm(q[:, None] - d[None], axis=2), distances(data)
+    rng = np.random.default_rng([0, 1, 0, 0])
+    rng.choice(tuples.rows, 6, replace=False)
+    shared = rng.choice(60, 30, replace=False)
+    for query, positive, negatives in zip(found.queries, found.positives, found.negatives):
+        near = [i for i in range(60) if away[query, i] <= 10]
+        assert positive == min(near, key=lambda i: distance[query, i])
+        far = sorted((i for i in shared if away[query, i] > 25), key=lambda i: distance[query, i])
+        assert negatives.tolist() == far[:4]
+
+
 def test_an_epoch_is_windows_of_fresh_queries_and_can_be_taken_up():
     data = places()
     tuples, model = tuples_of(data, mining="full")

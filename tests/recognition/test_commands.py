@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,9 +12,12 @@ import pytest
 import torch
 from PIL import Image
 
+from dataset.lists import read_split
 from dataset.sample.folders import DATA_SETS
 from recognition import eval_command, records, train_command
 from recognition.augmentation import SMART
+from recognition.inference import transform_for
+from recognition.recipes import build_model, load_model
 from reporting import compare
 from tests.recognition.toy import EAST, NORTH, name, picture, write_data_set, write_split
 
@@ -153,7 +157,7 @@ def test_bad_settings_are_one_sentence(more, says, capsys):
     [
         ["--aggregation=gem", "--fc_output_dim=16", "--criterion=sare_joint", "--augment=smart"],
         ["--backbone=resnet18conv5", "--aggregation=gem", "--mining=full", "--night=0.5",
-         "--horizontal_flip", "--optim=asgd", "--scheduler=plateau", "--drift_batchnorm"],
+         "--l2=none", "--horizontal_flip", "--optim=asgd", "--scheduler=plateau", "--drift_batchnorm"],
         ["--mining=random", "--optim=sgd", "--scheduler=cosine", "--warmup_epochs=1",
          "--brightness=1", "--rand_perspective=0.5", "--epochs_num=1"],
     ],
@@ -231,14 +235,61 @@ def test_day_and_night_and_queries_without_positives_are_told_apart(trained, fol
     assert "names none of the queries' files" in capsys.readouterr().err
 
 
-def test_any_checkpoint_searches_a_folder(trained, checkpoint, folder, capsys):
+@pytest.mark.parametrize("more", [[], ["--resize", "48", "64", "--picture=found.png"]])
+def test_any_checkpoint_searches_a_folder_in_its_own_way(trained, checkpoint, folder, more, capsys):
+    """As reading, resizing, describing and ranking by hand; without other flags and with some."""
     images = folder / "dataset" / "toy" / "images" / "test"
-    query = min((images / "queries").iterdir())
+    query, index = min((images / "queries").iterdir()), images / "database"
+    argv = ["--query", str(query), "--index", str(index), "--top-k=2", "--device=cpu"]
     for file in (trained / "best_model.pth", checkpoint):
-        argv = ["--query", str(query), "--index", str(images / "database"), "--resume", str(file)]
-        assert eval_command.command([*argv, "--top-k", "2"]) == 0
-        lines = capsys.readouterr().out.splitlines()
-        assert lines[0] == str(query) and len(lines) == 3 and "   1  " in lines[1]
+        model, settings = load_model(file, {})
+        how = transform_for(
+            "hard_resize", settings["resize"] if file != checkpoint or not more else [48, 64]
+        )
+        paths = sorted(index.iterdir())
+        batch = torch.stack([how(Image.open(path).convert("RGB")) for path in [query, *paths]])
+        with torch.inference_mode(), model.autocast("cpu"):
+            found = model(batch).float()
+        best = (found[1:] @ found[0]).argsort(descending=True)[:2]
+        assert eval_command.command([*argv, "--checkpoint", str(file), *more]) == 0
+        lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+        assert lines[1] == [str(query)] and len(lines) == 4 + bool(more)
+        assert [line[2] for line in lines[2:4]] == [str(paths[i]) for i in best]
+        assert float(lines[2][1]) == pytest.approx(float(found[1 + best[0]] @ found[0]), abs=2e-3)
+    assert Path("found.png").is_file() == bool(more)
+
+
+def test_any_checkpoint_is_evaluated_on_lists(trained, sample, capsys):
+    argv = ["--dataset", str(sample), "--split=val", "--device=cpu"]
+    assert eval_command.command([*argv, "--checkpoint", str(trained / "best_model.pth")]) == 0
+    found = [int(n) for n in re.findall(r"Recall@\d+: (\d+)/", capsys.readouterr().out)]
+    split = read_split(sample, "val")
+    model, _ = load_model(trained / "best_model.pth", {})
+    how = transform_for("hard_resize", (48, 64))
+    q, d = (
+        torch.stack([how(Image.open(path)) for path in part.paths])
+        for part in (split.queries, split.index)
+    )
+    with torch.inference_mode(), model.autocast("cpu"):
+        ranking = (model(q).float() @ model(d).float().T).argsort(dim=1, descending=True)
+    apart = np.hypot(*(split.utm_query[:, None] - split.utm_index[None]).transpose(2, 0, 1))
+    right = np.take_along_axis(apart <= 25, ranking.numpy(), 1)
+    assert found == [int(right[:, :k].any(1).sum()) for k in (1, 5, 10)]
+
+
+def test_a_network_that_base_py_trained_is_read_by_its_description(tmp_path):
+    model = build_model({
+        "backbone": "resnet18conv4", "aggregation": "netvlad", "netvlad_clusters": 3,
+        "fc_output_dim": None, "l2": "before_pool",
+    })  # fmt: skip
+    file = tmp_path / "netvlad_final.pth"
+    torch.save(model.state_dict(), file)
+    settings = {"backbone": "resnet18conv4", "aggregation": "netvlad", "image_size": 64}
+    file.with_suffix(".json").write_text(json.dumps({"settings": settings}))
+    found, of_file = load_model(file, {})
+    assert of_file["resize"] == [64, 64] and eval_command.load_any(file).image_size == 64
+    x = torch.rand(1, 3, 64, 64)
+    assert torch.equal(found(x), model.eval()(x))
 
 
 def test_programs_hand_over_and_the_assignment_s_flags_stay(capsys):
@@ -285,13 +336,6 @@ def test_compared_runs_are_one_table(trained, capsys, tmp_path):
     assert "all scales" in [row[1] for row in rows]
     assert text.startswith("| run |") and (tmp_path / "out" / "compare.png").is_file()
     assert compare.main([str(tmp_path / "out")]) == 2
-
-
-def test_gain_is_paired():
-    before = np.array([0, 5, 5, 0] * 25)
-    assert compare.gain(before, before) == (0, 0, 0)
-    mean, low, high = compare.gain(np.where(before == 5, 0, before), before)
-    assert mean == 0.5 and 0.38 < low < 0.45 and 0.55 < high < 0.62
 
 
 def test_a_log_has_whole_lines_only(tmp_path, capsys):

@@ -2,13 +2,17 @@
 
 import math
 
+import numpy as np
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
+import torchvision
+from pytorch_metric_learning import distances, losses, reducers
 from torch import nn
 
 from model import WARNINGS, DescriptorModel, InputError
-from recognition.aggregation import GeM, build_aggregation
+from recognition.aggregation import L2_PLACES, GeM, build_aggregation
 from recognition.backbones import BACKBONES, build_trunk, calibrate, load_fitting, read_weights
 from recognition.objectives import build_objective, sare_loss
 from recognition.optimization import make_optimizer, make_rate, make_stop, plateaus
@@ -53,6 +57,29 @@ def test_trunks_have_the_published_parameters_and_maps(name, parameters, trained
     assert found.shape == (1, BACKBONES[name].channels, 96 // stride, 64 // stride)
 
 
+@pytest.mark.parametrize("name", ["resnet18conv4", "resnet18conv5", "resnet50conv4", "vgg16"])
+def test_maps_are_those_of_timm_with_the_same_weights(name, tmp_path):
+    backbone = BACKBONES[name]
+    torch.manual_seed(0)
+    whole = torchvision.models.get_model(backbone.network, weights=None).eval()
+    torch.save(whole.state_dict(), tmp_path / "weights.pth")
+    trunk, _ = build_trunk(name, str(tmp_path / "weights.pth"))
+    theirs = timm.create_model(backbone.network, num_classes=0).eval()
+    theirs.load_state_dict(whole.state_dict(), strict=False)
+    images = torch.rand(2, 3, 64, 96)
+    with torch.inference_mode():
+        if name == "vgg16":  # timm's feature extractor gives conv5_3 after its ReLU only
+            expected = theirs.features[:29](images)
+            final = theirs.forward_intermediates(images, intermediates_only=True)
+            assert any(torch.equal(expected.relu(), part) for part in final)
+        else:
+            index = 3 if name.endswith("4") else 4
+            (expected,) = theirs.forward_intermediates(
+                images, indices=[index], intermediates_only=True
+            )
+        torch.testing.assert_close(trunk.eval()(images), expected, rtol=1e-4, atol=1e-5)
+
+
 def test_deep_trunks_have_the_published_channels():
     for name in ("resnet50conv4", "resnet101conv5"):
         trunk, _ = build_trunk(name, "random")
@@ -62,8 +89,6 @@ def test_deep_trunks_have_the_published_channels():
 
 
 def test_weights_of_other_files_fit_or_the_first_key_that_does_not_is_named(tmp_path):
-    import torchvision
-
     torch.manual_seed(3)
     whole = torchvision.models.resnet18(weights=None)
     file = tmp_path / "resnet18.pth"
@@ -129,6 +154,23 @@ def test_gem_is_the_generalized_mean():
     assert torch.allclose(GeM(True)(x), GeM(False)(unit)) and not torch.allclose(
         GeM(True)(x), GeM(False)(x)
     )
+
+
+@pytest.mark.parametrize("l2", L2_PLACES)
+def test_gem_is_normalized_where_l2_says(l2):
+    """Each of the benchmark's places (there before_pool has no L2 at the end) in plain numpy."""
+    model = small(aggregation="gem", l2=l2).eval()
+    images = torch.rand(2, 3, 64, 64)
+    with torch.inference_mode():
+        x, found = model.trunk(images).double().numpy(), model(images).numpy()
+    if l2.startswith("before_pool"):
+        x = x / np.maximum(np.sqrt((x**2).sum(1, keepdims=True)), 1e-12)
+    want = (np.maximum(x, 1e-6) ** 3).mean((2, 3)) ** (1 / 3)
+    if l2 in ("before_pool", "after_pool"):
+        want = want / np.linalg.norm(want, axis=1, keepdims=True)
+    assert np.allclose(found, want, rtol=1e-3, atol=1e-5)
+    assert model.unit_norm == (l2 in ("before_pool", "after_pool"))
+    assert small(aggregation="gem", l2=l2, fc_output_dim=4).unit_norm  # FC, then L2, as published
 
 
 @pytest.mark.parametrize("aggregation", ["netvlad", "gem"])
@@ -211,6 +253,32 @@ def test_sare_is_the_softmax_of_squared_distances():
     published = sare_loss(q, p, n, joint=True).sum() / 2  # over negatives too
     assert build_objective("sare_joint").losses(q, p, n).item() == pytest.approx(published.item())
     assert torch.equal(build_objective("triplet", 0.3).losses(q, p, n), ranking_loss(q, p, n, 0.3))
+
+
+def test_losses_are_those_of_pytorch_metric_learning():
+    """Triplets by distance; SARE by squared distance is, between unit vectors, InfoNCE at T = 1/2."""
+    torch.manual_seed(0)
+    q, p, n = (F.normalize(torch.randn(*shape, 8), dim=-1) for shape in ((3,), (3,), (3, 4)))
+    rows = torch.cat([q, p, n.flatten(0, 1)])
+    anchor = torch.arange(3).repeat_interleave(4)
+    triplets = anchor, anchor + 3, torch.arange(6, 18)
+    distance = distances.LpDistance(normalize_embeddings=False)
+    triplet = losses.TripletMarginLoss(0.1, distance=distance, reducer=reducers.DoNothingReducer())
+    theirs = triplet(rows, torch.arange(18), indices_tuple=triplets)["loss"]["losses"].view(3, 4)
+    assert torch.allclose(build_objective("triplet", 0.1).losses(q, p, n), theirs, atol=1e-6)
+    info = losses.NTXentLoss(temperature=0.5, reducer=reducers.DoNothingReducer())
+    for i in range(3):
+        mine = torch.cat([q[i : i + 1], p[i : i + 1], n[i]])
+        one = torch.zeros(4, dtype=torch.long)
+        pair = torch.tensor([0]), torch.tensor([1]), one, torch.arange(2, 6)
+        found = info(mine, torch.arange(6), indices_tuple=pair)["loss"]["losses"]
+        assert sare_loss(q, p, n, joint=True)[i].item() == pytest.approx(found.item(), abs=1e-5)
+        for j in range(4):
+            twice = torch.tensor([0, 0]), torch.tensor([1, 1])  # a single pair is passed over
+            pair = *twice, torch.tensor([0]), torch.tensor([2 + j])
+            found = info(mine, torch.arange(6), indices_tuple=pair)["loss"]["losses"][0]
+            ours = sare_loss(q, p, n, joint=False)[i, j].item()
+            assert ours == pytest.approx(found.item(), abs=1e-5)
 
 
 @pytest.mark.parametrize("name", ["adam", "adamw", "sgd", "asgd"])
