@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from model import PRECISIONS
-from recognition.aggregation import AGGREGATIONS, L2_PLACES
+from recognition.aggregation import AGGREGATION_SETTINGS, AGGREGATIONS, L2_PLACES
 from recognition.backbones import BACKBONES
 from recognition.inference import METHODS
 from recognition.optimization import OPTIMIZERS, SCHEDULERS
@@ -13,6 +13,14 @@ from recognition.recipes import RECIPES
 from recognition.reranking import RERANKED
 
 RESIZE = [480, 640]  # height, width; eval.py takes those of the checkpoint
+SIZES = {  # whole numbers among the settings of aggregations
+    "netvlad_clusters": "netvlad",
+    "mix_out_channels": "mixvpr",
+    "mix_out_rows": "mixvpr",
+    "mix_depth": "mixvpr",
+    "convap_dim": "convap",
+    "convap_cells": "convap, a side",
+}
 RERANKINGS = ("clusters", "geometric", "expansion")
 
 
@@ -63,9 +71,11 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     option("--recipe", choices=RECIPES, help="default: the one whose flags are given, or netvlad")
     option("--backbone", choices=BACKBONES, help="default: the recipe's")
     option("--aggregation", choices=AGGREGATIONS, help="default: the recipe's")
-    option("--netvlad_clusters", type=positive, default=64, help="default: 64")
     option("--fc_output_dim", type=positive, help="a linear layer to so many numbers at the end")
     option("--l2", choices=L2_PLACES, default=L2_PLACES[0], help="of GeM (default: before_pool)")
+    for name, what in SIZES.items():
+        default = AGGREGATION_SETTINGS[name]
+        option(f"--{name}", type=positive, default=default, help=f"of {what} (default: {default})")
 
 
 def add_training_flags(parser: argparse.ArgumentParser, last: str) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from eval import IMAGE_SIZE
 from model import DAMAGED, DescriptorModel, InputError, load_checkpoint
-from recognition.aggregation import build_aggregation
+from recognition.aggregation import AGGREGATION_SETTINGS, build_aggregation, fit_to
 from recognition.backbones import BACKBONES, build_trunk, load_fitting, read_weights
 
 
@@ -44,7 +44,7 @@ RECIPES = {
         },
     ),
 }
-ARCHITECTURE = ("backbone", "aggregation", "netvlad_clusters", "fc_output_dim", "l2")
+ARCHITECTURE = ("backbone", "aggregation", *AGGREGATION_SETTINGS)
 
 # Names of the benchmark's own files -> ours, tried in this order.
 BENCHMARK_KEYS = (
@@ -60,10 +60,8 @@ def build_model(settings: Mapping, weights: str | None = "random") -> Descriptor
     """The model of ARCHITECTURE's settings. weights: as for build_trunk."""
     backbone = BACKBONES[settings["backbone"]]
     trunk, origin = build_trunk(settings["backbone"], weights)
-    names = ("netvlad_clusters", "fc_output_dim", "l2")
-    aggregation, dim = build_aggregation(
-        settings["aggregation"], backbone.channels, *(settings[name] for name in names)
-    )
+    given = {name: settings[name] for name in AGGREGATION_SETTINGS if name in settings}
+    aggregation, dim = build_aggregation(settings["aggregation"], backbone.channels, given)
     model = DescriptorModel(trunk, aggregation, dim)
     model.weights_origin = origin
     model.freeze_below(backbone.first_trained)
@@ -92,6 +90,7 @@ def load_model(path: Path, settings: Mapping) -> tuple[DescriptorModel, dict]:
     own = read_settings(path)
     settings = {**settings, **own}
     model = build_model(settings)
+    fit_to(model.aggregation, state)
     load_fitting(model, state if own else from_benchmark(state, model), path)
     model.trunk.initialized = True
     model.weights_origin = f"checkpoint {path.name}"
