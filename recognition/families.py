@@ -20,10 +20,10 @@ Everything else is shared: the model by recipes.py, the command by train_command
 from collections.abc import Sequence
 from types import ModuleType
 
-from recognition import benchmark
+from recognition import benchmark, cosplace
 from recognition.recipes import RECIPES
 
-FAMILIES: dict[str, ModuleType] = {"benchmark": benchmark}
+FAMILIES: dict[str, ModuleType] = {"benchmark": benchmark, "cosplace": cosplace}
 
 
 def choose(

@@ -85,6 +85,7 @@ def add_training_flags(parser: argparse.ArgumentParser, last: str) -> None:
     option(
         "--weights", help="of the backbone: imagenet (default), none (random, calibrated), a file"
     )
+    option("--resume_model", type=Path, metavar="FILE", help="begin with this model's weights")
     option("--epochs_num", type=int, help="at most; 0: test only")
     option("--lr", type=above_zero, help="peak rate")
     option("--optim", choices=OPTIMIZERS, default="adam", help="default: adam")
