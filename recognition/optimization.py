@@ -24,24 +24,63 @@ def make_optimizer(
     """What makes an optimizer of groups of parameters.
 
     Vectors (biases, norms, GeM's p) do not decay. average_after: steps after which ASGD begins to average
-    the weights (Polyak & Juditsky 1992); train() then judges and keeps those too.
+    the weights (Polyak & Juditsky 1992); train() then judges and keeps those too. Groups that are `apart`
+    have an Adam of their own.
     """
     kind, decay = OPTIMIZERS[name]
     decay = decay if weight_decay is None else weight_decay
     options = {"sgd": {"momentum": MOMENTUM}, "asgd": {"t0": average_after}}.get(name, {})
 
     def make(groups: list[dict]) -> Optimizer:
+        apart = [group for group in groups if group.get("apart")]
         split = []
-        for group in groups:
+        for group in (group for group in groups if not group.get("apart")):
             for is_vector in (False, True):
                 params = [p for p in group["params"] if (p.dim() < 2) == is_vector]
                 if params:
                     split.append(
                         {**group, "params": params, "weight_decay": 0.0 if is_vector else decay}
                     )
-        return kind(split, **options)
+        own = kind(split, **options)
+        return Several([own, torch.optim.Adam(apart)]) if apart else own
 
     return make
+
+
+class Several:
+    """Optimizers that step together: what train() uses of one."""
+
+    def __init__(self, optimizers: list[Optimizer]) -> None:
+        self.optimizers = optimizers
+
+    @property
+    def param_groups(self) -> list[dict]:
+        """Those of all."""
+        return [group for each in self.optimizers for group in each.param_groups]
+
+    @property
+    def state(self) -> dict:
+        """By parameter, that of all."""
+        return {p: state for each in self.optimizers for p, state in each.state.items()}
+
+    def zero_grad(self) -> None:
+        """Of all."""
+        for each in self.optimizers:
+            each.zero_grad()
+
+    def step(self) -> None:
+        """Of all."""
+        for each in self.optimizers:
+            each.step()
+
+    def state_dict(self) -> dict:
+        """The states of all, for `load_state_dict`."""
+        return {"several": [each.state_dict() for each in self.optimizers]}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Go on from a `state_dict`."""
+        for each, part in zip(self.optimizers, state["several"]):
+            each.load_state_dict(part)
 
 
 def make_rate(

@@ -10,44 +10,48 @@ import torch
 from torch import Tensor, nn
 
 from model import DescriptorModel, described_settings, load_checkpoint
-from recognition.aggregation import L2_PLACES, build_aggregation
+from recognition.aggregation import AGGREGATION_SETTINGS, build_aggregation, fit_to
 from recognition.backbones import BACKBONES, build_trunk, load_fitting, read_weights
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """A system: backbone + aggregation + objective + batches, and the settings that differ from the
-    defaults of the command line.
-    """
+    """A system: family (families.py) + backbone + aggregation + other settings than the command line's."""
 
+    family: str
     backbone: str
     aggregation: str
-    objective: str
-    batches: str
     settings: dict = field(default_factory=dict)
 
     @property
     def defaults(self) -> dict:
         """All of it, by the names of the command line."""
-        parts = {"backbone": self.backbone, "aggregation": self.aggregation}
-        return {**parts, "criterion": self.objective, "mining": self.batches, **self.settings}
+        return {"backbone": self.backbone, "aggregation": self.aggregation, **self.settings}
 
 
 RECIPES = {
     # Berton et al., "Deep Visual Geo-localization Benchmark", CVPR 2022; Arandjelovic et al. 2016
-    "netvlad": Recipe("resnet18conv4", "netvlad", "triplet", "partial"),
+    "netvlad": Recipe(
+        "benchmark",
+        "resnet18conv4",
+        "netvlad",
+        {
+            "criterion": "triplet",
+            "mining": "partial",
+            "epochs_num": 1000,
+            "patience": 3,
+            "lr": 1e-5,
+        },
+    ),
+    # Berton et al., "Rethinking Visual Geo-localization for Large-Scale Applications", CVPR 2022
+    "cosplace": Recipe(
+        "cosplace",
+        "ResNet18",
+        "gem",
+        {"fc_output_dim": 512, "epochs_num": 50, "lr": 1e-5, "resize": []},  # native size
+    ),
 }
-# On the built-in sample: ends in minutes on two cores.
-SAMPLE_SETTINGS = {
-    "resize": [168, 224],
-    "netvlad_clusters": 16,
-    "epochs_num": 4,
-    "queries_per_epoch": 240,
-    "cache_refresh_rate": 120,
-    "negs_num_per_query": 4,
-    "lr": 1e-4,
-}
-ARCHITECTURE = ("backbone", "aggregation", "netvlad_clusters", "fc_output_dim", "l2")
+ARCHITECTURE = ("backbone", "aggregation", *AGGREGATION_SETTINGS)
 
 # Names of the benchmark's own files -> ours, tried in this order.
 BENCHMARK_KEYS = (
@@ -63,10 +67,8 @@ def build_model(settings: Mapping, weights: str | None = "random") -> Descriptor
     """The model of ARCHITECTURE's settings. weights: as for build_trunk."""
     backbone = BACKBONES[settings["backbone"]]
     trunk, origin = build_trunk(settings["backbone"], weights)
-    names = ("netvlad_clusters", "fc_output_dim", "l2")
-    aggregation, dim = build_aggregation(
-        settings["aggregation"], backbone.channels, *(settings[name] for name in names)
-    )
+    given = {name: settings[name] for name in AGGREGATION_SETTINGS if name in settings}
+    aggregation, dim = build_aggregation(settings["aggregation"], backbone.channels, given)
     model = DescriptorModel(trunk, aggregation, dim)
     model.weights_origin = origin
     model.freeze_below(backbone.first_trained)
@@ -96,6 +98,7 @@ def load_model(path: Path, settings: Mapping) -> tuple[DescriptorModel, dict]:
     own = read_settings(path)
     settings = {**settings, **own}
     model = build_model(settings)
+    fit_to(model.aggregation, state)
     load_fitting(model, state if own else from_benchmark(state, model), path)
     model.trunk.initialized = True
     model.weights_origin = f"checkpoint {path.name}"
@@ -119,8 +122,6 @@ def read_settings(path: Path) -> dict:
     return {
         **{name: described[name] for name in ("backbone", "aggregation")},
         "netvlad_clusters": len(found.get("aggregation.centers", ())),
-        "fc_output_dim": None,
-        "l2": L2_PLACES[0],
         "resize": [size, size],
     }
 
