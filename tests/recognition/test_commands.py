@@ -259,6 +259,28 @@ def test_any_checkpoint_searches_a_folder_in_its_own_way(trained, checkpoint, fo
     assert Path("found.png").is_file() == bool(more)
 
 
+@pytest.mark.parametrize(
+    "more, says",
+    [
+        (["--night_queries=binary"], "--night_queries binary cannot be read"),
+        (["--pca_dim=2", "--pca_dataset_folder=empty"], "empty holds no image to fit the PCA on"),
+        (["--pca_dim=2", "--pca_dataset_folder=nowhere"], "nowhere is no folder"),
+        (
+            ["--pca_dim=99", "--pca_dataset_folder=dataset/toy/images/test"],
+            "--pca_dim 99 is too much",
+        ),
+        (["--query=no.jpg", "--index=empty"], "empty holds no image"),
+    ],
+)
+def test_bad_settings_of_a_test_are_one_sentence(trained, more, says, capsys):
+    Path("empty").mkdir(exist_ok=True)
+    Path("binary").write_bytes(b"\x00\xff\xfe\x80")
+    argv = ["--dataset_name=toy", f"--resume={trained / 'best_model.pth'}", "--save_dir=bad"]
+    assert eval_command.command([*argv, *more]) == 2
+    err = capsys.readouterr().err.splitlines()
+    assert says in err[-1] and err[-1].startswith("eval.py: ")
+
+
 def test_any_checkpoint_is_evaluated_on_lists(trained, sample, capsys):
     argv = ["--dataset", str(sample), "--split=val", "--device=cpu"]
     assert eval_command.command([*argv, "--checkpoint", str(trained / "best_model.pth")]) == 0
