@@ -25,6 +25,7 @@ SPLITS = ("train", "val", "test")
 INDEX_FOLDERS = ("database",)
 QUERY_FOLDERS = ("queries", "queries_v1", "queries_v2")
 PLACES = (Path("../datasets_vg/datasets"), Path("dataset"))  # where data sets are looked for
+LOCAL_M = 1e4  # positions all below this are of a local system, and may be small numbers
 ZONE_APART_M = 1e8  # positions of different UTM zones are this far from each other
 
 
@@ -93,9 +94,12 @@ class FolderImages(Dataset):
         self.headings_deg = [label.heading_deg for label in labels]
         self.notes = [label.note for label in labels]
         self.utm = np.array([label.utm for label in labels], dtype=np.float64).reshape(-1, 2)
-        if len(self.utm) and np.abs(self.utm).max() <= 180:
+        largest = np.abs(self.utm).max(axis=1, initial=0)
+        small = largest <= 180
+        if small.any() and (largest[~small] > LOCAL_M).all():
+            first = self.paths[int(small.argmax())].name
             raise InputError(
-                f"the names in {folders[0]} seem to give degrees (first: {self.paths[0].name}): "
+                f"{small.sum()} names in {folders[0]} seem to give degrees (first: {first}): "
                 "write UTM east and north, in meters, into the first two fields."
             )
 

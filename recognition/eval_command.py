@@ -212,6 +212,8 @@ def reduce(
     if folder is None:
         raise InputError(f"--pca_dataset_folder {args.pca_dataset_folder} is no folder: name one.")
     images = FolderImages([folder], framing(args.resize), max(args.resize, default=None))
+    if not len(images):
+        raise InputError(f"{folder} holds no image to fit the PCA on: name another folder.")
     rng = np.random.default_rng(args.seed)
     chosen = rng.choice(len(images), min(PCA_IMAGES, len(images)), replace=False)
     subset = torch.utils.data.Subset(images, chosen.tolist())
@@ -249,8 +251,9 @@ def parts_of(split: FolderSplit, night_list: Path | None) -> dict[str, np.ndarra
         night = np.array([note.lower().startswith("night") for note in split.queries.notes])
     else:
         try:
-            names = {Path(line.strip()).name for line in night_list.read_text().splitlines()}
-        except OSError as error:
+            lines = night_list.read_text(encoding="utf-8").splitlines()
+            names = {Path(line.strip()).name for line in lines}
+        except (OSError, ValueError) as error:
             raise InputError(f"--night_queries {night_list} cannot be read ({error}).") from None
         night = np.array([Path(path).name in names for path in split.queries.paths])
         if not night.any():

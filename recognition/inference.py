@@ -29,7 +29,7 @@ METHODS = (
 )
 OF_CROPS = ("five_crops", "nearest_crop", "maj_voting")
 VOTING_LEVELS = (1, 5, 10)  # among the first so many of each crop images are counted
-BLOCK_CELLS = 2**26  # most numbers of descriptors that are computed before they are stored
+BLOCK_CELLS = 2**26  # most numbers of descriptors that are computed at a time
 WHITENING_EPS = 1e-12
 
 
@@ -174,8 +174,14 @@ class Pca:
         return cls(mean, axes.numpy())
 
     def __call__(self, x: np.ndarray) -> np.ndarray:
-        """x (..., D) -> (..., d), rows of norm 1."""
-        return unit((x - self.mean) @ self.axes)
+        """x (..., D), which may be a mapped file -> (..., d), rows of norm 1."""
+        rows = x.reshape(-1, x.shape[-1])
+        found = np.empty((len(rows), self.axes.shape[1]), np.float32)
+        step = max(1, BLOCK_CELLS // rows.shape[1])
+        for begin in range(0, len(rows), step):
+            part = slice(begin, begin + step)
+            found[part] = unit((rows[part] - self.mean) @ self.axes)
+        return found.reshape(*x.shape[:-1], -1)
 
 
 def unit(x: np.ndarray) -> np.ndarray:

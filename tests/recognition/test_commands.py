@@ -37,6 +37,7 @@ def folder(tmp_path_factory) -> Path:
     mixed = folder / "dataset" / "mixed" / "images" / "test"
     write_split(mixed, range(60, 63), note="day_forward")
     write_split(mixed, range(63, 65), note="night_forward")
+    write_split(folder / "dataset" / "toyval" / "images" / "test", range(20, 26))  # toy's val
     picture(99, 0).save(mixed / "queries" / name(EAST, NORTH - 900, note="night"))
     return folder
 
@@ -157,7 +158,8 @@ def test_bad_settings_are_one_sentence(more, says, capsys):
     [
         ["--aggregation=gem", "--fc_output_dim=16", "--criterion=sare_joint", "--augment=smart"],
         ["--backbone=resnet18conv5", "--aggregation=gem", "--mining=full", "--night=0.5",
-         "--l2=none", "--horizontal_flip", "--optim=asgd", "--scheduler=plateau", "--drift_batchnorm"],
+         "--l2=none", "--horizontal_flip", "--optim=asgd", "--train_batch_size=2",
+         "--scheduler=plateau", "--drift_batchnorm"],
         ["--mining=random", "--optim=sgd", "--scheduler=cosine", "--warmup_epochs=1",
          "--brightness=1", "--rand_perspective=0.5", "--epochs_num=1"],
     ],
@@ -166,12 +168,23 @@ def test_other_parts_train_too(more, folder, request):
     run = run_of(folder, f"other{len(more)}{more[0][-4:]}", more)
     losses = [epoch["train_loss"] for epoch in metrics(run)["epochs"]]
     assert losses and np.isfinite(losses).all()
+    averaged = run / "averaged_model.pth"
+    assert averaged.is_file() == ("--optim=asgd" in more)
+    if averaged.is_file():  # that of the last epoch is a model like any other
+        last = metrics(run)["epochs"][-1]
+        found = evaluated(run, "averaged", file="averaged_model.pth", data="toyval")
+        (row,) = metrics(found)["recall"]["toyval test"].values()
+        assert row["recall"][1] == pytest.approx(last["averaged val R@5"])
+        mean, raw = weights(averaged), weights(run / "last_model.pth")
+        assert any(not torch.equal(value, raw[key]) for key, value in mean.items())
 
 
-def evaluated(trained: Path, save_dir: str, *more: str, data: str = "toy") -> Path:
+def evaluated(
+    trained: Path, save_dir: str, *more: str, data: str = "toy", file: str = "best_model.pth"
+) -> Path:
     argv = [
         f"--dataset_name={data}",
-        f"--resume={trained / 'best_model.pth'}",
+        f"--resume={trained / file}",
         f"--save_dir={save_dir}",
     ]
     assert eval_command.command([*argv, "--precision=float32", *more]) == 0
@@ -257,6 +270,28 @@ def test_any_checkpoint_searches_a_folder_in_its_own_way(trained, checkpoint, fo
         assert [line[2] for line in lines[2:4]] == [str(paths[i]) for i in best]
         assert float(lines[2][1]) == pytest.approx(float(found[1 + best[0]] @ found[0]), abs=2e-3)
     assert Path("found.png").is_file() == bool(more)
+
+
+@pytest.mark.parametrize(
+    "more, says",
+    [
+        (["--night_queries=binary"], "--night_queries binary cannot be read"),
+        (["--pca_dim=2", "--pca_dataset_folder=empty"], "empty holds no image to fit the PCA on"),
+        (["--pca_dim=2", "--pca_dataset_folder=nowhere"], "nowhere is no folder"),
+        (
+            ["--pca_dim=99", "--pca_dataset_folder=dataset/toy/images/test"],
+            "--pca_dim 99 is too much",
+        ),
+        (["--query=no.jpg", "--index=empty"], "empty holds no image"),
+    ],
+)
+def test_bad_settings_of_a_test_are_one_sentence(trained, more, says, capsys):
+    Path("empty").mkdir(exist_ok=True)
+    Path("binary").write_bytes(b"\x00\xff\xfe\x80")
+    argv = ["--dataset_name=toy", f"--resume={trained / 'best_model.pth'}", "--save_dir=bad"]
+    assert eval_command.command([*argv, *more]) == 2
+    err = capsys.readouterr().err.splitlines()
+    assert says in err[-1] and err[-1].startswith("eval.py: ")
 
 
 def test_any_checkpoint_is_evaluated_on_lists(trained, sample, capsys):

@@ -59,6 +59,19 @@ def test_degrees_are_refused(tmp_path, at):
         FolderImages([tmp_path])
 
 
+def test_one_name_in_degrees_among_meters_is_refused_and_named(tmp_path):
+    put(tmp_path, "database", name(EAST, NORTH))
+    put(tmp_path, "database", "@40.43870@-80.00613@.jpg")
+    with pytest.raises(InputError, match=r"1 names .* degrees \(first: @40\.43870@-80"):
+        FolderImages([tmp_path])
+
+
+def test_small_numbers_of_a_local_system_are_meters(tmp_path):
+    for file in ("@0@10@.jpg", "@20@170@.jpg", "@300@4000@.jpg"):
+        put(tmp_path, "database", file)
+    assert FolderImages([tmp_path]).utm.tolist() == [[0, 10], [20, 170], [300, 4000]]
+
+
 @pytest.mark.parametrize("kind, missing", [("queries", "database"), ("database", "queries")])
 def test_a_split_needs_queries_and_database(tmp_path, kind, missing):
     put(tmp_path, kind, name(EAST, NORTH))

@@ -16,6 +16,7 @@ from recognition.inference import (
     METHODS,
     Pca,
     Pipeline,
+    describe_images,
     merge_crops,
     rank,
     transform_for,
@@ -30,6 +31,7 @@ from recognition.reranking import (
     rerank_expansion,
     rerank_geometric,
 )
+from training.inputs import Store
 
 
 def vectors(n: int, d: int, seed: int = 0) -> np.ndarray:
@@ -197,6 +199,33 @@ def test_pca_is_that_of_scikit_learn(whiten):
     assert np.allclose(ours @ ours.T, theirs @ theirs.T, atol=1e-3)
     with pytest.raises(InputError, match="--pca_dim 13 is too much for 40 images of 12"):
         Pca.fit(x, 13, whiten)
+
+
+def test_descriptors_are_computed_a_part_at_a_time(tmp_path, monkeypatch):
+    """In parts of at most BLOCK_CELLS numbers, stored in a file: the same numbers as in one go."""
+    torch.manual_seed(0)
+    head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    model = DescriptorModel(nn.Sequential(nn.Conv2d(3, 4, 3)), head, 4)
+    images = [(torch.rand(15, 9, 9), i, f"{i}.jpg") for i in range(23)]
+    how = Pipeline(model, (0.5, 1)), images, torch.device("cpu")
+    whole = describe_images(*how, Store(tmp_path), 4, crops=5)
+    sizes = []
+    compute = inference.compute_embeddings
+
+    def counted(*args):
+        found = compute(*args)
+        sizes.append(found[0].size)
+        return found
+
+    monkeypatch.setattr(inference, "compute_embeddings", counted)
+    monkeypatch.setattr(inference, "BLOCK_CELLS", 5 * 3 * 4 * 7)
+    parts = describe_images(*how, Store(tmp_path, budget=0), 4, crops=5)
+    assert parts.shape == whole.shape == (3, 23, 5, 4) and np.allclose(parts, whole, atol=1e-6)
+    assert max(sizes) == 5 * 3 * 4 * 7 and sum(sizes) == parts.size
+    pca = Pca.fit(whole[2].reshape(-1, 4), 3, True)
+    in_parts = pca(parts)
+    monkeypatch.undo()
+    assert np.allclose(in_parts, pca(whole), atol=1e-5) and in_parts.shape == (3, 23, 5, 3)
 
 
 # ------------------------------------------------ re-ranking
