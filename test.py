@@ -39,6 +39,7 @@ from reporting import check, handin, report
 from reporting.export import check_exports, write_exports
 from reporting.pose_file import ASSIGNED_SCENES, pose_text, poses_tsv, summarize
 from reporting.poses import PosedFrames, write_pose_pictures
+from reporting.scene_view import write_scene_views
 from reporting.screen import always_printed, on_screen, phase, versions
 
 QUERY_SHARE = 0.2
@@ -367,6 +368,7 @@ def run(args: argparse.Namespace) -> None:
     export(args, posed, rows, structure, camera_dir)
     with phase("pictures", seconds):
         pictures = write_pose_pictures(args.output, posed, rows)
+        scene_views = write_scene_views(args.output, posed, rows, structure)
     section = {
         "data": {"name": "built-in sample" if is_sample else str(camera_dir), "root": str(camera_dir), "is_sample": is_sample},
         "seed": args.seed, "scenes": frames.scenes, "queries": len(queries), "index": len(index),
@@ -374,7 +376,7 @@ def run(args: argparse.Namespace) -> None:
         **summarize(ours), "retrieval": summarize(retrieval), "methods": methods,
         "cameras": {scene: c.as_dict() for scene, c in calibrations.items()},
         "self_test": {world: vars(outcome) for world, outcome in tests.items()},
-        "per_query": rows, "pictures": pictures, "phases": seconds, "device": str(device), "versions": versions(),
+        "per_query": rows, "pictures": pictures, "views": scene_views, "phases": seconds, "device": str(device), "versions": versions(),
         "settings": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()},
         "warnings": WARNINGS,
     }  # fmt: skip
