@@ -157,16 +157,17 @@ def _on_images(path: Path, lens: dict[str, float], sizes: Counter[Size]) -> Came
 
 
 def _camera(where: Path | str, lens: dict[str, float], size: Size) -> Camera:
-    """A Camera of named parameters; distortion other than k1 and k2 is left out with a warning."""
+    """A Camera of named parameters; k3, the sixth-order distortion, is left out with a warning."""
     fx, fy = (lens.get(name, lens.get("f", math.nan)) for name in ("fx", "fy"))
-    values = [fx, fy, lens["cx"], lens["cy"], lens.get("k1", 0.0), lens.get("k2", 0.0)]
+    bent = [lens.get(name, 0.0) for name in ("k1", "k2", "p1", "p2")]
+    values = [fx, fy, lens["cx"], lens["cy"], *bent]
     if not (np.isfinite(values).all() and min(fx, fy) > 0 and min(size) > 0):
         raise InputError(
             f"{where}: the focal lengths must be positive, found fx={fx:g}, fy={fy:g}."
         )
-    if left_out := [name for name in ("p1", "p2", "k3") if lens.get(name)]:
-        warn(f"{where}: the distortion {', '.join(left_out)} is left out, k1 and k2 are used.")
-    return Camera(*values[:4], *size, *values[4:])
+    if lens.get("k3"):
+        warn(f"{where}: the distortion k3 is left out; the others are used.")
+    return Camera(*values[:4], *size, *bent)
 
 
 def read_colmap_cameras(path: Path, used: Collection[str] | None = None) -> dict[str, Camera]:

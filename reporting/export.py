@@ -228,6 +228,6 @@ def _camera(camera: Camera) -> str:
     """MODEL WIDTH HEIGHT PARAMS[]: the simplest of COLMAP's models that holds it."""
     focal, center = [camera.fx, camera.fy], [camera.cx + 0.5, camera.cy + 0.5]
     size = f"{camera.width} {camera.height}"
-    if not (camera.k1 or camera.k2):
+    if camera == camera.pinhole():
         return f"PINHOLE {size} {_words([*focal, *center])}"
-    return f"OPENCV {size} {_words([*focal, *center, camera.k1, camera.k2, 0, 0])}"
+    return f"OPENCV {size} {_words([*focal, *center, camera.k1, camera.k2, camera.p1, camera.p2])}"

@@ -19,6 +19,7 @@ from model import WARNINGS, InputError
 
 PINHOLE = ("PINHOLE", 640, 480, [500, 510, 320.5, 240.5])
 RADIAL = ("RADIAL", 800, 600, [600, 400.5, 300.5, 0.1, -0.02])
+OPENCV = ("OPENCV", 800, 600, [600, 610, 400.5, 300.5, 0.1, -0.02, 0.01, -0.02])
 NAMES = ["a/0001.png", "a/0002.png", "b/0001.png", "b/0002.png", "b/0010.png"]
 
 
@@ -54,7 +55,7 @@ def scene_of(folder: Path, model: pycolmap.Reconstruction, binary=True, place="s
 @pytest.mark.parametrize("binary", [True, False])
 @pytest.mark.parametrize("place", [".", "images", "sparse/0", "sparse"])
 def test_each_image_gets_its_pose_and_its_own_camera(binary, place, tmp_path):
-    model = model_of(NAMES, [PINHOLE, RADIAL])
+    model = model_of(NAMES, [PINHOLE, OPENCV if binary else RADIAL])
     scene = scene_of(tmp_path, model, binary, place)
     found = read_scene(scene)
     assert [p.relative_to(scene / "images").as_posix() for p in found.paths] == NAMES

@@ -47,9 +47,11 @@ def test_distortion(tmp_path):
     assert read(tmp_path, "535.4 539.2 320.1 247.6 -0.02 0.01").k2 == 0.01
     assert read(tmp_path, "1 OPENCV 640 480 5 5 320 240 0.1 0.2 0 0").k2 == 0.2
     assert read(tmp_path, "1 SIMPLE_RADIAL 640 480 5 320 240 0.1").k1 == 0.1
+    found = read(tmp_path, "535.4 539.2 320.1 247.6 -0.02 0.01 0.003 -0.004")
+    assert (found.k1, found.p1, found.p2) == (-0.02, 0.003, -0.004)
     assert not WARNINGS
-    assert read(tmp_path, "535.4 539.2 320.1 247.6 -0.02 0.01 0.003 0").k1 == -0.02
-    assert len(WARNINGS) == 1 and re.search("intrinsics.txt.* p1 is left out", WARNINGS[0])
+    assert read(tmp_path, "535.4 539.2 320.1 247.6 -0.02 0.01 0.003 0 0.1").k1 == -0.02
+    assert len(WARNINGS) == 1 and re.search("intrinsics.txt.* k3 is left out", WARNINGS[0])
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from scipy.spatial.transform import Rotation
 
-from localization.cameras import OPENCV, Camera, poses_to_file
+from localization.cameras import OPENCV, Camera, poses_to_file, project, rays
 from localization.structure import structure_of
 from localization.triangulation import triangulate_views
 from model import InputError
@@ -37,11 +37,9 @@ def run(tmp_path):
         (rows, chosen, triangulate_views(chosen))
         for rows, chosen in ((rows, [views[row] for row in rows]) for rows in worlds)
     )
-    wide = Camera(300.0, 310.0, 322.0, 238.0, 640, 480, -0.1, 0.01)
+    wide = Camera(300.0, 310.0, 322.0, 238.0, 640, 480, -0.1, 0.01, 0.01, -0.02)
     for view in views[7:]:
-        x, y = ((view.features.xy_px - torch.tensor([320.0, 240.0])) / 320.0).unbind(1)
-        bent = 1 - 0.1 * (x * x + y * y) + 0.01 * (x * x + y * y) ** 2
-        view.features.xy_px[:] = torch.stack([300 * bent * x + 322, 310 * bent * y + 238], 1)
+        view.features.xy_px[:] = project(wide, rays(view.camera, view.features.xy_px))
         view.camera = wide
     rows = poses_to_file(
         torch.stack([v.R_world_from_cam for v in views]),
