@@ -192,6 +192,8 @@ def _by_labels(file: Path, rows: list[PoseRow | None], paths: Sequence[Path]) ->
                         "there: they are left out."
                     )
                 return {image: there[found[image]] for image in sorted(found)}
+    if file.stem == "images" and (twice := [n for n, k in Counter(columns[0]).items() if k > 1]):
+        raise InputError(f"{file} has two images {twice[0]!r}: keep one of them.")
     row = rows[there[0]]
     raise InputError(
         f"{file}, {'image' if file.suffix == '.bin' else 'line'} {row.line}: "

@@ -82,6 +82,12 @@ def test_shorter_of_images_and_poses_rules_and_scene_choice(sample, tmp_path, ca
         task4.IndoorDataset(camera, scenes=["nowhere"])
 
 
+def test_a_folder_that_is_a_scene_itself_is_told_how_to_name_it(sample):
+    scene = min((sample / "camera").iterdir())
+    with pytest.raises(InputError, match=f"one itself: give --camera {scene.parent} --scenes {scene.name}"):
+        task4.IndoorDataset(scene)
+
+
 def read_estimates(output: Path) -> dict[str, list[str]]:
     lines = (output / "estimated_poses.tsv").read_text().splitlines()[1:]
     return {Path(line.split("\t")[0]).name: line.split("\t")[1:] for line in lines}

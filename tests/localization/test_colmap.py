@@ -110,6 +110,14 @@ def test_names_of_no_image_are_named(tmp_path):
         read_scene(scene)
 
 
+def test_an_image_that_is_there_twice_is_named(tmp_path):
+    scene = scene_of(tmp_path, model_of(NAMES, [PINHOLE]), binary=False)
+    file = scene / "sparse/0/images.txt"
+    file.write_text(file.read_text().replace(NAMES[4], NAMES[3]))
+    with pytest.raises(InputError, match=r"images\.txt has two images 'b/0002\.png'"):
+        read_scene(scene)
+
+
 @pytest.mark.parametrize("binary", [True, False])
 def test_a_model_that_is_not_read_is_one_sentence_if_images_are_of_it(binary, tmp_path):
     fisheye = ("OPENCV_FISHEYE", 640, 480, [500, 500, 320, 240, 0.1, 0, 0, 0])
