@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from scipy.spatial.transform import Rotation
 
 from localization.cameras import Camera, poses_from_file, poses_to_file, project
@@ -106,7 +107,38 @@ def test_names_of_no_image_are_named(tmp_path):
     scene = scene_of(tmp_path, model_of(["x.png", "y.png"], [PINHOLE]))
     for file in (scene / "images").iterdir():
         file.rename(file.with_name(f"other_{file.name}"))
-    with pytest.raises(InputError, match=r"images\.bin, image 1: '[xy]\.png' stands beside"):
+    with pytest.raises(
+        InputError, match=r"images\.bin has images such as '[xy]\.png'.*other_x\.png"
+    ):
+        read_scene(scene)
+
+
+def test_images_that_were_converted_keep_their_poses(tmp_path):
+    scene = scene_of(tmp_path, model_of(NAMES, [PINHOLE]))
+    for file in list((scene / "images").glob("*/*")):
+        file.rename(file.with_suffix(".jpg"))
+    assert read_scene(scene).poses[:, 0].tolist() == [1, 2, 3, 4, 5]
+
+
+def test_an_empty_model_and_cameras_of_other_images_are_said(tmp_path):
+    scene = scene_of(tmp_path, model_of(NAMES, [PINHOLE, RADIAL]))
+    for name in NAMES:
+        Image.new("L", (320, 240)).save(scene / "images" / name)  # half, and 2.5 times smaller
+    read_scene(scene)
+    assert not WARNINGS
+    Image.new("L", (240, 320)).save(scene / "images" / NAMES[4])
+    read_scene(scene)
+    assert (
+        len(WARNINGS) == 1 and "camera 2 is of 800x600 images, but of 240x320 ones" in WARNINGS[0]
+    )
+    far = ("PINHOLE", 640, 480, [500, 500, 3200, 240])
+    far = scene_of(tmp_path / "far", model_of(NAMES, [PINHOLE, far]))
+    with pytest.raises(
+        InputError, match=r"center 3199\.5 239\.5 of camera 2 is outside its 640x480"
+    ):
+        read_scene(far)
+    (scene / "sparse/0/images.bin").write_bytes(b"\0" * 8)
+    with pytest.raises(InputError, match=r"images\.bin has no image: export it again"):
         read_scene(scene)
 
 
