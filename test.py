@@ -33,12 +33,13 @@ from localization.localize import Estimate, View
 from localization.pose_files import SceneFiles, read_scene
 from localization.scenes import calibrate_scenes, localize_scenes
 from localization.self_test import SelfTest
-from localization.structure import Structure, structure_of
+from localization.structure import structure_of
 from model import WARNINGS, InputError, choose_device, load_checkpoint, progress, refuse, warn
 from reporting import check, handin, report
 from reporting.export import check_exports, write_exports
 from reporting.pose_file import ASSIGNED_SCENES, pose_text, poses_tsv, summarize
 from reporting.poses import PosedFrames, write_pose_pictures
+from reporting.scene_view import write_scene_views
 from reporting.screen import always_printed, on_screen, phase, versions
 
 QUERY_SHARE = 0.2
@@ -124,6 +125,9 @@ def find_scenes(base_dir: Path) -> list[str]:
     if not found:
         deeper = next(base_dir.glob("*/*/images"), None)
         hint = f", but there is {deeper.parent}: name {deeper.parents[1]}" if deeper else ""
+        if (base_dir / "images").is_dir():
+            here = base_dir.resolve()
+            hint = f", but is one itself: give --camera {here.parent} --scenes {here.name}"
         raise InputError(f"{base_dir} holds no scene (<scene>/images/, <scene>/pose.txt){hint}.")
     print(f"Scenes: not all of {' '.join(ASSIGNED_SCENES)} are in {base_dir}; taking {' '.join(found)}.")
     return found
@@ -254,9 +258,9 @@ def check_options(args: argparse.Namespace) -> None:
 def find_poses(
     frames: IndoorDataset, queries: list[int], index: list[int], descriptors: np.ndarray, args: argparse.Namespace,
     seconds: dict[str, float],
-) -> tuple[list[View], dict[str, Calibration], dict[int, Estimate], dict[str, SelfTest], Structure]:  # fmt: skip
+) -> tuple[list[View], dict[str, Calibration], dict[int, Estimate], dict[str, SelfTest], list]:  # fmt: skip
     """The views of all frames, each scene's calibration, an estimate for each query that has an index, how the maps
-    tested themselves, and their points."""
+    tested themselves, and of each map the rows of its index views, these and their points."""
     # Many small tensors from here on: one thread an operation is faster than two that wait.
     torch.set_num_threads(1)
     paths, scene_of, _ = zip(*frames.frames)
@@ -304,7 +308,7 @@ def find_poses(
         if estimate.camera:
             views[row].camera = estimate.camera
             print(f"{paths[row].name} was taken with another lens: f {estimate.camera.fx:.1f} px.")
-    return views, calibrations, estimates, tests, structure_of(maps)
+    return views, calibrations, estimates, tests, maps
 
 
 def run(args: argparse.Namespace) -> None:
@@ -339,7 +343,7 @@ def run(args: argparse.Namespace) -> None:
         raise InputError(f"no index image of {' '.join(frames.scenes)} can be read: replace them.")
     if args.query:
         frames.place_queries(queries, index, descriptors)
-    views, calibrations, estimates, tests, structure = find_poses(frames, queries, index, descriptors, args, seconds)
+    views, calibrations, estimates, tests, maps = find_poses(frames, queries, index, descriptors, args, seconds)
 
     conventions = {scene: c.convention for scene, c in calibrations.items()}
     similarity, best = search(descriptors[queries], descriptors[index], 1)
@@ -354,7 +358,7 @@ def run(args: argparse.Namespace) -> None:
     if args.query:
         with always_printed():
             tell_poses(rows, conventions, args.output / "query_poses.tsv")
-            export(args, posed, rows, structure, camera_dir)
+            export(args, posed, rows, maps, camera_dir)
         return
     handin.write_text(args.output / "result_pose_eval.txt", pose_text(rows, len(index)))
     handin.write_text(args.output / "estimated_poses.tsv", poses_tsv(rows))
@@ -364,9 +368,11 @@ def run(args: argparse.Namespace) -> None:
     for method in sorted({row["method"] for row in rows}):
         part = ours[[row["method"] == method for row in rows]]
         methods[method] = {"count": len(part), **{k: v for k, v in summarize(part).items() if k.startswith("median")}}
-    export(args, posed, rows, structure, camera_dir)
     with phase("pictures", seconds):
         pictures = write_pose_pictures(args.output, posed, rows)
+        scene_views = handin.draw_or_warn(
+            "report/scene_*.html", lambda: write_scene_views(args.output, posed, rows, structure_of(maps))
+        )
     section = {
         "data": {"name": "built-in sample" if is_sample else str(camera_dir), "root": str(camera_dir), "is_sample": is_sample},
         "seed": args.seed, "scenes": frames.scenes, "queries": len(queries), "index": len(index),
@@ -374,19 +380,20 @@ def run(args: argparse.Namespace) -> None:
         **summarize(ours), "retrieval": summarize(retrieval), "methods": methods,
         "cameras": {scene: c.as_dict() for scene, c in calibrations.items()},
         "self_test": {world: vars(outcome) for world, outcome in tests.items()},
-        "per_query": rows, "pictures": pictures, "phases": seconds, "device": str(device), "versions": versions(),
+        "per_query": rows, "pictures": pictures, "views": scene_views or [], "phases": seconds, "device": str(device), "versions": versions(),
         "settings": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()},
         "warnings": WARNINGS,
     }  # fmt: skip
     mean_m, mean_deg = (float(np.nanmean(column)) if np.isfinite(column).any() else float("nan") for column in ours.T)
     with always_printed():
         finish(args, section)
+        export(args, posed, rows, maps, camera_dir)
         print(f"Mean Pose Error: {mean_m:.4f}\nMean Rotation Error: {mean_deg:.2f} deg")
 
 
-def export(args: argparse.Namespace, posed: PosedFrames, rows: list[dict], structure: Structure, root: Path) -> None:
+def export(args: argparse.Namespace, posed: PosedFrames, rows: list[dict], maps: list, root: Path) -> None:
     """Write what --export asks for, and say so."""
-    for path in write_exports(args.export, posed, rows, structure, root):
+    for path in write_exports(args.export, posed, rows, structure_of(maps), root) if args.export else ():
         print(f"Exported: {path}")
 
 

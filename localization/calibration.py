@@ -118,7 +118,7 @@ class Calibration:
 
     def as_dict(self) -> dict:
         """Plain values for metrics.json."""
-        lens = ("fx", "fy", "cx", "cy", "k1", "k2")
+        lens = ("fx", "fy", "cx", "cy", "k1", "k2", "p1", "p2")
         told = (
             "explained",
             "margin",

@@ -36,11 +36,11 @@ _WORD_CV = {
 
 @dataclass(frozen=True)
 class Camera:
-    """Focal lengths, principal point and image size in pixels, and radial distortion (0: a
-    pinhole).
+    """Focal lengths, principal point and image size in pixels, and distortion (0: a pinhole).
 
-    A point at (x, y) = (X / Z, Y / Z), r^2 = x^2 + y^2, is seen at f (1 + k1 r^2 + k2 r^4) (x, y)
-    + c (Brown; OpenCV's k1, k2, COLMAP's RADIAL).
+    A point at (x, y) = (X / Z, Y / Z), r^2 = x^2 + y^2, is seen at f ((1 + k1 r^2 + k2 r^4) (x, y)
+    + (2 p1 x y + p2 (r^2 + 2 x^2), p1 (r^2 + 2 y^2) + 2 p2 x y)) + c (Brown; OpenCV's k1, k2, p1,
+    p2, COLMAP's OPENCV).
     """
 
     fx: float
@@ -51,6 +51,8 @@ class Camera:
     height: int
     k1: float = 0.0
     k2: float = 0.0
+    p1: float = 0.0
+    p2: float = 0.0
 
     def matrix(self) -> Tensor:
         """The calibration matrix K (3, 3), float64."""
@@ -60,7 +62,7 @@ class Camera:
 
     def pinhole(self) -> "Camera":
         """This camera without its distortion."""
-        return replace(self, k1=0.0, k2=0.0)
+        return replace(self, k1=0.0, k2=0.0, p1=0.0, p2=0.0)
 
 
 def default_camera(width: int, height: int) -> Camera:
@@ -81,6 +83,8 @@ def turned(camera: Camera, quarter_turns: int) -> Camera:
             cy=camera.cx,
             width=camera.height,
             height=camera.width,
+            p1=camera.p2,
+            p2=-camera.p1,
         )
     return camera
 
@@ -102,8 +106,9 @@ def camera_for(camera: Camera, width: int, height: int, quarter_turns: int = 0) 
     scale = max(width, height) / max(lens.width, lens.height)
     center_x = (lens.cx + 0.5) * width / lens.width - 0.5
     center_y = (lens.cy + 0.5) * height / lens.height - 0.5
-    return Camera(
-        lens.fx * scale, lens.fy * scale, center_x, center_y, width, height, lens.k1, lens.k2
+    size = {"width": width, "height": height}
+    return replace(
+        lens, fx=lens.fx * scale, fy=lens.fy * scale, cx=center_x, cy=center_y, **size
     )
 
 
@@ -122,14 +127,25 @@ def undistorted(xy: Tensor, k1: Tensor | float, k2: Tensor | float) -> Tensor:
     return torch.where(r < 2 * seen, xy * (r / seen.clamp_min(1e-12)), xy)
 
 
+def _tangential(camera: Camera, xy: Tensor) -> Tensor:
+    """The shift (..., 2) of normalized (x, y) (..., 2) by p1 and p2."""
+    x, y = xy.unbind(-1)
+    r2, xy2 = x * x + y * y, 2 * x * y
+    shift_x = camera.p1 * xy2 + camera.p2 * (r2 + 2 * x * x)
+    return torch.stack([shift_x, camera.p1 * (r2 + 2 * y * y) + camera.p2 * xy2], -1)
+
+
 def rays(camera: Camera, xy_px: Tensor) -> Tensor:
     """Viewing rays (..., 3) with z = 1 in camera axes, float64, of the pixels xy_px (..., 2)."""
     xy = xy_px.to(torch.float64)
     xy = torch.stack(
         [(xy[..., 0] - camera.cx) / camera.fx, (xy[..., 1] - camera.cy) / camera.fy], -1
     )
+    seen = xy
     if camera.k1 or camera.k2:
-        xy = undistorted(xy, camera.k1, camera.k2)
+        xy = undistorted(seen, camera.k1, camera.k2)
+    for _ in range(_NEWTON_STEPS if camera.p1 or camera.p2 else 0):
+        xy = undistorted(seen - _tangential(camera, xy), camera.k1, camera.k2)
     return torch.cat([xy, torch.ones_like(xy[..., :1])], dim=-1)
 
 
@@ -143,10 +159,11 @@ def project(camera: Camera, point_cam: Tensor) -> Tensor:
     z = point_cam[..., 2:]
     z = torch.where(z.abs() < 1e-12, torch.full_like(z, 1e-12), z)
     xy = point_cam[..., :2] / z
-    if camera.k1 or camera.k2:
+    if camera != camera.pinhole():
         r2 = xy.square().sum(-1, keepdim=True)
         rising = 1 + 3 * camera.k1 * r2 + 5 * camera.k2 * r2.square() > 0
-        xy = torch.where(rising, xy * (1 + camera.k1 * r2 + camera.k2 * r2.square()), xy)
+        bent = xy * (1 + camera.k1 * r2 + camera.k2 * r2.square()) + _tangential(camera, xy)
+        xy = torch.where(rising, bent, xy)
     focal = torch.tensor([camera.fx, camera.fy], dtype=xy.dtype, device=xy.device)
     center = torch.tensor([camera.cx, camera.cy], dtype=xy.dtype, device=xy.device)
     return xy * focal + center

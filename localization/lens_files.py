@@ -46,6 +46,7 @@ _FORMS = (
 )
 _PLAIN_RATIOS = [*range(2, 9), *(1 / n for n in range(2, 9)), 3 / 2, 2 / 3, 4 / 3, 3 / 4]
 _RATIO_TOLERANCE = 0.08
+MOST_DISTORTION = 100.0  # coefficients beyond are numbers out of place
 _NEAR_MIDDLE = 0.2  # of half the image: a center within is of this size beyond doubt
 _ORIENTATION, _FIRST_TURNED = 0x0112, 5  # EXIF: values from 5 on exchange width and height
 
@@ -157,16 +158,20 @@ def _on_images(path: Path, lens: dict[str, float], sizes: Counter[Size]) -> Came
 
 
 def _camera(where: Path | str, lens: dict[str, float], size: Size) -> Camera:
-    """A Camera of named parameters; distortion other than k1 and k2 is left out with a warning."""
+    """A Camera of named parameters; k3, the sixth-order distortion, is left out with a warning."""
     fx, fy = (lens.get(name, lens.get("f", math.nan)) for name in ("fx", "fy"))
-    values = [fx, fy, lens["cx"], lens["cy"], lens.get("k1", 0.0), lens.get("k2", 0.0)]
+    bent = [lens.get(name, 0.0) for name in ("k1", "k2", "p1", "p2")]
+    values = [fx, fy, lens["cx"], lens["cy"], *bent]
     if not (np.isfinite(values).all() and min(fx, fy) > 0 and min(size) > 0):
         raise InputError(
-            f"{where}: the focal lengths must be positive, found fx={fx:g}, fy={fy:g}."
+            f"{where}: the focal lengths and the size must be positive, and all finite, found "
+            f"fx={fx:g}, fy={fy:g}, {size[0]}x{size[1]}."
         )
-    if left_out := [name for name in ("p1", "p2", "k3") if lens.get(name)]:
-        warn(f"{where}: the distortion {', '.join(left_out)} is left out, k1 and k2 are used.")
-    return Camera(*values[:4], *size, *values[4:])
+    if np.abs(bent).max() > MOST_DISTORTION:
+        raise InputError(f"{where}: the distortion {max(bent, key=abs):g} is that of no lens.")
+    if lens.get("k3"):
+        warn(f"{where}: the distortion k3 is left out; the others are used.")
+    return Camera(*values[:4], *size, *bent)
 
 
 def read_colmap_cameras(path: Path, used: Collection[str] | None = None) -> dict[str, Camera]:
@@ -182,22 +187,19 @@ def read_colmap_cameras(path: Path, used: Collection[str] | None = None) -> dict
         where, model = f"{path}, line {number}", words[1] if len(words) > 1 else ""
         try:
             width, height, *parameters = map(to_number, words[2:])
-            cameras[words[0]] = colmap_camera(where, model, (width, height), parameters)
-        except (ValueError, OverflowError) as error:
-            if isinstance(error, InputError):
-                raise
+            size = int(width), int(height)
+        except (ValueError, OverflowError):
             raise InputError(
                 f"{where}: CAMERA_ID MODEL WIDTH HEIGHT PARAMS[] is needed, with numbers; correct "
                 "that line."
             ) from None
+        cameras[words[0]] = colmap_camera(where, model, size, parameters)
     if not cameras and used is None:
         raise InputError(f"{path} describes no camera: export it again from COLMAP.")
     return cameras
 
 
-def colmap_camera(
-    where: str, model: str, size: tuple[float, float], parameters: Sequence[float]
-) -> Camera:
+def colmap_camera(where: str, model: str, size: Size, parameters: Sequence[float]) -> Camera:
     """A camera of one of COLMAP's models; `where` names it in a sentence. Raises InputError."""
     names = COLMAP_MODELS.get(model, (0, ""))[1].split()
     if not names:
@@ -211,7 +213,7 @@ def colmap_camera(
         raise InputError(f"{where}: {needed} is needed, with numbers; correct that line.")
     lens = dict(zip(names, parameters))
     lens.update(cx=lens["cx"] - 0.5, cy=lens["cy"] - 0.5)
-    return _camera(where, lens, (int(size[0]), int(size[1])))
+    return _camera(where, lens, size)
 
 
 def nerf_camera(path: Path, values: dict, sizes: Counter[Size]) -> Camera | None:

@@ -48,8 +48,8 @@ class View:
         """The view as a pinhole camera of the size at which its keypoints were sought would have
         taken it, so that pixels mean as much in every image and distortion is dealt with once."""
         camera, features = self.camera, self.features
-        if camera.k1 or camera.k2:
-            ray, camera = rays(camera, features.xy_px), replace(camera, k1=0.0, k2=0.0)
+        if camera != camera.pinhole():
+            ray, camera = rays(camera, features.xy_px), camera.pinhole()
             features = replace(features, xy_px=project(camera, ray).float())
         scale = min(1.0, MAX_SIDE / max(camera.width, camera.height))
         if scale < 1:

@@ -29,6 +29,8 @@ from localization.pose_rows import PoseRow, colmap_rows, is_colmap, is_number, n
 from model import InputError, warn
 
 COLMAP = Convention("xyzw", "world_to_camera", OPENCV.axes)
+_ENDING = re.compile(f"({'|'.join(map(re.escape, IMAGE_SUFFIXES))})$")
+_SAME_SHAPE = 0.02  # by how much the shape of a smaller version of an image may differ
 _FOLDERS = 3  # of a name that are looked at, at most
 _STAMP_FROM = 1e8  # whole numbers from here on are times, smaller ones count frames
 
@@ -84,7 +86,9 @@ def read_scene(folder: Path) -> SceneFiles:
         else:
             rows = text_rows(file, lines)
     if not any(rows):
-        raise InputError(f"{file} is empty: a line an image is needed.")
+        is_model = convention == COLMAP
+        need = "has no image: export it again" if is_model else "is empty: a line an image is needed"
+        raise InputError(f"{file} {need}.")
     labels = next(row.labels for row in rows if row)
     kept = _by_labels(file, rows, paths) if labels else _by_order(file, rows, paths)
     rows = [rows[i] for i in kept.values()]
@@ -131,7 +135,21 @@ def _lenses(
     common = cameras[used.most_common(1)[0][0]]
     if len(set(cameras.values())) == 1:
         return common, {}
-    return common, {path: cameras[row.camera] for path, row in zip(paths, rows) if row}
+    lenses = {path: cameras[row.camera] for path, row in zip(paths, rows) if row}
+    for name, lens in cameras.items():
+        mine = [path for path, own in lenses.items() if own == lens]
+        if not (0 <= lens.cx < lens.width and 0 <= lens.cy < lens.height):
+            raise InputError(
+                f"{file}: the center {lens.cx:g} {lens.cy:g} of camera {name} is outside its "
+                f"{lens.width}x{lens.height} images."
+            )
+        for width, height in image_sizes(mine):
+            if abs(width * lens.height / (height * lens.width) - 1) > _SAME_SHAPE:
+                warn(
+                    f"{file}: camera {name} is of {lens.width}x{lens.height} images, but of "
+                    f"{width}x{height} ones ({mine[0].name} …), which are no smaller version."
+                )
+    return common, lenses
 
 
 # ---------------------------------------------------------------- rows to pictures
@@ -193,9 +211,16 @@ def _by_labels(file: Path, rows: list[PoseRow | None], paths: Sequence[Path]) ->
                     )
                 return {image: there[found[image]] for image in sorted(found)}
     row = rows[there[0]]
+    if file.stem == "images":
+        name, count = Counter(columns[0]).most_common(1)[0]
+        if count > 1:
+            raise InputError(f"{file} has two images {name!r}: keep one of them.")
+        raise InputError(
+            f"{file} has images such as {name!r}, those that are there are such as {paths[0]}: name "
+            "them as the model does."
+        )
     raise InputError(
-        f"{file}, {'image' if file.suffix == '.bin' else 'line'} {row.line}: "
-        f"{' '.join(row.labels)!r} stands beside the pose, but the "
+        f"{file}, line {row.line}: {' '.join(row.labels)!r} stands beside the pose, but the "
         f"images ({paths[0].name} …) bear no such names or numbers: remove it from every line if "
         "row i belongs to image i."
     )
@@ -207,12 +232,14 @@ def _same_names(column: Sequence[str], paths: Sequence[Path]) -> dict[int, int] 
     Folders count as far as names alone do not tell the pictures apart.
     """
     for depth in range(1, _FOLDERS + 2):
-        rows = {}
+        rows, stems = {}, {}
         for row, word in enumerate(column):
-            rows.setdefault(_name(re.split(r"[/\\]", word), depth), []).append(row)
+            name = _name(re.split(r"[/\\]", word), depth)
+            rows.setdefault(name, []).append(row)
+            stems.setdefault(_ENDING.sub("", name), []).append(row)
         found = {
             image: rows.get(_name(path.parts, depth))
-            or rows.get(_name(path.with_suffix("").parts, depth))
+            or stems.get(_name(path.with_suffix("").parts, depth))
             for image, path in enumerate(paths)
         }
         found = {image: same for image, same in found.items() if same}

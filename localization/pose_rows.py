@@ -124,9 +124,11 @@ def _pose(where: str, values: np.ndarray) -> np.ndarray:
         )
     if len(values) != 7:
         return _of_matrix(where, values.reshape(-1, 4))
-    if np.linalg.norm(values[3:]) < 1e-6:
+    length = np.abs(values[3:]).max()
+    if not 1e-6 < length < 1e6:
+        said = "zero" if length <= 1e-6 else f"as long as {length:.3g}"
         raise InputError(
-            f"{where}: the quaternion is zero; write a unit one, or nan for a pose not known."
+            f"{where}: the quaternion is {said}; write a unit one, or nan for a pose not known."
         )
     return values
 

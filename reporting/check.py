@@ -29,6 +29,7 @@ from reporting.screen import on_screen
 
 PROJECT = Path(__file__).resolve().parents[1]
 RUN_TIMEOUT_S = 120
+MOST_BYTES = 2_000_000  # of a scene to turn
 RESULTS = {  # what a hand-in holds besides the code, and which script makes it
     handin.CHECKPOINT: "base.py",
     handin.DESCRIPTION: "base.py",
@@ -71,6 +72,7 @@ def examine(output: Path, allow_sample: bool = False) -> list[Finding]:
         *broken,
         _pose_file(output, metrics.get("test") or {}),
         _pictures(output, metrics),
+        _views(output, metrics),
         _code(output),
         _scripts(output),
         *_sections(output, metrics, sha256),
@@ -152,6 +154,23 @@ def _pictures(output: Path, metrics: dict) -> Finding:
             bad.append(name)
     faults = [f"missing or not to be opened: {', '.join(bad)}"] if bad else []
     return finding("pictures", faults, f"{len(names)} open")
+
+
+def _views(output: Path, metrics: dict) -> Finding:
+    """Whether the scenes to turn are there, each one file that asks for no other, and small."""
+    subject, faults = "scenes to turn", []
+    names = [view["file"] for view in (metrics.get("test") or {}).get("views") or []]
+    for name in names:
+        try:
+            page = (output / "report" / name).read_bytes()
+        except OSError:
+            faults.append(f"{name} is missing: run test.py again")
+            continue
+        if len(page) > MOST_BYTES:
+            faults.append(f"{name} has {len(page)} bytes, more than {MOST_BYTES}")
+        if re.search(rb"<link|<script[^>]* src|https?://", page):
+            faults.append(f"{name} asks for other files")
+    return finding(subject, faults, f"{len(names)}, each one small file that needs no other")
 
 
 def _code(output: Path) -> Finding:

@@ -16,14 +16,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from eval import load_image
 from localization.cameras import Camera, project, quaternion_from_rotation
 from localization.matching import View
 from localization.structure import Structure
 from model import InputError
 from reporting.handin import write_text
 from reporting.pose_file import one_line
-from reporting.poses import PosedFrames, placed
+from reporting.poses import PosedFrames, placed, point_colors
 
 FORMATS = ("colmap", "tum", "hloc")
 NOTE = "# Written by test.py --export\n"
@@ -229,24 +228,6 @@ def _camera(camera: Camera) -> str:
     """MODEL WIDTH HEIGHT PARAMS[]: the simplest of COLMAP's models that holds it."""
     focal, center = [camera.fx, camera.fy], [camera.cx + 0.5, camera.cy + 0.5]
     size = f"{camera.width} {camera.height}"
-    if not (camera.k1 or camera.k2):
+    if camera == camera.pinhole():
         return f"PINHOLE {size} {_words([*focal, *center])}"
-    return f"OPENCV {size} {_words([*focal, *center, camera.k1, camera.k2, 0, 0])}"
-
-
-def point_colors(structure: Structure, frames: PosedFrames) -> np.ndarray:
-    """(P, 3) uint8: the color of each point where the first view that shows it has it; gray where
-    that image cannot be read any more."""
-    colors = np.full((len(structure.position), 3), 128, dtype=np.uint8)
-    point, first = np.unique(structure.point.numpy(), return_index=True)
-    view, keypoint = structure.view.numpy()[first], structure.keypoint.numpy()[first]
-    for row in np.unique(view):
-        mine = np.flatnonzero(view == row)
-        try:
-            pixels = np.asarray(load_image(Path(frames.paths[row])).convert("RGB"))
-        except InputError:
-            continue
-        xy = frames.views[row].features.xy_px[keypoint[mine]].round().long().numpy()
-        x, y = (xy[:, i].clip(0, pixels.shape[1 - i] - 1) for i in (0, 1))
-        colors[point[mine]] = pixels[y, x]
-    return colors
+    return f"OPENCV {size} {_words([*focal, *center, camera.k1, camera.k2, camera.p1, camera.p2])}"

@@ -12,8 +12,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from eval import load_image
 from localization.cameras import Convention, poses_from_file, project
 from localization.matching import Matches, View, in_band, mutual_matches
+from localization.structure import Structure
 from localization.triangulation import triangulate_views
 from model import InputError
 from reporting.canvas import Block, save
@@ -50,7 +52,7 @@ def write_pose_pictures(output: Path, frames: PosedFrames, answers: Sequence[dic
     run before, are removed: so this comes before update_metrics.
     """
     folder = Path(output) / "report"
-    for old in _earlier(output):
+    for old in earlier_files(output, "pictures"):
         (folder / old).unlink(missing_ok=True)
     curves = "Share of queries below a position or rotation error."
     drawings = [("errors.png", curves, partial(_errors, answers))]
@@ -72,13 +74,13 @@ def _write(file: Path, draw: Callable[[], Block | None]) -> bool:
     return picture is not None
 
 
-def _earlier(output: Path) -> list[str]:
-    """The names of the pictures that the run before wrote."""
+def earlier_files(output: Path, kind: str) -> list[str]:
+    """The names of the "pictures" or "views" that the run before wrote."""
     try:
-        pictures = (read_metrics(output).get("test") or {}).get("pictures") or []
+        files = (read_metrics(output).get("test") or {}).get(kind) or []
     except InputError:
         return []
-    return [Path(picture["file"]).name for picture in pictures]
+    return [Path(each["file"]).name for each in files]
 
 
 def _errors(answers: Sequence[dict]) -> Block | None:
@@ -197,3 +199,27 @@ def _fitting_matches(query: View, view: View) -> tuple[Matches, torch.Tensor]:
 def _only(view: View, keypoints: torch.Tensor | slice) -> View:
     """A view with some of its keypoints."""
     return replace(view, features=view.features.select(keypoints))
+
+
+def point_colors(
+    structure: Structure, frames: PosedFrames, points: np.ndarray | None = None
+) -> np.ndarray:
+    """(n, 3) uint8: the colors of `points` (n,), their numbers in rising order, all by default.
+
+    A point has the color of the first image that shows it; gray where that cannot be read any more.
+    """
+    number, first = np.unique(structure.point.numpy(), return_index=True)
+    if points is not None:
+        number, first = points, first[points]
+    view, keypoint = structure.view.numpy()[first], structure.keypoint.numpy()[first]
+    colors = np.full((len(number), 3), 128, dtype=np.uint8)
+    for row in np.unique(view):
+        mine = np.flatnonzero(view == row)
+        try:
+            pixels = np.asarray(load_image(Path(frames.paths[row])).convert("RGB"))
+        except InputError:
+            continue
+        xy = frames.views[row].features.xy_px[keypoint[mine]].round().long().numpy()
+        x, y = (xy[:, i].clip(0, pixels.shape[1 - i] - 1) for i in (0, 1))
+        colors[mine] = pixels[y, x]
+    return colors

@@ -262,7 +262,12 @@ def _pose_results(test: dict, output: Path) -> list[str]:
             cells = [_number(row.get(key), digits) for key, digits in numbers]
             rows.append([row["path"], str(row.get("method")), str(row.get("inliers", "–")), *cells])
         blocks += ["The largest position errors:", _table(rows)]
-    return [*blocks, *_pictures(output, test.get("pictures") or [])]
+    views = [
+        f"[{_marked(view['caption'])}](<{view['file']}>)"
+        for view in test.get("views") or []
+        if (output / "report" / view["file"]).is_file()
+    ]
+    return [*blocks, *_pictures(output, test.get("pictures") or []), *views]
 
 
 def _times(sections: dict[str, dict]) -> list[str]:

@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator
 from html import escape
 from pathlib import Path
+from urllib.parse import quote
 
 import numpy as np
 from PIL import Image
@@ -38,6 +39,8 @@ def _element(part: str, folder: Path) -> str:
         caption = _text(picture[1])
         tags = images.replace('alt=""', f'alt="{caption}"', 1)
         return f'<figure><div class="wide">{tags}</div><figcaption>{caption}</figcaption></figure>'
+    if link := re.fullmatch(r"\[(.*)\]\(<(.*)>\)", part):
+        return f'<p><a href="{quote(link[2])}">{_text(link[1])}</a></p>'
     if part.startswith("```"):
         return f"<pre>{escape(chr(10).join(lines[1:-1]))}</pre>"
     if part.startswith("> "):

@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import pycolmap
 import pytest
 import torch
 from PIL import Image
@@ -81,6 +82,12 @@ def test_shorter_of_images_and_poses_rules_and_scene_choice(sample, tmp_path, ca
         task4.IndoorDataset(camera, scenes=["nowhere"])
 
 
+def test_a_folder_that_is_a_scene_itself_is_told_how_to_name_it(sample):
+    scene = min((sample / "camera").iterdir())
+    with pytest.raises(InputError, match=f"one itself: give --camera {scene.parent} --scenes {scene.name}"):
+        task4.IndoorDataset(scene)
+
+
 def read_estimates(output: Path) -> dict[str, list[str]]:
     lines = (output / "estimated_poses.tsv").read_text().splitlines()[1:]
     return {Path(line.split("\t")[0]).name: line.split("\t")[1:] for line in lines}
@@ -92,7 +99,8 @@ def truthful(sample, checkpoint, tmp_path_factory) -> tuple[Path, Path]:
     root = tmp_path_factory.mktemp("truthful")
     scene = min(p.name for p in (sample / "camera").iterdir())
     shutil.copytree(sample / "camera" / scene, root / "camera" / "room")
-    run = ["--camera", root / "camera", "--checkpoint", checkpoint, "--output", root / "out", "--no-cache"]
+    run = ["--camera", root / "camera", "--checkpoint", checkpoint, "--output", root / "out", "--no-cache",
+           "--export", "colmap", root / "model", "--export", "hloc", root / "hloc.txt"]  # fmt: skip
     assert task4.main([str(word) for word in run]) == 0
     return root / "camera" / "room", root / "out"
 
@@ -103,6 +111,26 @@ def test_rendered_room_is_recovered_to_a_centimeter_and_a_tenth_of_a_degree(trut
     section = json.loads((truthful[1] / "metrics.json").read_text())["test"]
     assert section["median_m"] < 0.01 and section["median_deg"] < 0.1
     assert section["retrieval"]["median_m"] > 0.2
+
+
+def test_the_exported_model_is_the_room_to_a_pixel(truthful):
+    """pycolmap's cameras see the points where their keypoints are; the poses are those of pose.txt."""
+    scene, output = truthful
+    model = pycolmap.Reconstruction(str(output.parent / "model" / "room"))
+    true = np.loadtxt(scene / "pose.txt")
+    names = [path.name for path in sorted((scene / "images").iterdir())]
+    assert {image.name for image in model.images.values()} == set(names)
+    for image in model.images.values():
+        assert np.linalg.norm(image.projection_center() - true[names.index(image.name), :3]) < 0.02
+    errors = [
+        np.linalg.norm(model.images[e.image_id].project_point(p.xyz) - model.images[e.image_id].points2D[e.point2D_idx].xy)
+        for p in model.points3D.values() for e in p.track.elements
+    ]  # fmt: skip
+    assert len(model.points3D) > 300 and np.mean(errors) < 1.0
+    lines = (output.parent / "hloc.txt").read_text().splitlines()
+    assert [line.split()[0] for line in lines] == [f"room/images/{name}" for name in read_estimates(output)]
+    page = (output / "report/scene_room.html").read_text(encoding="utf-8")
+    assert all(name in page for name in names) and "scene_room.html" in (output / "report/report.html").read_text()
 
 
 def test_true_poses_and_file_names_of_queries_influence_nothing(truthful, checkpoint, tmp_path, monkeypatch):
@@ -179,8 +207,10 @@ def test_an_index_image_that_cannot_be_read_is_left_out_and_said(checkpoint, tmp
     spoiled = tmp_path / f"camera/room/images/{index[2]:06d}_left.png"
     spoiled.write_bytes(spoiled.read_bytes()[:200])
     words = ["--camera", tmp_path / "camera", "--output", tmp_path / "o", "--checkpoint", checkpoint]
-    assert task4.main([*map(str, words), "--device", "cpu", "--no-cache"]) == 0
+    assert task4.main([*map(str, words), "--device", "cpu", "--no-cache", "--min-confidence", "0.9"]) == 0
     said = capsys.readouterr()
+    assert "Not found, with a confidence below 0.9: 1 of 1 queries." in said.out
+    assert (tmp_path / "o/estimated_poses.tsv").read_text().splitlines()[1].endswith("\tnot found")
     assert f"WARNING: 1 of 7 images are left out: the image {spoiled} cannot be read" in said.err
     text = (tmp_path / "o/result_pose_eval.txt").read_text(encoding="utf-8")
     assert "(queries=1, index=5)" in text and str(spoiled) not in text
@@ -200,6 +230,7 @@ def test_bad_input_of_new_images(room_and_photos, checkpoint, tmp_path, capsys):
 @pytest.mark.parametrize("option", [
     "--top-k 0", "--top-k -3", "--seed -1", f"--seed {10**30}", "--intrinsics 0 0 320 240",
     "--intrinsics -320 320 320 240", "--intrinsics nan 320 320 240", "--intrinsics 320 320 inf 240",
+    "--min-confidence 1.5", "--min-confidence nan", "--min-confidence -0.1", "--export ply model", "--export colmap .",
 ])  # fmt: skip
 def test_a_bad_option_is_one_sentence(option, room_and_photos, checkpoint, tmp_path, capsys):
     argv = ["--camera", str(room_and_photos[0]), "--checkpoint", str(checkpoint), "--output", str(tmp_path / "out")]

@@ -1,7 +1,9 @@
 """cameras.py: pose files, conventions, quaternions, intrinsics."""
 
 import math
+from dataclasses import replace
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -192,11 +194,26 @@ def test_distortion_is_undone(k1, k2):
     assert not 0 <= float(far[0]) < 640
 
 
+def test_distortion_is_opencvs_and_is_undone():
+    camera = Camera(400.0, 410.0, 320.0, 240.0, 640, 480, -0.2, 0.05, 0.01, -0.02)
+    xy = np.random.default_rng(0).uniform(-0.7, 0.7, (200, 2))
+    points = np.column_stack([2 * xy, np.full(200, 2.0)])
+    lens = np.array([camera.k1, camera.k2, camera.p1, camera.p2])
+    seen, _ = cv2.projectPoints(points, np.zeros(3), np.zeros(3), camera.matrix().numpy(), lens)
+    found = project(camera, torch.from_numpy(points))
+    np.testing.assert_allclose(found, seen[:, 0], atol=1e-9)
+    np.testing.assert_allclose(rays(camera, found)[:, :2], xy, atol=1e-7)
+    tangential = replace(camera, k1=0.0, k2=0.0)
+    back = rays(tangential, project(tangential, torch.from_numpy(points)))
+    np.testing.assert_allclose(back[:, :2], xy, atol=1e-7)
+    assert camera.pinhole() == Camera(400.0, 410.0, 320.0, 240.0, 640, 480)
+
+
 def test_turned_lens_sees_the_turned_image():
     """A pixel of the image and its place after a clockwise turn, moved by hand, have rays turned
     alike.
     """
-    camera = Camera(500.0, 510.0, 330.0, 230.0, 640, 480, -0.1)
+    camera = Camera(500.0, 510.0, 330.0, 230.0, 640, 480, -0.1, 0.0, 0.01, -0.02)
     x, y = 100.0, 60.0
     places = [(x, y), (479 - y, x), (639 - x, 479 - y), (y, 639 - x)]
     ray = rays(camera, torch.tensor([x, y]))

@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from scipy.spatial.transform import Rotation
 
 from localization.cameras import Camera, poses_from_file, poses_to_file, project
@@ -19,6 +20,7 @@ from model import WARNINGS, InputError
 
 PINHOLE = ("PINHOLE", 640, 480, [500, 510, 320.5, 240.5])
 RADIAL = ("RADIAL", 800, 600, [600, 400.5, 300.5, 0.1, -0.02])
+OPENCV = ("OPENCV", 800, 600, [600, 610, 400.5, 300.5, 0.1, -0.02, 0.01, -0.02])
 NAMES = ["a/0001.png", "a/0002.png", "b/0001.png", "b/0002.png", "b/0010.png"]
 
 
@@ -54,7 +56,7 @@ def scene_of(folder: Path, model: pycolmap.Reconstruction, binary=True, place="s
 @pytest.mark.parametrize("binary", [True, False])
 @pytest.mark.parametrize("place", [".", "images", "sparse/0", "sparse"])
 def test_each_image_gets_its_pose_and_its_own_camera(binary, place, tmp_path):
-    model = model_of(NAMES, [PINHOLE, RADIAL])
+    model = model_of(NAMES, [PINHOLE, OPENCV if binary else RADIAL])
     scene = scene_of(tmp_path, model, binary, place)
     found = read_scene(scene)
     assert [p.relative_to(scene / "images").as_posix() for p in found.paths] == NAMES
@@ -105,7 +107,46 @@ def test_names_of_no_image_are_named(tmp_path):
     scene = scene_of(tmp_path, model_of(["x.png", "y.png"], [PINHOLE]))
     for file in (scene / "images").iterdir():
         file.rename(file.with_name(f"other_{file.name}"))
-    with pytest.raises(InputError, match=r"images\.bin, image 1: '[xy]\.png' stands beside"):
+    with pytest.raises(
+        InputError, match=r"images\.bin has images such as '[xy]\.png'.*other_x\.png"
+    ):
+        read_scene(scene)
+
+
+def test_images_that_were_converted_keep_their_poses(tmp_path):
+    scene = scene_of(tmp_path, model_of(NAMES, [PINHOLE]))
+    for file in list((scene / "images").glob("*/*")):
+        file.rename(file.with_suffix(".jpg"))
+    assert read_scene(scene).poses[:, 0].tolist() == [1, 2, 3, 4, 5]
+
+
+def test_an_empty_model_and_cameras_of_other_images_are_said(tmp_path):
+    scene = scene_of(tmp_path, model_of(NAMES, [PINHOLE, RADIAL]))
+    for name in NAMES:
+        Image.new("L", (320, 240)).save(scene / "images" / name)  # half, and 2.5 times smaller
+    read_scene(scene)
+    assert not WARNINGS
+    Image.new("L", (240, 320)).save(scene / "images" / NAMES[4])
+    read_scene(scene)
+    assert (
+        len(WARNINGS) == 1 and "camera 2 is of 800x600 images, but of 240x320 ones" in WARNINGS[0]
+    )
+    far = ("PINHOLE", 640, 480, [500, 500, 3200, 240])
+    far = scene_of(tmp_path / "far", model_of(NAMES, [PINHOLE, far]))
+    with pytest.raises(
+        InputError, match=r"center 3199\.5 239\.5 of camera 2 is outside its 640x480"
+    ):
+        read_scene(far)
+    (scene / "sparse/0/images.bin").write_bytes(b"\0" * 8)
+    with pytest.raises(InputError, match=r"images\.bin has no image: export it again"):
+        read_scene(scene)
+
+
+def test_an_image_that_is_there_twice_is_named(tmp_path):
+    scene = scene_of(tmp_path, model_of(NAMES, [PINHOLE]), binary=False)
+    file = scene / "sparse/0/images.txt"
+    file.write_text(file.read_text().replace(NAMES[4], NAMES[3]))
+    with pytest.raises(InputError, match=r"images\.txt has two images 'b/0002\.png'"):
         read_scene(scene)
 
 

@@ -47,9 +47,11 @@ def test_distortion(tmp_path):
     assert read(tmp_path, "535.4 539.2 320.1 247.6 -0.02 0.01").k2 == 0.01
     assert read(tmp_path, "1 OPENCV 640 480 5 5 320 240 0.1 0.2 0 0").k2 == 0.2
     assert read(tmp_path, "1 SIMPLE_RADIAL 640 480 5 320 240 0.1").k1 == 0.1
+    found = read(tmp_path, "535.4 539.2 320.1 247.6 -0.02 0.01 0.003 -0.004")
+    assert (found.k1, found.p1, found.p2) == (-0.02, 0.003, -0.004)
     assert not WARNINGS
-    assert read(tmp_path, "535.4 539.2 320.1 247.6 -0.02 0.01 0.003 0").k1 == -0.02
-    assert len(WARNINGS) == 1 and re.search("intrinsics.txt.* p1 is left out", WARNINGS[0])
+    assert read(tmp_path, "535.4 539.2 320.1 247.6 -0.02 0.01 0.003 0 0.1").k1 == -0.02
+    assert len(WARNINGS) == 1 and re.search("intrinsics.txt.* k3 is left out", WARNINGS[0])
 
 
 @pytest.mark.parametrize(
@@ -85,13 +87,15 @@ def test_the_size_is_the_one_the_center_is_the_middle_of(tmp_path):
     [
         ("535.4 320.1 247.6", "holds 3 values: it must hold fx fy cx cy"),
         ("fx 535.4", "'fx'.* no number"),
-        ("0 500 320 240", "positive, found fx=0"),
+        ("0 500 320 240", "positive, .*found fx=0"),
         ("nan 500 320 240", "not finite"),
         ("1 2 3 4 5 6 7", "7 values"),
         ("535.4 539.2 20 247.6", "20 247.6 is outside the middle half of the 640x480 images"),
         ("535.4 320.1 539.2 247.6", "320.1|539.2.*outside"),
         ("1 OPENCV_FISHEYE 640 480 5 5 320 240 0 0 0 0", "line 1: .*undistort"),
         ("1 PINHOLE 640 480 535.4 320 240", "line 1: 1|CAMERA_ID PINHOLE WIDTH HEIGHT fx fy cx cy"),
+        ("1 PINHOLE 0 480 535.4 535.4 320 240", "size must be positive, .*0x480"),
+        ("1 RADIAL 640 480 500 320 240 1e9 0", "the distortion 1e.09 is that of no lens"),
         ("", "holds 0 values"),
         (b"\xff\xff\xff", "UTF-8"),
     ],

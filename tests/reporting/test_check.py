@@ -51,7 +51,9 @@ def complete(tmp_path_factory) -> Path:
         "index": 7,
         "per_query": answers,
         "pictures": [{"file": "errors.png", "caption": "Errors."}],
+        "views": [{"file": "scene_P001.html", "caption": "P001"}],
     }
+    (output / "report/scene_P001.html").write_text("<script>1</script>")
     handin.update_metrics(output, "test", section, sha256)
     report.write_report(output)
     handin.copy_code(ROOT, output)
@@ -73,7 +75,7 @@ def test_complete_hand_in_gets_all_ticks_but_for_the_sample_and_is_packed(
     archive = tmp_path / "pa1.zip"
     assert check.main([str(complete), "--allow-sample", "--zip", str(archive)]) == 0
     said = capsys.readouterr().out
-    assert len(lines_of(said, "ok")) == 9 and not lines_of(said, "FAILS")
+    assert len(lines_of(said, "ok")) == 10 and not lines_of(said, "FAILS")
     assert set(lines_of(said, "note")) == {"data"}
     assert check.missing(complete) == [
         "data: base.py and test.py used the built-in sample, not the course's data"
@@ -183,3 +185,17 @@ def test_a_pose_file_of_other_results_and_a_page_without_its_pictures(complete, 
     page.write_text(page.read_text(encoding="utf-8").replace("<figure>", "", 1), encoding="utf-8")
     sha256 = handin.file_sha256(output / handin.CHECKPOINT)
     assert "does not hold the pictures" in check._report(output, sha256).detail
+
+
+def test_a_scene_to_turn_that_is_lost_large_or_asks_for_more_is_named(tmp_path):
+    output = tmp_path / "out"
+    (output / "report").mkdir(parents=True)
+    file = output / "report/scene_P001.html"
+    metrics = {"test": {"views": [{"file": file.name}]}}
+    assert "is missing: run test.py" in check._views(output, metrics).detail
+    file.write_text('<script src="three.js"></script>')
+    assert "asks for other files" in check._views(output, metrics).detail
+    file.write_bytes(b" " * 2_000_001)
+    assert "2000001 bytes" in check._views(output, metrics).detail
+    file.write_bytes(b" ")
+    assert check._views(output, metrics).holds and check._views(output, {}).holds

@@ -57,13 +57,14 @@ def test_what_was_written_is_read():
 @pytest.mark.parametrize("path", ["a\nb.png", "a\tb.png", "\udcff.png", "a\r.png", "a\x85.png"])
 def test_a_path_that_would_break_the_lines_is_escaped(path):
     row = {**ROWS[0], "path": path, "pose": [0.0] * 7, "method": "pnp", "inliers": 3}
-    row |= {"sigma_m": 0.1, "sigma_deg": 0.2, "confidence": 0.5}
+    row |= {"sigma_m": 0.1, "sigma_deg": 0.2, "confidence": 0.5, "found": False}
     text = pose_file.pose_text([row], 7)
     text.encode("utf-8")
     (entry,) = pose_file.read_pose_text(text)
     assert "\\" in entry["path"] and entry["path"].endswith(".png")
     header, line, end = pose_file.poses_tsv([row]).split("\n")
-    assert header.count("\t") == line.count("\t") == 12 and end == ""
+    assert header.count("\t") == line.count("\t") == 13 and end == ""
+    assert header.endswith("\tfound") and line.endswith("\t0.5000\tnot found")
 
 
 @pytest.mark.parametrize(

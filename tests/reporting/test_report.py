@@ -12,6 +12,7 @@ from PIL import Image
 from reporting import handin, report, web_page
 
 ODD = "a_b *c* | `d` <e> [f](g) # & \\ \"h\" 'i' 방 é **j**"
+VIEW = "scene_a b#1 100%.html"
 
 
 class Page(HTMLParser):
@@ -77,8 +78,12 @@ def output(tmp_path):
         "per_query": [row],
         "cameras": {"P001": camera},
         "pictures": [{"file": "errors.png", "caption": ODD}, {"file": "gone.png", "caption": "x"}],
+        "views": [{"file": VIEW, "caption": ODD}, {"file": "gone.html", "caption": "x"}],
+        "not_found": 1,
+        "settings": {"min_confidence": 0.7},
     }
     (tmp_path / "report").mkdir()
+    (tmp_path / "report" / VIEW).touch()
     Image.new("RGB", (1600, 900), "teal").save(tmp_path / "report" / "errors.png")
     Image.new("RGB", (1600, 400), "white").save(tmp_path / "task3_result.png")
     handin.update_metrics(tmp_path, "base", base, "ab" * 32)
@@ -90,6 +95,7 @@ def output(tmp_path):
 def test_the_html_needs_no_other_file_and_holds_the_pictures(output):
     page = Page((output / "report/report.html").read_text(encoding="utf-8"))
     assert [image.size for image in page.images] == [(1600, 400), (1600, 900)]
+    assert page.links.pop() == "scene_a%20b%231%20100%25.html" and page.texts["a"] == [ODD]
     assert all(link.startswith("data:image/") for link in page.links)
     teal = np.asarray(page.images[1]).astype(int)
     assert abs(teal - [0, 128, 128]).max() <= 3
@@ -101,6 +107,8 @@ def test_both_forms_say_the_same_and_no_markup_gets_lost(output):
     page = Page((output / "report/report.html").read_text(encoding="utf-8"))
     for sentence in (ODD, f"base.py: {ODD}"):
         assert sentence in page.texts["li"]
+    unsure = "Of 1 queries 1 count as not found: their confidence is below 0.7. The figures are of all."
+    assert unsure in page.texts["p"]
     assert f"Place recognition: {ODD}, in {ODD}." in page.texts["p"]
     for row in (
         ["val", "9 / 80", "trained", "10.0 %", "50.0 %", "100.0 %"],
