@@ -8,8 +8,9 @@ python eval.py --resume=… --query photo.jpg --index folder
 import argparse
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import torch
@@ -17,11 +18,9 @@ import torch
 import eval
 from dataset import lists, split_files
 from dataset import locate as locate_lists
-from dataset.folders import FolderImages, FolderSplit, find_data_set, read_split
-from dataset.sample import folders as sample_folders
+from dataset.folders import FolderImages, FolderSplit, read_split
 from eval import find_images, first_hits, load_image, recall_interval
 from model import (
-    PRECISIONS,
     WARNINGS,
     DescriptorModel,
     InputError,
@@ -30,11 +29,16 @@ from model import (
     refuse,
     warn,
 )
-from recognition import records
-from recognition.aggregation import AGGREGATIONS, L2_PLACES
-from recognition.backbones import BACKBONES
+from recognition import families, records
+from recognition.flags import (
+    RESIZE,
+    add_model_flags,
+    add_run_flags,
+    add_test_flags,
+    positive,
+    with_recipe,
+)
 from recognition.inference import (
-    METHODS,
     OF_CROPS,
     Pca,
     Pipeline,
@@ -43,7 +47,8 @@ from recognition.inference import (
     transform_for,
     unit,
 )
-from recognition.recipes import ARCHITECTURE, RECIPES, count_work, load_model
+from recognition.job import recall_at, report_split
+from recognition.recipes import ARCHITECTURE, count_work, load_model, read_settings
 from recognition.reranking import (
     RERANKED,
     rerank_clusters,
@@ -56,9 +61,7 @@ from reporting.predictions import save_predictions
 from reporting.screen import on_screen
 from training.inputs import Store
 
-RESIZE = [480, 640]  # height, width; eval.py takes those of the checkpoint
 PCA_IMAGES = 2**14
-RERANKINGS = ("clusters", "geometric", "expansion")
 TEST_SETTINGS = (
     "resize", "test_method", "majority_weight", "scales", "pca_dim", "pca_dataset_folder",
     "pca_whiten", "rerank", "val_positive_dist_threshold",
@@ -66,126 +69,40 @@ TEST_SETTINGS = (
 Row = dict[str, list]  # of a table: recall in 0..1 at each K, and each query's first hit
 
 
-# ---------------------------------------------------------------- command line
+# ---------------------------------------------------------------- command li
 
 
-def positive(text: str) -> int:
-    """A whole number above 0."""
-    if (number := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is less than 1")
-    return number
-
-
-def above_zero(text: str) -> float:
-    """A number above 0."""
-    if not 0 < (number := float(text)) < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} is not above 0")
-    return number
-
-
-def add_data_flags(parser: argparse.ArgumentParser) -> None:
-    """Where the data is, where the run goes, on what it runs."""
-    option = parser.add_argument_group("data and run").add_argument
-    option(
-        "--datasets_folder",
-        type=Path,
-        help="default: $DATASETS_FOLDER, ../datasets_vg/datasets, dataset/",
-    )
-    option("--dataset_name", help="folder below it (default: pitts30k, or the built-in sample)")
-    option("--save_dir", default="default", help="the run goes to logs/SAVE_DIR/DATE")
-    option(
-        "--device", default="auto", help="cpu, cuda, cuda:N or mps (default: cuda if there is one)"
-    )
-    option("--precision", default="auto", choices=PRECISIONS, help="auto: bf16 where it is fast")
-    option("--seed", type=int, default=0, help="of everything random (default: 0)")
-
-
-def add_model_flags(parser: argparse.ArgumentParser) -> None:
-    """The architecture."""
-    option = parser.add_argument_group("model").add_argument
-    option("--recipe", choices=RECIPES, default="netvlad", help="default: %(default)s")
-    option("--backbone", choices=BACKBONES, help="default: the recipe's")
-    option("--aggregation", choices=AGGREGATIONS, help="default: the recipe's")
-    option("--netvlad_clusters", type=positive, default=64, help="default: 64")
-    option("--fc_output_dim", type=positive, help="a linear layer to so many numbers at the end")
-    option("--l2", choices=L2_PLACES, default=L2_PLACES[0], help="of GeM (default: before_pool)")
-
-
-def add_test_flags(parser: argparse.ArgumentParser) -> None:
-    """How queries and index images are described and ranked."""
-    option = parser.add_argument_group("test").add_argument
-    option("--resize", type=positive, nargs=2, default=RESIZE, metavar=("H", "W"))
-    option("--infer_batch_size", type=positive, default=16, help="default: 16")
-    option("--test_method", choices=METHODS, default="hard_resize", help="of queries")
-    option("--majority_weight", type=float, default=0.01, help="of maj_voting (default: 0.01)")
-    option(
-        "--scales", type=above_zero, nargs="+", default=[1.0], help="of queries and index images"
-    )
-    option("--pca_dim", type=positive, help="reduce descriptors to so many numbers")
-    option("--pca_dataset_folder", type=Path, help="images to fit it on, below --datasets_folder")
-    option("--pca_whiten", action="store_true", help="divide by the standard deviations")
-    option("--rerank", choices=RERANKINGS, help=f"the first {RERANKED} once more")
-    option("--val_positive_dist_threshold", type=above_zero, default=25.0, metavar="M")
-    option("--recall_values", type=positive, nargs="+", default=[1, 5, 10, 20], metavar="K")
-    option("--night_queries", type=Path, metavar="FILE", help="names of night queries, one a line")
-    option(
-        "--num_preds_to_save",
-        type=int,
-        default=0,
-        metavar="N",
-        help="pictures of the first N found",
-    )
-    option("--save_only_wrong_preds", action="store_true", help="of wrongly answered queries only")
-    option("--save_descriptors", type=Path, metavar="FILE.npz")
-
-
-def build_parser() -> argparse.ArgumentParser:
-    """The command line of the evaluation."""
+def build_parser(family: ModuleType) -> argparse.ArgumentParser:
+    """The command line of the evaluation on a family's data."""
     parser = argparse.ArgumentParser(prog="eval.py", description=__doc__.partition("\n")[0])
     option = parser.add_argument
-    option("--resume", type=Path, required=True, metavar="FILE", help="checkpoint or other weights")
+    option(
+        "--resume", "--resume_model", type=Path, required=True, metavar="FILE",
+        help="checkpoint or other weights",
+    )  # fmt: skip
     option("--query", type=Path, nargs="+", metavar="IMAGE", help="search these in --index instead")
     option("--index", type=Path, metavar="FOLDER", help="images to search in, also below")
     option("--top-k", type=positive, default=5, help="images to name for a query (default: 5)")
-    for add in (add_data_flags, add_model_flags, add_test_flags):
+    for add in (family.add_data_flags, add_run_flags, add_model_flags, add_test_flags):
         add(parser)
     return parser
 
 
-def with_recipe(
-    parser: argparse.ArgumentParser, argv: Sequence[str] | None, more: Mapping = {}
-) -> argparse.Namespace:
-    """Parsed arguments whose defaults are those of the recipe, and `more`."""
-    recipe = RECIPES[parser.parse_known_args(argv)[0].recipe]
-    known = {action.dest for action in parser._actions}
-    defaults = {**recipe.defaults, **more}
-    parser.set_defaults(**{name: value for name, value in defaults.items() if name in known})
-    return parser.parse_args(argv)
-
-
-def locate(args: argparse.Namespace) -> tuple[Path, str]:
-    """The images/ folder of the data set, and its name; the built-in sample if there is none."""
-    wanted = args.dataset_name or "pitts30k"
-    of_sample = wanted in sample_folders.DATA_SETS and args.datasets_folder is None
-    found = None if of_sample else find_data_set(args.datasets_folder, wanted)
-    if found:
-        return found, wanted
-    if args.dataset_name and not of_sample:
-        raise InputError(
-            f"the data set {wanted} is in none of the usual places: name the folder that holds "
-            f"{wanted}/images/ with --datasets_folder."
-        )
-    name = args.dataset_name or "sample"
-    print(f"No data set is named or found: using the built-in one, {name!r}, a rendered town.")
-    return sample_folders.locate_sample() / name / "images", name
+def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, ModuleType]:
+    """The command line, and the family of its flags or else of the checkpoint."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--recipe", choices=families.RECIPES)
+    first.add_argument("--resume", "--resume_model", type=Path)
+    asked, _ = first.parse_known_args(argv)
+    own = read_settings(asked.resume) if asked.resume else {}
+    family, recipe = families.choose(argv, asked.recipe, own.get("recipe"))
+    args = with_recipe(build_parser(family), argv, recipe, {"resize": None})
+    family.settle(args)
+    return args, family
 
 
 # ---------------------------------------------------------------- evaluation
-
-
-def recall_at(hits: np.ndarray, ranked: int, values: Sequence[int]) -> list[float]:
-    """Recall in 0..1 at each K of ranks of first hits; K beyond the `ranked` images count as all."""
-    return [float((hits < min(k, ranked)).mean()) for k in values]
 
 
 def evaluate(
@@ -203,7 +120,7 @@ def evaluate(
     crops = 5 if args.test_method in OF_CROPS else 1
     queries = describe_images(pipeline, split.queries, device, store, batch, crops)
     if args.pca_dim:
-        queries, index = reduce(pipeline, queries, index, args, device, store)
+        queries, index = reduce(pipeline, queries, index, args, folder, device, store)
     if args.save_descriptors:
         of_crops = queries[-1] if crops > 1 else queries[-1][:, 0]
         arrays = {"queries": of_crops, "database": index[-1]}
@@ -266,30 +183,23 @@ def draw_found(
     figures.retrieval_picture(picture, rows, f"What was found: {name}")
 
 
-def report_split(name: str, split: FolderSplit, most: int) -> None:
-    """Print how large a split is, and what cannot be answered in it."""
-    print(f"{name}: {len(split)} queries, {len(split.index)} database images.")
-    if split.without_positives:
-        print(
-            f"{name}: {split.without_positives} queries have no database image within "
-            f"{split.threshold:g} m; each counts as a miss."
-        )
-    if most > len(split.index):
-        print(f"{name}: recall beyond {len(split.index)} is that of all database images.")
-
-
 def reduce(
     pipeline: Pipeline,
     queries: np.ndarray,
     index: np.ndarray,
     args: argparse.Namespace,
+    tested: Path,
     device: torch.device,
     store: Store,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Queries (V, nq, C, D) and index (V, nd, D) after a PCA fitted on --pca_dataset_folder."""
     if args.pca_dataset_folder is None:
         raise InputError("--pca_dim needs --pca_dataset_folder, the images to fit the PCA on.")
-    places = [args.datasets_folder or Path(), Path(), locate(args)[0].parent.parent]
+    places = [
+        getattr(args, "datasets_folder", None) or Path(),
+        Path(),
+        tested.absolute().parents[2],
+    ]
     folders = [place / args.pca_dataset_folder for place in places]
     folder = next((f for f in folders if f.is_dir()), None)
     if folder is None:
@@ -416,8 +326,8 @@ def recall_of_lists(args: argparse.Namespace) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Evaluate; 0, 2 for bad input, 130 when interrupted."""
-    args = with_recipe(build_parser(), argv, {"resize": None})
     try:
+        args, family = parse(argv)
         with on_screen():
             model, settings = load_model(
                 args.resume, {name: getattr(args, name) for name in ARCHITECTURE}
@@ -427,24 +337,26 @@ def main(argv: Sequence[str] | None = None) -> int:
             if args.query:
                 search_folder(model, args)
                 return 0
-            folder, name = locate(args)
+            where = family.locate(args, training=False)
             run = records.new_run_folder(args.save_dir)
             with records.logged(run, argv):
                 began = time.perf_counter()
                 work = count_work(model, tuple(args.resize))
                 records.print_model(model, work, args.resize)
-                table = evaluate(model, folder / "test", f"{name} test", args, run)
-                records.write(run, {
+                metrics = {
                     "kind": "eval",
                     "settings": {**settings, **records.plain(args, TEST_SETTINGS)},
                     "recall_values": args.recall_values,
-                    "recall": {f"{name} test": table},
-                    "seconds": time.perf_counter() - began,
+                    "recall": {},
                     **work,
                     "weights": model.weights_origin,
                     "checkpoint": file_sha256(args.resume),
                     "warnings": WARNINGS,
-                })  # fmt: skip
+                }
+                for name, folder in where.tests.items():
+                    metrics["recall"][name] = evaluate(model, folder, name, args, run)
+                    metrics["seconds"] = time.perf_counter() - began
+                    records.write(run, metrics)
     except InputError as error:
         return refuse("eval.py", error)
     except KeyboardInterrupt:

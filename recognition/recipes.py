@@ -16,36 +16,33 @@ from recognition.backbones import BACKBONES, build_trunk, load_fitting, read_wei
 
 @dataclass(frozen=True)
 class Recipe:
-    """A system: backbone + aggregation + objective + batches, and the settings that differ from the
-    defaults of the command line.
-    """
+    """A system: family (families.py) + backbone + aggregation + other settings than the command line's."""
 
+    family: str
     backbone: str
     aggregation: str
-    objective: str
-    batches: str
     settings: dict = field(default_factory=dict)
 
     @property
     def defaults(self) -> dict:
         """All of it, by the names of the command line."""
-        parts = {"backbone": self.backbone, "aggregation": self.aggregation}
-        return {**parts, "criterion": self.objective, "mining": self.batches, **self.settings}
+        return {"backbone": self.backbone, "aggregation": self.aggregation, **self.settings}
 
 
 RECIPES = {
     # Berton et al., "Deep Visual Geo-localization Benchmark", CVPR 2022; Arandjelovic et al. 2016
-    "netvlad": Recipe("resnet18conv4", "netvlad", "triplet", "partial"),
-}
-# On the built-in sample: ends in minutes on two cores.
-SAMPLE_SETTINGS = {
-    "resize": [168, 224],
-    "netvlad_clusters": 16,
-    "epochs_num": 4,
-    "queries_per_epoch": 240,
-    "cache_refresh_rate": 120,
-    "negs_num_per_query": 4,
-    "lr": 1e-4,
+    "netvlad": Recipe(
+        "benchmark",
+        "resnet18conv4",
+        "netvlad",
+        {
+            "criterion": "triplet",
+            "mining": "partial",
+            "epochs_num": 1000,
+            "patience": 3,
+            "lr": 1e-5,
+        },
+    ),
 }
 ARCHITECTURE = ("backbone", "aggregation", "netvlad_clusters", "fc_output_dim", "l2")
 
@@ -105,6 +102,8 @@ def read_settings(path: Path) -> dict:
     """The settings in a checkpoint of train.py; {} for other files."""
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise InputError(f"{path} does not exist: name another file.") from None
     except DAMAGED as error:
         raise InputError(f"{path} cannot be read ({error}): name another file.") from error
     return found.get("settings", {}) if isinstance(found, dict) else {}

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from dataset.sample.folders import DATA_SETS
-from recognition import eval_command, records, train_command
+from recognition import benchmark, eval_command, records, train_command
 from recognition.augmentation import SMART
 from reporting import compare
 from tests.recognition.toy import EAST, NORTH, name, picture, write_data_set, write_split
@@ -125,7 +125,7 @@ def test_resuming_refuses_other_settings_and_other_files(trained, capsys):
     assert train_command.main([f"--resume={last}", "--lr=1"]) == 2
     assert "--lr is 1.0 but was 0.0001 in the run to resume" in capsys.readouterr().err
     assert train_command.main([f"--resume={trained / 'best_model.pth'}"]) == 2
-    assert "is no last_model.pth of train.py" in capsys.readouterr().err
+    assert "is no last checkpoint of train.py" in capsys.readouterr().err
     assert train_command.main(["--resume=nowhere.pth"]) == 2
     assert "nowhere.pth does not exist" in capsys.readouterr().err
 
@@ -256,17 +256,20 @@ def test_programs_hand_over_and_the_assignment_s_flags_stay(capsys):
 def test_the_sample_and_its_night_are_found_by_name(trained, monkeypatch, tmp_path, capsys):
     for data in DATA_SETS:
         write_split(tmp_path / data / "images" / "test", range(3))
-    monkeypatch.setattr(eval_command.sample_folders, "locate_sample", lambda: tmp_path)
-    args = eval_command.build_parser().parse_args(["--resume=x"])
-    assert eval_command.locate(args) == (tmp_path / "sample" / "images", "sample")
-    assert "using the built-in one" in capsys.readouterr().out
+    monkeypatch.setattr(benchmark.sample_folders, "locate_sample", lambda: tmp_path)
+    args = eval_command.build_parser(benchmark).parse_args(["--resume=x"])
+    found = benchmark.locate(args, training=False)
+    assert found.tests == {"sample test": tmp_path / "sample" / "images" / "test"}
+    assert found.is_sample and "using the built-in one" in capsys.readouterr().out
     args.dataset_name = "night"
-    assert eval_command.locate(args) == (tmp_path / "night" / "images", "night")
+    found = benchmark.locate(args, training=False)
+    assert found.tests == {"night test": tmp_path / "night" / "images" / "test"}
+    assert not found.is_sample
 
 
 def test_smart_takes_night_along():
-    args = train_command.build_parser().parse_args(["--augment=smart", "--night=0.3"])
-    found = train_command.augmentation_of(args)
+    args, _ = train_command.parse(["--augment=smart", "--night=0.3"])
+    found = benchmark.augmentation_of(args)
     assert found.night == 0.3 and found.chosen and found.crop == SMART.crop
 
 

@@ -1,0 +1,40 @@
+"""Families of recipes: the modules that train.py and eval.py are made of, and how one is chosen.
+
+A family is recipes that share flags, data and batches. It is a module that offers
+
+    FLAGS               flags that no other family has: a command line with one of them is its own
+    RECIPE              the recipe that these flags mean
+    LAST                name of its last checkpoint
+    SCORED_K            the epoch of highest val recall at this K is the best
+    SAMPLE_SETTINGS     what differs on the built-in sample
+    add_data_flags(parser)                 where the data is; of eval.py, too
+    add_training_flags(parser)             what is its own beside flags.add_training_flags
+    settle(args)                           finish and check the arguments, of eval.py, too
+    locate(args, training) -> Where        where the data is
+    read(args, where) -> data              the images of training and val: printed, refused if bad
+    prepare(args, data, model, device, store) -> Job
+
+Everything else is shared: the model by recipes.py, the command by train_command.py, the loop by train.py.
+"""
+
+from collections.abc import Sequence
+from types import ModuleType
+
+from recognition import benchmark
+from recognition.recipes import RECIPES
+
+FAMILIES: dict[str, ModuleType] = {"benchmark": benchmark}
+
+
+def choose(
+    argv: Sequence[str], recipe: str | None, saved: str | None = None
+) -> tuple[ModuleType, str]:
+    """The family and the recipe of a command line.
+
+    recipe: the one it names, if any; else it is that of its flags, else `saved`, of its checkpoint.
+    """
+    given = {word.split("=")[0] for word in argv}
+    of_flags = [family.RECIPE for family in FAMILIES.values() if given & family.FLAGS]
+    saved = saved if saved in RECIPES else benchmark.RECIPE
+    recipe = recipe or (of_flags[0] if of_flags else saved)
+    return FAMILIES[RECIPES[recipe].family], recipe

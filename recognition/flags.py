@@ -1,0 +1,120 @@
+"""Flags that the recipes share, and the types of their values."""
+
+import argparse
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from model import PRECISIONS
+from recognition.aggregation import AGGREGATIONS, L2_PLACES
+from recognition.backbones import BACKBONES
+from recognition.inference import METHODS
+from recognition.optimization import OPTIMIZERS, SCHEDULERS
+from recognition.recipes import RECIPES
+from recognition.reranking import RERANKED
+
+RESIZE = [480, 640]  # height, width; eval.py takes those of the checkpoint
+RERANKINGS = ("clusters", "geometric", "expansion")
+
+
+def positive(text: str) -> int:
+    """A whole number above 0."""
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is less than 1")
+    return number
+
+
+def above_zero(text: str) -> float:
+    """A number above 0."""
+    if not 0 < (number := float(text)) < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    return number
+
+
+def with_recipe(
+    parser: argparse.ArgumentParser,
+    argv: Sequence[str] | None,
+    recipe: str,
+    more: Mapping = {},
+) -> argparse.Namespace:
+    """Parsed arguments whose defaults are those of the recipe, and `more`."""
+    actions = {action.dest: action for action in parser._actions}
+    defaults = {"recipe": recipe, **RECIPES[recipe].defaults, **more}
+    for name, value in defaults.items():
+        if name in actions:
+            of_paths = isinstance(value, list) and actions[name].type is Path
+            parser.set_defaults(**{name: [Path(v) for v in value] if of_paths else value})
+    return parser.parse_args(argv)
+
+
+def add_run_flags(parser: argparse.ArgumentParser) -> None:
+    """Where the run goes, on what it runs."""
+    option = parser.add_argument_group("run").add_argument
+    option("--save_dir", default="default", help="the run goes to logs/SAVE_DIR/DATE")
+    option(
+        "--device", default="auto", help="cpu, cuda, cuda:N or mps (default: cuda if there is one)"
+    )
+    option("--precision", default="auto", choices=PRECISIONS, help="auto: bf16 where it is fast")
+    option("--seed", type=int, default=0, help="of everything random (default: 0)")
+
+
+def add_model_flags(parser: argparse.ArgumentParser) -> None:
+    """The architecture."""
+    option = parser.add_argument_group("model").add_argument
+    option("--recipe", choices=RECIPES, help="default: the one whose flags are given, or netvlad")
+    option("--backbone", choices=BACKBONES, help="default: the recipe's")
+    option("--aggregation", choices=AGGREGATIONS, help="default: the recipe's")
+    option("--netvlad_clusters", type=positive, default=64, help="default: 64")
+    option("--fc_output_dim", type=positive, help="a linear layer to so many numbers at the end")
+    option("--l2", choices=L2_PLACES, default=L2_PLACES[0], help="of GeM (default: before_pool)")
+
+
+def add_training_flags(parser: argparse.ArgumentParser, last: str) -> None:
+    """Of every training; last: the name of its last checkpoint."""
+    option = parser.add_argument_group("training").add_argument
+    option("--resume", "--resume_train", type=Path, metavar="FILE", help=f"go on with this {last}")
+    option(
+        "--weights", help="of the backbone: imagenet (default), none (random, calibrated), a file"
+    )
+    option("--epochs_num", type=int, help="at most; 0: test only")
+    option("--lr", type=above_zero, help="peak rate")
+    option("--optim", choices=OPTIMIZERS, default="adam", help="default: adam")
+    option("--weight_decay", type=float, help="default: 0, of adamw 1e-2, of sgd 1e-3")
+    option("--scheduler", choices=SCHEDULERS, default="none", help="of the rate (default: none)")
+    option("--scheduler_epochs", type=positive, default=5, help="of step, patience of plateau")
+    option("--scheduler_factor", type=above_zero, default=0.3, help="of step and plateau")
+    option("--warmup_epochs", type=float, default=0.0, help="may be a share of one (default: 0)")
+    option("--patience", type=positive, help="epochs without a better val recall")
+    option(
+        "--drift_batchnorm", action="store_true", help="let frozen statistics drift, as published"
+    )
+
+
+def add_test_flags(parser: argparse.ArgumentParser) -> None:
+    """How queries and index images are described and ranked."""
+    option = parser.add_argument_group("test").add_argument
+    option("--resize", type=positive, nargs=2, default=RESIZE, metavar=("H", "W"))
+    option("--infer_batch_size", type=positive, default=16, help="default: 16")
+    option("--test_method", choices=METHODS, default="hard_resize", help="of queries")
+    option("--majority_weight", type=float, default=0.01, help="of maj_voting (default: 0.01)")
+    option(
+        "--scales", type=above_zero, nargs="+", default=[1.0], help="of queries and index images"
+    )
+    option("--pca_dim", type=positive, help="reduce descriptors to so many numbers")
+    option("--pca_dataset_folder", type=Path, help="images to fit it on, below --datasets_folder")
+    option("--pca_whiten", action="store_true", help="divide by the standard deviations")
+    option("--rerank", choices=RERANKINGS, help=f"the first {RERANKED} once more")
+    option(
+        "--val_positive_dist_threshold", "--positive_dist_threshold", type=above_zero,
+        default=25.0, metavar="M",
+    )  # fmt: skip
+    option("--recall_values", type=positive, nargs="+", default=[1, 5, 10, 20], metavar="K")
+    option("--night_queries", type=Path, metavar="FILE", help="names of night queries, one a line")
+    option(
+        "--num_preds_to_save",
+        type=int,
+        default=0,
+        metavar="N",
+        help="pictures of the first N found",
+    )
+    option("--save_only_wrong_preds", action="store_true", help="of wrongly answered queries only")
+    option("--save_descriptors", type=Path, metavar="FILE.npz")
