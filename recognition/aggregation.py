@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from model import NetVLAD, half_precision
 
 GEM_EPS = 1e-6
-AGGREGATIONS = ("netvlad", "gem")
+AGGREGATIONS = ("netvlad", "gem", "supervlad")
 L2_PLACES = ("before_pool", "after_pool")
 
 

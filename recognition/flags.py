@@ -23,6 +23,13 @@ def positive(text: str) -> int:
     return number
 
 
+def not_negative(text: str) -> int:
+    """A whole number, 0 or above."""
+    if (number := int(text)) < 0:
+        raise argparse.ArgumentTypeError(f"{text} is less than 0")
+    return number
+
+
 def above_zero(text: str) -> float:
     """A number above 0."""
     if not 0 < (number := float(text)) < float("inf"):
@@ -66,6 +73,13 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     option("--netvlad_clusters", type=positive, default=64, help="default: 64")
     option("--fc_output_dim", type=positive, help="a linear layer to so many numbers at the end")
     option("--l2", choices=L2_PLACES, default=L2_PLACES[0], help="of GeM (default: before_pool)")
+    option("--supervlad_clusters", type=positive, default=4, metavar="K", help="default: 4")
+    option("--ghost_clusters", type=not_negative, default=1, metavar="G", help="default: 1")
+    option("--crossimage_encoder", action="store_true", help="of SuperVLAD: behind its clusters")
+    option(
+        "--freeze_te", type=not_negative, metavar="N",
+        help="train DINOv2's blocks from N on, 0: everything (default: the last 4)",
+    )  # fmt: skip
 
 
 def add_training_flags(parser: argparse.ArgumentParser, last: str) -> None:
@@ -73,8 +87,9 @@ def add_training_flags(parser: argparse.ArgumentParser, last: str) -> None:
     option = parser.add_argument_group("training").add_argument
     option("--resume", "--resume_train", type=Path, metavar="FILE", help=f"go on with this {last}")
     option(
-        "--weights", help="of the backbone: imagenet (default), none (random, calibrated), a file"
-    )
+        "--weights", "--foundation_model_path",
+        help="of the backbone: imagenet (default), none (random, calibrated), a file",
+    )  # fmt: skip
     option("--epochs_num", type=int, help="at most; 0: test only")
     option("--lr", type=above_zero, help="peak rate")
     option("--optim", choices=OPTIMIZERS, default="adam", help="default: adam")

@@ -38,20 +38,23 @@ class MultiSimilarity(nn.Module):
     """An objective for train() on batches (images (n, 3, H, W), labels (n,), key) of this process.
 
     Similarities are to the images of all processes. micro_batch: images whose activations are held at
-    a time, at the price of a second pass; the gradient is the same. The key seeds what is random in the network
-    (dropout), so that processes agree and a run can be taken up.
+    a time, at the price of a second pass; the gradient is the same. encoder_once: whether a cross-image
+    encoder is trained in the first step only, as in SuperVLAD's published program. The key seeds what
+    is random in the network (dropout), so that processes agree and a run can be taken up.
     """
 
-    lr: float | None = None
-
-    def __init__(self, micro_batch: int | None = None) -> None:
+    def __init__(self, micro_batch: int | None = None, encoder_once: bool = False) -> None:
         super().__init__()
-        self.micro_batch = micro_batch
+        self.micro_batch, self.encoder_once = micro_batch, encoder_once
+        self.register_buffer("steps", torch.zeros(()))
 
     def forward(self, model: DescriptorModel, batch: list[Tensor], device: torch.device) -> Tensor:
         """Losses (n,) of this process's images."""
         images, labels, key = batch
         labels = labels.to(device)
+        if self.encoder_once:
+            model.aggregation.encoder.requires_grad_(bool(self.steps == 0))
+        self.steps += 1
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             torch.manual_seed(int(key))
             own = self.describe(model, images, device)

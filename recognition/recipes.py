@@ -1,6 +1,5 @@
 """Published systems as rows of one table, and their models: built, saved, loaded."""
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,9 +8,19 @@ import torch
 from torch import Tensor, nn
 
 from eval import IMAGE_SIZE
-from model import DAMAGED, DescriptorModel, InputError, load_checkpoint
+from model import DescriptorModel, InputError, load_checkpoint
 from recognition.aggregation import build_aggregation
-from recognition.backbones import BACKBONES, build_trunk, load_fitting, read_weights
+from recognition.backbones import BACKBONES, build_trunk
+from recognition import vit
+from recognition.supervlad import SuperVLAD
+from recognition.weights import (
+    SYSTEMS,
+    load_fitting,
+    ours,
+    read_file,
+    read_weights,
+    system_of,
+)
 
 
 @dataclass(frozen=True)
@@ -43,30 +52,57 @@ RECIPES = {
             "lr": 1e-5,
         },
     ),
+    # Lu et al., "SuperVLAD", NeurIPS 2024
+    "supervlad": Recipe(
+        "gsv_cities",
+        "dino",
+        "supervlad",
+        {
+            "supervlad_clusters": 4,
+            "ghost_clusters": 1,
+            "resize": [322, 322],
+            "train_resize": [224, 224],
+            "train_batch_size": 120,
+            "epochs_num": 20,
+            "patience": 3,
+            "lr": 5e-5,
+            "scheduler": "step",
+            "scheduler_epochs": 3,
+            "scheduler_factor": 0.5,
+            "recall_values": [1, 5, 10, 100],
+        },
+    ),
 }
-ARCHITECTURE = ("backbone", "aggregation", "netvlad_clusters", "fc_output_dim", "l2")
-
-# Names of the benchmark's own files -> ours, tried in this order.
-BENCHMARK_KEYS = (
-    (r"^backbone\.", "trunk."),
-    (r"^aggregation\.(?:0\.)?conv\.weight$", "aggregation.assignment.weight"),
-    (r"^aggregation\.(?:0\.)?centroids$", "aggregation.centers"),
-    (r"^aggregation\.(?:0\.)?[01]\.p$", "aggregation.p"),
-    (r"^aggregation\.1\.(weight|bias)$", r"aggregation.fc.\1"),
-)
+ARCHITECTURE = (
+    "backbone", "freeze_te", "aggregation", "netvlad_clusters", "fc_output_dim", "l2",
+    "supervlad_clusters", "ghost_clusters", "crossimage_encoder",
+)  # fmt: skip
 
 
 def build_model(settings: Mapping, weights: str | None = "random") -> DescriptorModel:
     """The model of ARCHITECTURE's settings. weights: as for build_trunk."""
+    name, freeze_te = settings["aggregation"], settings.get("freeze_te")
     backbone = BACKBONES[settings["backbone"]]
-    trunk, origin = build_trunk(settings["backbone"], weights)
+    is_vit = backbone.network in vit.SIZES
+    if is_vit:
+        trunk, origin = vit.build_vit(backbone.network, weights, freeze_te, name == "salad")
+    else:
+        trunk, origin = build_trunk(settings["backbone"], weights)
     names = ("netvlad_clusters", "fc_output_dim", "l2")
-    aggregation, dim = build_aggregation(
-        settings["aggregation"], backbone.channels, *(settings[name] for name in names)
-    )
+    if name == "supervlad":
+        k = settings["supervlad_clusters"]
+        aggregation = SuperVLAD(k, settings["ghost_clusters"], backbone.channels, settings["crossimage_encoder"])
+        dim = k * backbone.channels
+    else:
+        aggregation, dim = build_aggregation(
+            name, backbone.channels, *(settings[name] for name in names)
+        )
     model = DescriptorModel(trunk, aggregation, dim)
     model.weights_origin = origin
-    model.freeze_below(backbone.first_trained)
+    if is_vit:
+        vit.freeze(model, freeze_te)
+    else:
+        model.freeze_below(backbone.first_trained)
     return model
 
 
@@ -83,8 +119,8 @@ def load_model(path: Path, settings: Mapping) -> tuple[DescriptorModel, dict]:
     """The model in a file, in evaluation mode, and the settings it was made with.
 
     A checkpoint of train.py knows its settings; base.py's netvlad_final.pth is known by its keys; of
-    any other file `settings` say the architecture, and its keys may be the benchmark's. InputError
-    naming the first key that does not fit.
+    any other file `settings` say the architecture, and its keys may be a published system's
+    (weights.SYSTEMS). InputError naming what does not fit.
     """
     state = read_weights(path)
     if "netvlad.centers" in state:
@@ -92,7 +128,7 @@ def load_model(path: Path, settings: Mapping) -> tuple[DescriptorModel, dict]:
     own = read_settings(path)
     settings = {**settings, **own}
     model = build_model(settings)
-    load_fitting(model, state if own else from_benchmark(state, model), path)
+    load_fitting(model, state if own else published(state, model, settings, path), path)
     model.trunk.initialized = True
     model.weights_origin = f"checkpoint {path.name}"
     return model.eval(), settings
@@ -100,30 +136,37 @@ def load_model(path: Path, settings: Mapping) -> tuple[DescriptorModel, dict]:
 
 def read_settings(path: Path) -> dict:
     """The settings in a checkpoint of train.py; {} for other files."""
-    try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise InputError(f"{path} does not exist: name another file.") from None
-    except DAMAGED as error:
-        raise InputError(f"{path} cannot be read ({error}): name another file.") from error
-    return found.get("settings", {}) if isinstance(found, dict) else {}
+    found = read_file(path).get("settings", {})
+    return found if isinstance(found, dict) else {}
 
 
-def from_benchmark(state: Mapping[str, Tensor], model: DescriptorModel) -> dict[str, Tensor]:
-    """A state dict with the benchmark's names under ours; its assignment has no bias."""
-    renamed = {}
-    for key, value in state.items():
-        for pattern, name in BENCHMARK_KEYS:
-            key = re.sub(pattern, name, key)
-        renamed[key] = value
-    wanted = model.state_dict()
-    if "aggregation.fc.weight" in wanted:  # there the pooling lies one level deeper
-        pools = {k: k.replace("aggregation.", "aggregation.pool.") for k in renamed}
-        renamed = {pools[k] if pools[k] in wanted else k: value for k, value in renamed.items()}
-    for key in wanted:
-        if key.endswith("assignment.bias") and key.replace("bias", "weight") in renamed:
-            renamed.setdefault(key, torch.zeros_like(wanted[key]))
-    return renamed
+def published(
+    state: Mapping[str, Tensor], model: DescriptorModel, settings: Mapping, path: Path
+) -> dict[str, Tensor]:
+    """A published state dict under the model's names. InputError if it is of another system or size."""
+    name = system_of(state)
+    if name and settings["aggregation"] not in SYSTEMS[name].aggregations:
+        raise InputError(
+            f"{path} holds weights of {name}, not for --aggregation {settings['aggregation']}: give "
+            f"--recipe={SYSTEMS[name].recipe}."
+        )
+    named, wanted = ours(state, model), model.state_dict()
+    clusters = [part.get("aggregation.assignment.weight", ())for part in (named, wanted)]
+    given, asked = map(len, clusters)
+    if settings["aggregation"] == "supervlad" and given != asked:
+        k, g = settings["supervlad_clusters"], settings["ghost_clusters"]
+        raise InputError(
+            f"{path} has {given} clusters, ghosts included, but --supervlad_clusters {k} and "
+            f"--ghost_clusters {g} make {asked}: give those it was trained with, or name another file "
+            "(SuperVLAD.pth has 4 + 1, its 1-cluster model 1 + 2 in a file of its own)."
+        )
+    has, wants = (any("encoder." in key for key in part) for part in (named, wanted))
+    if has != wants:
+        verb = "give" if has else "leave out"
+        raise InputError(
+            f"{path} has {'a' if has else 'no'} cross-image encoder: {verb} --crossimage_encoder."
+        )
+    return named
 
 
 def count_work(model: DescriptorModel, size: tuple[int, int]) -> dict[str, float]:

@@ -245,7 +245,7 @@ def run_training(
             step=args.scheduler_epochs,
             factor=args.scheduler_factor,
         ),
-        stop=make_stop(args.patience, lambda record: record[f"val R@{family.SCORED_K}"]),
+        stop=make_stop(args.patience, lambda record: record[family.SCORED]),
         sum_over_processes=sum_over_processes,
     )
     for part in job.kept:

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model import DescriptorModel, InputError, warn
+from recognition.weights import read_weights
 
 PATCH_PX = 14
 GRID = 37  # patches a side in training, 518 px
@@ -245,8 +246,6 @@ def _draw_weights(trunk: nn.Module) -> None:
 
 def torch_file(path: Path, name: str) -> Mapping[str, Tensor]:
     """The tensors of the official file. InputError naming it where it is not there."""
-    from recognition.backbones import read_weights  # it imports this file
-
     if not path.is_file():
         raise InputError(
             f"{path} does not exist: download {official_file(name)} of DINOv2 and name it with "

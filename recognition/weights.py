@@ -126,12 +126,13 @@ def load_fitting(module: nn.Module, state: Mapping[str, Tensor], source: object)
 
 @dataclass(frozen=True)
 class System:
-    """A published system: the recipe to build, a key that only its files have, and its names as ours.
+    """A published system: its recipe and aggregation, a key that only its files have, its names as ours.
 
     names: patterns and what they become, tried in this order on every key; None drops the key.
     """
 
     recipe: str
+    aggregations: tuple[str, ...]
     mark: str
     names: tuple[tuple[str, str | None], ...]
 
@@ -144,6 +145,7 @@ RESNET = tuple(
 SYSTEMS = {
     "SuperVLAD": System(
         "supervlad",
+        ("supervlad",),
         r"^backbone\.blocks\.",
         (
             (r"^backbone\.mask_token$", None),
@@ -154,6 +156,7 @@ SYSTEMS = {
     ),
     "CosPlace or EigenPlaces": System(
         "cosplace",
+        ("gem",),
         r"^aggregation\.2\.weight$",
         (
             (r"^backbone\.", "trunk."),
@@ -163,6 +166,7 @@ SYSTEMS = {
     ),
     "MixVPR": System(
         "mixvpr",
+        ("mixvpr",),
         r"^aggregator\.mix\.",
         (
             *RESNET,
@@ -171,14 +175,16 @@ SYSTEMS = {
     ),
     "ConvAP": System(
         "convap",
+        ("convap",),
         r"^aggregator\.channel_pool\.",
         (
             *RESNET,
-            (r"^aggregator\.channel_pool\.", "aggregation.conv."),
+            (r"^aggregator\.", "aggregation."),
         ),
     ),
     "SALAD": System(
         "salad",
+        ("salad",),
         r"^aggregator\.dust_bin$",
         (
             (r"^backbone\.model\.mask_token$", None),
@@ -188,6 +194,7 @@ SYSTEMS = {
     ),
     "the NetVLAD benchmark": System(
         "netvlad",
+        ("netvlad", "gem"),
         r"^backbone\.\d+\.",
         (
             (r"^backbone\.", "trunk."),
