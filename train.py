@@ -60,10 +60,9 @@ class RankingLoss(nn.Module):
     """The assignment's objective on batches (q, p, n).
 
     An objective maps (model, batch, device) to losses (B, …), whose mean is minimized. It may have
-    parameters of its own, trained at its `lr` (None: that of the model), and a `diagnose`.
+    parameters and buffers of its own, a `diagnose`, and a `shown` that gives numbers of the epoch to
+    show, and forgets them.
     """
-
-    lr: float | None = None
 
     def __init__(self, margin: float = MARGIN) -> None:
         super().__init__()
@@ -149,6 +148,8 @@ def train(
     without a judge the one of lowest val loss.
     save: is given a state every SAVE_SECONDS and after each epoch, from which a later call with
     `state` goes on, to the same result. optimizer: makes one of groups of parameters.
+    A module of the model or of the objective that carries `lr` is trained at that peak rate; with
+    `apart` = True at that very rate, by an Adam of its own if the optimizer is recognition/'s.
     rate: what `lr` is multiplied with, of the share of the training that is done and the epochs so
     far. stop: whether to end early, of the epochs so far. sum_over_processes: sums gradients, in
     place, and counts.
@@ -163,7 +164,8 @@ def train(
     if not model.initialized:
         initialize_from_loader(model, train_loader, device)
     trained, optimizer = trained_parts(model, objective, lr, optimizer)
-    changed = {**trained, **_changed_buffers(model)}
+    theirs = {f"objective.{k}": b for k, b in objective.named_buffers()}
+    changed = {**trained, **_changed_buffers(model), **theirs}
     takes_up = hasattr(train_loader, "epoch")
     run = {"epoch": 1, "step": 0, "totals": dict.fromkeys(TOTALS, 0.0), "history": [], "best": {}}
     if state:
@@ -200,7 +202,8 @@ def train(
         val_loss = validate(model, val_loader, device, objective=objective)
         weights = weights_of(changed)
         run["best"] = {"epoch": 0, "val_loss": val_loss, "scores": scores, "weights": weights}
-        tqdm.write(f"Untrained: val loss {val_loss:.4f}{_in_words(shown)}")
+        first = {} if math.isnan(val_loss) else {"val loss": val_loss}
+        tqdm.write(f"Untrained: {_in_words({**first, **shown})[2:]}")
     steps = len(train_loader) if hasattr(train_loader, "__len__") else None
     while run["epoch"] <= epochs and not (stop and stop(run["history"])):
         epoch = run["epoch"]
@@ -214,13 +217,15 @@ def train(
                 done = _epoch_share(train_loader, run["step"])
                 share = WARM_UP if done is None else (epoch - 1 + done) / epochs
                 for group in optimizer.param_groups:
-                    group["lr"] = group["peak"] * rate(share, run["history"])
+                    factor = 1.0 if group["apart"] else rate(share, run["history"])
+                    group["lr"] = group["peak"] * factor
                 optimizer.zero_grad()
                 losses = torch.zeros(0, 1, device=device)
                 if len(batch):
                     losses = objective(model, batch, device)
                     (losses.sum() * len(losses) / (items * losses.numel())).backward()
-                counts = sum_over_processes(list(trained.values()), _counts(losses.detach()))
+                active = [p for p in trained.values() if p.requires_grad]
+                counts = sum_over_processes(active, _counts(losses.detach()))
                 unsettled.append((run["step"], counts))
                 centralize_gradients(model.trunk.parameters())
                 optimizer.step()
@@ -240,6 +245,7 @@ def train(
         if hasattr(train_loader, "queries_per_epoch"):
             record["skipped"] = train_loader.queries_per_epoch - int(totals["items"])
         scores, shown = judge(model) if judge else (None, {})
+        shown = {**getattr(objective, "shown", dict)(), **shown}
         record.update(shown)
         if _is_kept(record, scores, run["best"]):
             top = _best_scores(scores, run["best"])
@@ -266,13 +272,19 @@ def trained_parts(
     optimizer: Callable[[list[dict]], torch.optim.Optimizer] = torch.optim.Adam,
 ) -> tuple[dict[str, Tensor], torch.optim.Optimizer]:
     """The trained parameters, by name, and the optimizer over them, each group with its peak rate."""
-    own = {k: p for k, p in model.named_parameters() if p.requires_grad}
-    theirs = {f"objective.{k}": p for k, p in objective.named_parameters() if p.requires_grad}
-    groups = [{"params": list(own.values()), "lr": lr, "peak": lr}]
-    if theirs:
-        rate = getattr(objective, "lr", None) or lr
-        groups.append({"params": list(theirs.values()), "lr": rate, "peak": rate})
-    return {**own, **theirs}, optimizer(groups)
+    trained, groups = {}, {}
+    for prefix, root in (("", model), ("objective.", objective)):
+        own = {f"{k}." if k else "": m for k, m in root.named_modules() if hasattr(m, "lr")}
+        for name, parameter in root.named_parameters():
+            if not parameter.requires_grad:
+                continue
+            trained[prefix + name] = parameter
+            innermost = max((k for k in own if name.startswith(k)), key=len, default=None)
+            peak = lr if innermost is None else own[innermost].lr
+            apart = getattr(own.get(innermost), "apart", False)
+            group = {"params": [], "lr": peak, "peak": peak, "apart": apart}
+            groups.setdefault((peak, apart), group)["params"].append(parameter)
+    return trained, optimizer(list(groups.values()))
 
 
 def _changed_buffers(model: DescriptorModel) -> dict[str, Tensor]:
@@ -341,14 +353,15 @@ def _best_scores(scores: Tensor | None, best: dict) -> Tensor | None:
 
 def _report(record: dict, shown: dict[str, float], epochs: int, objective: nn.Module) -> None:
     """Print an epoch's line; warn in words when nothing is being learned."""
-    line = (
-        f"Epoch {record['epoch']}/{epochs}: train loss {record['train_loss']:.4f}, "
-        f"val loss {record['val_loss']:.4f}, violating triplets {100 * record['violations']:.1f} %"
-    )
+    line = f"Epoch {record['epoch']}/{epochs}: train loss {record['train_loss']:.4f}"
+    if not math.isnan(record["val_loss"]):
+        line += f", val loss {record['val_loss']:.4f}"
+    diagnose = getattr(objective, "diagnose", None)
+    if diagnose:
+        line += f", violating triplets {100 * record['violations']:.1f} %"
     if "skipped" in record:
         line += f", {record['skipped']} tuples skipped"
     tqdm.write(f"{line}{_in_words(shown)}, {record['seconds']:.0f} s")
-    diagnose = getattr(objective, "diagnose", None)
     trouble = diagnose and diagnose(record["train_loss"], record["violations"])
     if trouble:
         warn(f"epoch {record['epoch']}: {trouble}")

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from model import PRECISIONS
-from recognition.aggregation import AGGREGATIONS, L2_PLACES
+from recognition.aggregation import AGGREGATION_SETTINGS, AGGREGATIONS, L2_PLACES
 from recognition.backbones import BACKBONES
 from recognition.inference import METHODS
 from recognition.optimization import OPTIMIZERS, SCHEDULERS
@@ -13,6 +13,15 @@ from recognition.recipes import RECIPES
 from recognition.reranking import RERANKED
 
 RESIZE = [480, 640]  # height, width; eval.py takes those of the checkpoint
+SIZES = {  # whole numbers among the settings of aggregations
+    "netvlad_clusters": "netvlad",
+    "mix_out_channels": "mixvpr",
+    "mix_out_rows": "mixvpr",
+    "mix_depth": "mixvpr",
+    "convap_dim": "convap",
+    "convap_cells": "convap, a side",
+    "supervlad_clusters": "supervlad",
+}
 RERANKINGS = ("clusters", "geometric", "expansion")
 
 
@@ -70,12 +79,13 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     option("--recipe", choices=RECIPES, help="default: the one whose flags are given, or netvlad")
     option("--backbone", choices=BACKBONES, help="default: the recipe's")
     option("--aggregation", choices=AGGREGATIONS, help="default: the recipe's")
-    option("--netvlad_clusters", type=positive, default=64, help="default: 64")
     option("--fc_output_dim", type=positive, help="a linear layer to so many numbers at the end")
     option("--l2", choices=L2_PLACES, default=L2_PLACES[0], help="of GeM (default: before_pool)")
-    option("--supervlad_clusters", type=positive, default=4, metavar="K", help="default: 4")
-    option("--ghost_clusters", type=not_negative, default=1, metavar="G", help="default: 1")
-    option("--crossimage_encoder", action="store_true", help="of SuperVLAD: behind its clusters")
+    for name, what in SIZES.items():
+        default = AGGREGATION_SETTINGS[name]
+        option(f"--{name}", type=positive, default=default, help=f"of {what} (default: {default})")
+    option("--ghost_clusters", type=not_negative, default=1, help="of supervlad (default: 1)")
+    option("--crossimage_encoder", action="store_true", help="of supervlad: images attend to images")
     option(
         "--freeze_te", type=not_negative, metavar="N",
         help="train DINOv2's blocks from N on, 0: everything (default: the last 4)",
@@ -96,7 +106,8 @@ def add_training_flags(parser: argparse.ArgumentParser, last: str) -> None:
     option("--weight_decay", type=float, help="default: 0, of adamw 1e-2, of sgd 1e-3")
     option("--scheduler", choices=SCHEDULERS, default="none", help="of the rate (default: none)")
     option("--scheduler_epochs", type=positive, default=5, help="of step, patience of plateau")
-    option("--scheduler_factor", type=above_zero, default=0.3, help="of step and plateau")
+    option("--scheduler_factor", type=above_zero, default=0.3, help="of all but cosine")
+    option("--scheduler_milestones", type=positive, nargs="+", default=[], help="of multistep")
     option("--warmup_epochs", type=float, default=0.0, help="may be a share of one (default: 0)")
     option("--patience", type=positive, help="epochs without a better val recall")
     option(

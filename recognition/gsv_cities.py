@@ -87,7 +87,9 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
     option("--train_resize", type=positive, nargs=2, default=[224, 224], metavar=("H", "W"))
     option("--no_augmentation", action="store_true", help="leave RandAugment out")
     option("--lr_encoder", type=above_zero, default=1e-4, help="cross-image encoder's peak rate")
-    option("--encoder_once", action="store_true", help="train it in the first step only, as published")
+    option(
+        "--encoder_once", action="store_true", help="train it in the first step only, as published"
+    )
     option(
         "--kmeans_images", choices=["train", "eval"], default="train",
         help="clusters begin with GSV-Cities' images, or as published --dataset_name's train split's",
@@ -100,6 +102,8 @@ def settle(args: argparse.Namespace) -> None:
         raise InputError("--images_per_place 1 leaves no positives: use 2 or more.")
     if args.crossimage_encoder and args.aggregation != "supervlad":
         raise InputError("--crossimage_encoder belongs to --aggregation supervlad: leave it out.")
+    if getattr(args, "encoder_once", False) and not args.crossimage_encoder:
+        raise InputError("--encoder_once needs --crossimage_encoder, the encoder to train.")
 
 
 # ---------------------------------------------------------------- data and training

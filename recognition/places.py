@@ -62,7 +62,9 @@ class PlaceBatches:
         self.number, self.order = number, self.draw(number)
         rank, world = rank_and_world()
         steps = range(done, len(self))
-        own = [np.arange(step * self.places, (step + 1) * self.places)[rank::world] for step in steps]
+        own = [
+            np.arange(step * self.places, (step + 1) * self.places)[rank::world] for step in steps
+        ]
         batches = ((part[:, None] * self.images + np.arange(self.images)).ravel() for part in own)
         for step, items in zip(steps, read_batches(self.read, batches)):
             images, labels = zip(*items)
@@ -100,7 +102,10 @@ class PlaceBatches:
         cities = rng.permutation(len(self.data.cities))
         places = [rng.permutation(np.flatnonzero(self.data.city_of == city)) for city in cities]
         return np.stack(
-            [rng.choice(self.of_place[p], self.images, replace=False) for p in np.concatenate(places)]
+            [
+                rng.choice(self.of_place[p], self.images, replace=False)
+                for p in np.concatenate(places)
+            ]
         )
 
     def read(self, position: int) -> tuple[Tensor, int]:

@@ -9,10 +9,9 @@ from torch import Tensor, nn
 
 from eval import IMAGE_SIZE
 from model import DescriptorModel, InputError, load_checkpoint
-from recognition.aggregation import build_aggregation
-from recognition.backbones import BACKBONES, build_trunk
 from recognition import vit
-from recognition.supervlad import SuperVLAD
+from recognition.aggregation import AGGREGATION_SETTINGS, build_aggregation, fit_to
+from recognition.backbones import BACKBONES, build_trunk
 from recognition.weights import (
     SYSTEMS,
     load_fitting,
@@ -72,32 +71,59 @@ RECIPES = {
             "recall_values": [1, 5, 10, 100],
         },
     ),
+    # Ali-bey et al., "MixVPR", WACV 2023
+    "mixvpr": Recipe(
+        "gsv_cities",
+        "resnet50conv4",
+        "mixvpr",
+        {
+            "resize": [320, 320],
+            "train_resize": [320, 320],
+            "train_batch_size": 120,
+            "epochs_num": 80,
+            "patience": 10,
+            "optim": "sgd",
+            "lr": 0.05,
+            "warmup_epochs": 1.25,  # 650 steps
+            "scheduler": "multistep",
+            "scheduler_milestones": [5, 10, 15, 25, 45],
+        },
+    ),
+    # Ali-bey et al., "GSV-Cities", Neurocomputing 2022
+    "convap": Recipe(
+        "gsv_cities",
+        "resnet50conv5",
+        "convap",
+        {
+            "resize": [320, 320],
+            "train_resize": [320, 320],
+            "train_batch_size": 100,
+            "epochs_num": 30,
+            "patience": 10,
+            "optim": "adamw",
+            "weight_decay": 0.0,
+            "lr": 2e-4,
+            "warmup_epochs": 1.0,  # 600 steps
+            "scheduler": "multistep",
+            "scheduler_milestones": [5, 10, 15, 25],
+        },
+    ),
 }
-ARCHITECTURE = (
-    "backbone", "freeze_te", "aggregation", "netvlad_clusters", "fc_output_dim", "l2",
-    "supervlad_clusters", "ghost_clusters", "crossimage_encoder",
-)  # fmt: skip
+ARCHITECTURE = ("backbone", "freeze_te", "aggregation", *AGGREGATION_SETTINGS)
 
 
 def build_model(settings: Mapping, weights: str | None = "random") -> DescriptorModel:
     """The model of ARCHITECTURE's settings. weights: as for build_trunk."""
-    name, freeze_te = settings["aggregation"], settings.get("freeze_te")
-    backbone = BACKBONES[settings["backbone"]]
-    is_vit = backbone.network in vit.SIZES
+    backbone, aggregation = BACKBONES[settings["backbone"]], settings["aggregation"]
+    is_vit, freeze_te = backbone.network in vit.SIZES, settings.get("freeze_te")
     if is_vit:
-        trunk, origin = vit.build_vit(backbone.network, weights, freeze_te, name == "salad")
+        with_class = aggregation == "salad"
+        trunk, origin = vit.build_vit(backbone.network, weights, freeze_te, with_class)
     else:
         trunk, origin = build_trunk(settings["backbone"], weights)
-    names = ("netvlad_clusters", "fc_output_dim", "l2")
-    if name == "supervlad":
-        k = settings["supervlad_clusters"]
-        aggregation = SuperVLAD(k, settings["ghost_clusters"], backbone.channels, settings["crossimage_encoder"])
-        dim = k * backbone.channels
-    else:
-        aggregation, dim = build_aggregation(
-            name, backbone.channels, *(settings[name] for name in names)
-        )
-    model = DescriptorModel(trunk, aggregation, dim)
+    given = {name: settings[name] for name in AGGREGATION_SETTINGS if name in settings}
+    layer, dim = build_aggregation(aggregation, backbone.channels, given)
+    model = DescriptorModel(trunk, layer, dim)
     model.weights_origin = origin
     if is_vit:
         vit.freeze(model, freeze_te)
@@ -128,6 +154,7 @@ def load_model(path: Path, settings: Mapping) -> tuple[DescriptorModel, dict]:
     own = read_settings(path)
     settings = {**settings, **own}
     model = build_model(settings)
+    fit_to(model.aggregation, state)
     load_fitting(model, state if own else published(state, model, settings, path), path)
     model.trunk.initialized = True
     model.weights_origin = f"checkpoint {path.name}"
@@ -151,7 +178,7 @@ def published(
             f"--recipe={SYSTEMS[name].recipe}."
         )
     named, wanted = ours(state, model), model.state_dict()
-    clusters = [part.get("aggregation.assignment.weight", ())for part in (named, wanted)]
+    clusters = [part.get("aggregation.assignment.weight", ()) for part in (named, wanted)]
     given, asked = map(len, clusters)
     if settings["aggregation"] == "supervlad" and given != asked:
         k, g = settings["supervlad_clusters"], settings["ghost_clusters"]

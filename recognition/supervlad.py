@@ -21,7 +21,12 @@ class SuperVLAD(nn.Module):
     """
 
     def __init__(
-        self, clusters: int, ghosts: int, dim: int, encoder: bool = False, encoder_mode: str = "alone"
+        self,
+        clusters: int,
+        ghosts: int,
+        dim: int,
+        encoder: bool = False,
+        encoder_mode: str = "alone",
     ) -> None:
         super().__init__()
         self.clusters, self.encoder_mode = clusters, encoder_mode

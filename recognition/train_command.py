@@ -21,6 +21,7 @@ from types import ModuleType
 import numpy as np
 import torch
 
+from eval import describe
 from model import (
     CALIBRATION_IMAGES,
     DAMAGED,
@@ -33,6 +34,7 @@ from model import (
     warn,
 )
 from recognition import families, records
+from recognition.aggregation import fit_to
 from recognition.backbones import calibrate
 from recognition.eval_command import TEST_SETTINGS, evaluate
 from recognition.flags import (
@@ -141,6 +143,7 @@ def build(args: argparse.Namespace) -> DescriptorModel:
     model = build_model(settings, "random" if args.saved else args.weights)
     model.precision = args.precision
     if args.saved:
+        fit_to(model.aggregation, args.saved["model_state_dict"])
         model.load_state_dict(args.saved["model_state_dict"])
         model.trunk.initialized = True
         model.weights_origin = args.saved["origin"]
@@ -150,11 +153,15 @@ def build(args: argparse.Namespace) -> DescriptorModel:
 
 
 def initialize(model: DescriptorModel, inputs: Inputs, device: torch.device, seed: int) -> None:
-    """Calibrate random weights, and cluster local descriptors, of evenly spaced training images."""
+    """Calibrate random weights, and cluster local descriptors, of evenly spaced training images.
+
+    Layers whose shape depends on the size of the images are made for these.
+    """
     if not model.trunk.initialized:
         rows = np.linspace(0, len(inputs) - 1, min(CALIBRATION_IMAGES, len(inputs)))
         images = torch.stack([inputs.item(int(row))[0] for row in rows])
         calibrate(model, images.to(device))
+    describe(model.eval(), inputs.take([0]), device)  # what is frozen is computed from now on
     if not getattr(model.aggregation, "initialized", True):
         print("- k-means of local descriptors ...", flush=True)
         rows = np.linspace(0, len(inputs) - 1, min(KMEANS_IMAGES, len(inputs))).astype(int)
@@ -244,6 +251,7 @@ def run_training(
             warmup=args.warmup_epochs,
             step=args.scheduler_epochs,
             factor=args.scheduler_factor,
+            milestones=args.scheduler_milestones,
         ),
         stop=make_stop(args.patience, lambda record: record[family.SCORED]),
         sum_over_processes=sum_over_processes,

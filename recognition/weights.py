@@ -22,9 +22,6 @@ WRAPPERS = ("model_state_dict", "state_dict")  # keys under which a file may hol
 class _LeftOut:
     """Stands for whatever in a file is neither a tensor nor a plain value: numpy's, Lightning's."""
 
-    def __new__(cls, *_args: object, **_kwargs: object) -> "_LeftOut":
-        return super().__new__(cls)
-
     def __init__(self, *_args: object, **_kwargs: object) -> None: ...
 
     def __setstate__(self, _state: object) -> None: ...
@@ -38,17 +35,18 @@ class _LeftOut:
         """Items of list-like objects."""
 
 
+KNOWN = {
+    ("collections", "OrderedDict"),
+    ("torch._utils", "_rebuild_tensor_v2"),
+    ("torch._utils", "_rebuild_parameter"),
+}
+
+
 class _Unpickler(pickle.Unpickler):
     """Knows tensors and ordered dictionaries only; storages are PyTorch's own affair."""
 
-    KNOWN = {
-        ("collections", "OrderedDict"),
-        ("torch._utils", "_rebuild_tensor_v2"),
-        ("torch._utils", "_rebuild_parameter"),
-    }
-
     def find_class(self, module: str, name: str) -> object:
-        if (module, name) in self.KNOWN:
+        if (module, name) in KNOWN:
             return super().find_class(module, name)
         return _LeftOut
 

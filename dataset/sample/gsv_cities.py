@@ -63,9 +63,7 @@ def render_gsv_cities(folder: Path, seed: int = 0, size: GsvSize = FULL) -> None
     partial = Path(tempfile.mkdtemp(prefix=f".{FOLDER}.", dir=folder.parent))
     total = len(CITIES) * size.streets * size.directions * size.photographs
     threads = torch.get_num_threads()
-    pool = ThreadPoolExecutor(
-        usable_cores(), initializer=torch.set_num_threads, initargs=(1,)
-    )
+    pool = ThreadPoolExecutor(usable_cores(), initializer=torch.set_num_threads, initargs=(1,))
     try:
         (partial / "Dataframes").mkdir()
         with progress(total=total, desc="rendering cities", unit="image") as bar:

@@ -9,13 +9,9 @@ import torch
 import torch.nn.functional as F
 from pytorch_metric_learning.losses import MultiSimilarityLoss
 from pytorch_metric_learning.miners import MultiSimilarityMiner
-from torch import nn
 
-from model import DescriptorModel
 from recognition.multi_similarity import MultiSimilarity, multi_similarity
-from recognition.supervlad import SuperVLAD
-
-CPU = torch.device("cpu")
+from tests.recognition.pairs import CPU, gradients, images_of, network
 
 
 def losses(similarity: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -50,43 +46,20 @@ def test_an_image_without_other_places_or_company_costs_nothing():
     assert torch.equal(losses(torch.eye(2), torch.tensor([0, 1])), torch.zeros(2))
 
 
-def network(encoder: bool = True, frozen: int = 1) -> DescriptorModel:
-    torch.manual_seed(0)
-    trunk = nn.Sequential(nn.Conv2d(3, 8, 3, 2), nn.ReLU(), nn.Conv2d(8, 16, 3), nn.Dropout(0.2))
-    pool = SuperVLAD(2, 1, 16, encoder=encoder)
-    nn.init.normal_(pool.assignment.weight)
-    model = DescriptorModel(trunk, pool, 32)
-    model.precision = "float32"
-    model.freeze_below(frozen)
-    return model.train()
-
-
-def images_of(places: range) -> tuple[torch.Tensor, torch.Tensor]:
-    labels = torch.tensor([place for place in places for _ in range(3)])
-    drawn = [torch.Generator().manual_seed(100 + i) for i in range(len(labels))]
-    images = torch.stack([torch.randn(3, 20, 20, generator=g) for g in drawn])
-    return images + labels[:, None, None, None], labels
-
-
-def gradients(model: DescriptorModel) -> dict[str, torch.Tensor]:
-    return {k: p.grad for k, p in model.named_parameters() if p.grad is not None}
-
-
 @pytest.mark.parametrize("frozen", [0, 1])
 def test_micro_batches_have_the_same_gradient(frozen):
-    found = {}
-    for micro in (None, 5, 1):
-        model = network(frozen=frozen)
+    def found(micro: int | None) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        model, seen = network(frozen=frozen), []
         model.trunk[3].p = 0.0  # drawn otherwise in parts
-        seen = []
         model.trunk[0].register_forward_hook(lambda _m, args, _o: seen.append(len(args[0])))
-        batch = [*images_of(range(4)), torch.tensor(7)]
-        loss = MultiSimilarity(micro)(model, batch, CPU)
+        loss = MultiSimilarity(micro)(model, [*images_of(range(4)), torch.tensor(7)], CPU)
         assert max(seen) == (micro or 12)
         loss.mean().backward()
-        found[micro] = loss.detach(), gradients(model)
+        return loss.detach(), gradients(model)
+
+    whole = found(None)
     for micro in (5, 1):
-        torch.testing.assert_close(found[micro], found[None], atol=1e-6, rtol=1e-4)
+        torch.testing.assert_close(found(micro), whole, atol=1e-6, rtol=1e-4)
 
 
 def test_dropout_is_drawn_by_the_key_and_disturbs_no_other_draw():
@@ -104,7 +77,7 @@ def test_dropout_is_drawn_by_the_key_and_disturbs_no_other_draw():
 PROCESS = """
 import sys, torch
 import torch.distributed as dist
-from tests.recognition.test_multi_similarity import CPU, gradients, images_of, network
+from tests.recognition.pairs import CPU, gradients, images_of, network
 from recognition.multi_similarity import MultiSimilarity
 from training.distributed import sum_over_processes
 rank, folder = int(sys.argv[1]), sys.argv[2]

@@ -132,20 +132,20 @@ def test_gem_is_the_generalized_mean():
     )
 
 
-@pytest.mark.parametrize("aggregation", ["netvlad", "gem"])
+@pytest.mark.parametrize("aggregation", ["netvlad", "gem", "mixvpr", "convap", "attention"])
 @pytest.mark.parametrize("backbone", ["resnet18conv5", "vgg16"])
 @pytest.mark.parametrize("fc", [None, 7])
 def test_any_backbone_goes_with_any_aggregation(aggregation, backbone, fc):
     model = small(backbone=backbone, aggregation=aggregation, fc_output_dim=fc).eval()
     with torch.inference_mode():
         found = model(torch.rand(2, 3, 64, 64))
-    dim = fc or 512 * (4 if aggregation == "netvlad" else 1)
+    dim = fc or {"netvlad": 4 * 512, "mixvpr": 4096, "convap": 4096}.get(aggregation, 512)
     assert found.shape == (2, dim) == (2, model.descriptor_dim)
     assert torch.allclose(found.norm(dim=1), torch.ones(2), atol=1e-5)
 
 
 def test_the_cosplace_head_has_its_published_parameters():
-    head, _ = build_aggregation("gem", 512, 0, 512, "before_pool")
+    head, _ = build_aggregation("gem", 512, {"fc_output_dim": 512})
     assert sum(p.numel() for p in head.parameters()) == 262_657
 
 
@@ -191,7 +191,7 @@ def test_gem_of_the_benchmark_loads_too(tmp_path, fc):
 
 def test_counted_work_is_that_of_the_layers():
     trunk = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1, bias=False))
-    aggregation, dim = build_aggregation("gem", 4, 0, 5, "before_pool")
+    aggregation, dim = build_aggregation("gem", 4, {"fc_output_dim": 5})
     model = DescriptorModel(trunk, aggregation, dim)
     work = count_work(model, (10, 20))
     assert work["gflops"] * 1e9 == pytest.approx(2 * (3 * 9 * 4 * 10 * 20 + 4 * 5))

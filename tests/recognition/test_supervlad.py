@@ -54,7 +54,7 @@ def test_clusters_begin_at_the_centers_and_nearly_hard():
     weight = made.assignment.weight[:, :, 0, 0]
     assert sorted(F.normalize(weight, dim=1).argmax(1).tolist()) == [0, 1, 2]
     ratio = (points @ weight.T).topk(2, dim=1).values
-    assert (ratio[:, 0] - ratio[:, 1]).mean() == pytest.approx(4.60517, rel=1e-3)
+    assert (ratio[:, 0] - ratio[:, 1]).mean().item() == pytest.approx(4.60517, rel=1e-3)
     with pytest.raises(InputError, match="2 local descriptors cannot be clustered into 3"):
         made.initialize(points[:2])
     again = SuperVLAD(2, 1, 6)

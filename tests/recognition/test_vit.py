@@ -10,7 +10,15 @@ from torch import nn
 from model import WARNINGS, DescriptorModel, InputError
 from recognition import vit
 from recognition.aggregation import GeM
-from recognition.vit import build_vit, freeze, named_as_in, official_weights, pack, tokens_of, unpack
+from recognition.vit import (
+    build_vit,
+    freeze,
+    named_as_in,
+    official_weights,
+    pack,
+    tokens_of,
+    unpack,
+)
 
 TINY = vit.VitSize(32, 5, 4)
 
