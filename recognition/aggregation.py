@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model import InputError, NetVLAD, half_precision
+from recognition.salad import SALAD
 from recognition.supervlad import SuperVLAD
 
 GEM_EPS = 1e-6
@@ -183,6 +184,11 @@ def _supervlad(channels: int, settings: Mapping) -> tuple[nn.Module, int]:
     return layer, clusters * channels
 
 
+def _salad(channels: int, settings: Mapping) -> tuple[nn.Module, int]:
+    sizes = [settings[name] for name in ("salad_clusters", "salad_cluster_dim", "salad_token_dim")]
+    return SALAD(channels, *sizes), sizes[0] * sizes[1] + sizes[2]
+
+
 # By name: of a map's channels and the settings (AGGREGATION_SETTINGS), the layer and its dimension.
 AGGREGATIONS: dict[str, Callable[[int, Mapping], tuple[nn.Module, int]]] = {
     "netvlad": _netvlad,
@@ -191,6 +197,7 @@ AGGREGATIONS: dict[str, Callable[[int, Mapping], tuple[nn.Module, int]]] = {
     "convap": _convap,
     "attention": lambda channels, _settings: (AttentionPooling(channels), channels),
     "supervlad": _supervlad,
+    "salad": _salad,
 }
 # What the layers are made with, and the values where nothing else is said.
 AGGREGATION_SETTINGS = {
@@ -205,6 +212,9 @@ AGGREGATION_SETTINGS = {
     "supervlad_clusters": 4,
     "ghost_clusters": 1,
     "crossimage_encoder": False,
+    "salad_clusters": 64,
+    "salad_cluster_dim": 128,
+    "salad_token_dim": 256,
 }
 
 

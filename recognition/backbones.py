@@ -18,6 +18,7 @@ from model import (
     progress,
     warn,
 )
+from recognition import vit
 from recognition.weights import load_fitting, read_weights
 
 
@@ -44,11 +45,11 @@ BACKBONES = {
     "resnet50conv5": Backbone("resnet50", 8, 2048, 6),
     "resnet101conv4": Backbone("resnet101", 7, 1024, 6),
     "resnet101conv5": Backbone("resnet101", 8, 2048, 6),
-    "dino": Backbone("dinov2_vitb14", 2, 768, 1),
-    "dinov2_vits14": Backbone("dinov2_vits14", 2, 384, 1),
-    "dinov2_vitb14": Backbone("dinov2_vitb14", 2, 768, 1),
-    "dinov2_vitl14": Backbone("dinov2_vitl14", 2, 1024, 1),
+    **{name: Backbone(name, 2, size.dim, 1) for name, size in vit.SIZES.items()},
 }
+
+
+BACKBONES["dino"] = BACKBONES["dinov2_vitb14"]  # SuperVLAD's name for it
 
 
 def build_trunk(name: str, weights: str | None = None) -> tuple[nn.Sequential, str]:

@@ -21,6 +21,9 @@ SIZES = {  # whole numbers among the settings of aggregations
     "convap_dim": "convap",
     "convap_cells": "convap, a side",
     "supervlad_clusters": "supervlad",
+    "salad_clusters": "salad",
+    "salad_cluster_dim": "salad",
+    "salad_token_dim": "salad, of the class token",
 }
 RERANKINGS = ("clusters", "geometric", "expansion")
 
@@ -85,7 +88,9 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
         default = AGGREGATION_SETTINGS[name]
         option(f"--{name}", type=positive, default=default, help=f"of {what} (default: {default})")
     option("--ghost_clusters", type=not_negative, default=1, help="of supervlad (default: 1)")
-    option("--crossimage_encoder", action="store_true", help="of supervlad: images attend to images")
+    option(
+        "--crossimage_encoder", action="store_true", help="of supervlad: images attend to images"
+    )
     option(
         "--freeze_te", type=not_negative, metavar="N",
         help="train DINOv2's blocks from N on, 0: everything (default: the last 4)",

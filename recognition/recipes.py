@@ -89,6 +89,22 @@ RECIPES = {
             "scheduler_milestones": [5, 10, 15, 25, 45],
         },
     ),
+    # Izquierdo & Civera, "Optimal Transport Aggregation for Visual Place Recognition", CVPR 2024
+    "salad": Recipe(
+        "gsv_cities",
+        "dino",
+        "salad",
+        {
+            "resize": [322, 322],
+            "train_resize": [224, 224],
+            "train_batch_size": 60,
+            "epochs_num": 4,
+            "patience": 4,
+            "optim": "adamw",
+            "weight_decay": 9.5e-9,
+            "lr": 6e-5,
+        },
+    ),
     # Ali-bey et al., "GSV-Cities", Neurocomputing 2022
     "convap": Recipe(
         "gsv_cities",
@@ -116,8 +132,13 @@ def build_model(settings: Mapping, weights: str | None = "random") -> Descriptor
     """The model of ARCHITECTURE's settings. weights: as for build_trunk."""
     backbone, aggregation = BACKBONES[settings["backbone"]], settings["aggregation"]
     is_vit, freeze_te = backbone.network in vit.SIZES, settings.get("freeze_te")
+    with_class = aggregation == "salad"
+    if with_class and not is_vit:
+        raise InputError(
+            f"--aggregation salad needs a class token, which {settings['backbone']} lacks: give "
+            "--backbone dino."
+        )
     if is_vit:
-        with_class = aggregation == "salad"
         trunk, origin = vit.build_vit(backbone.network, weights, freeze_te, with_class)
     else:
         trunk, origin = build_trunk(settings["backbone"], weights)

@@ -24,6 +24,9 @@ class _LeftOut:
 
     def __init__(self, *_args: object, **_kwargs: object) -> None: ...
 
+    def __call__(self, *_args: object, **_kwargs: object) -> "_LeftOut":
+        return self
+
     def __setstate__(self, _state: object) -> None: ...
 
     def __setitem__(self, _key: object, _value: object) -> None: ...
