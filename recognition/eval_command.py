@@ -3,6 +3,7 @@
 python eval.py --dataset_name=tokyo_xs --resume=logs/default/DATE/best_model.pth
 python eval.py --resume=… --test_method=maj_voting --scales 0.7 1 1.4 --rerank geometric
 python eval.py --resume=… --query photo.jpg --index folder
+python eval.py --resume=… --export model.onnx
 """
 
 import argparse
@@ -30,6 +31,7 @@ from model import (
     warn,
 )
 from recognition import families, records
+from recognition.export import export_onnx
 from recognition.flags import (
     RESIZE,
     add_model_flags,
@@ -83,6 +85,7 @@ def build_parser(family: ModuleType) -> argparse.ArgumentParser:
     option("--query", type=Path, nargs="+", metavar="IMAGE", help="search these in --index instead")
     option("--index", type=Path, metavar="FOLDER", help="images to search in, also below")
     option("--top-k", type=positive, default=5, help="images to name for a query (default: 5)")
+    option("--export", type=Path, metavar="FILE.onnx", help="write the model as ONNX, no more")
     for add in (family.add_data_flags, add_run_flags, add_model_flags, add_test_flags):
         add(parser)
     return parser
@@ -334,6 +337,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
             args.resize = args.resize or settings.get("resize") or RESIZE
             model.precision = args.precision
+            if hasattr(model.aggregation, "encoder_mode"):
+                model.aggregation.encoder_mode = getattr(args, "encoder_mode", "alone")
+            if args.export:
+                export_onnx(model, tuple(args.resize), args.export)
+                print(f"Written: {args.export}.")
+                return 0
             if args.query:
                 search_folder(model, args)
                 return 0

@@ -59,7 +59,7 @@ class SuperVLAD(nn.Module):
                 "--encoder_mode batch: a descriptor depends on the other images of its batch, so on "
                 "--infer_batch_size and on the order of the files."
             )
-        return F.normalize(self.encoder(sequence).reshape(len(x), -1), dim=1)
+        return F.normalize(self.encoder(sequence).reshape(x.shape[0], -1), dim=1)
 
     @torch.no_grad()
     def initialize(self, descriptors: Tensor, seed: int = 0) -> None:

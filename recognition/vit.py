@@ -124,7 +124,7 @@ class FirstStage(nn.Module):
         """
         patches = self.patch_embed["proj"](to_multiples(x))
         grid = patches.shape[2:]
-        tokens = torch.cat([self.cls_token.expand(len(x), -1, -1), tokens_of(patches)], 1)
+        tokens = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), tokens_of(patches)], 1)
         tokens = tokens + self.positions(*grid)
         for block in self.blocks.values():
             tokens = block(tokens)

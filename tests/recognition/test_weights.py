@@ -269,8 +269,8 @@ def test_a_file_for_another_architecture_is_told_what_to_ask_for(tmp_path):
     for changed, says in (
         (
             {"supervlad_clusters": 1, "ghost_clusters": 2, "crossimage_encoder": True},
-            r"SuperVLAD\.pth has 5 clusters, ghosts included, but --supervlad_clusters 1 and "
-            r"--ghost_clusters 2 make 3: .* 1-cluster model 1 \+ 2 in a file of its own",
+            r"SuperVLAD\.pth has 5 clusters, ghosts included, but --supervlad_clusters 1 and --ghost"
+            + r"_clusters 2 make 3: .* 1-cluster model 1 \+ 2 in a file of its own",
         ),
         ({}, "has a cross-image encoder: give --crossimage_encoder"),
         (
