@@ -140,7 +140,7 @@ def compute_embeddings(
     found, indices, paths = np.empty((0, 0), np.float32), [], []
     with progress(total=count, desc="descriptors", unit="image") as bar:
         for rows, items in zip(batches, read_batches(dataset.__getitem__, batches)):
-            part = describe(model, torch.stack([item[0] for item in items]), device).cpu().numpy()
+            part = _describe_each(model, [item[0] for item in items], device)
             if not indices:
                 found = np.empty((count, part.shape[1]), np.float32)
             found[rows.start : rows.stop] = part
@@ -148,6 +148,19 @@ def compute_embeddings(
             paths += [str(item[2]) for item in items]
             bar.update(len(items))
     return found, indices, paths
+
+
+def _describe_each(
+    model: nn.Module, images: list[torch.Tensor], device: torch.device
+) -> np.ndarray:
+    """Descriptors (B, D) of images, those of one size together."""
+    shapes = [image.shape for image in images]
+    parts = {}
+    for shape in dict.fromkeys(shapes):
+        rows = [row for row, other in enumerate(shapes) if other == shape]
+        found = describe(model, torch.stack([images[row] for row in rows]), device).cpu().numpy()
+        parts.update(zip(rows, found))
+    return np.stack([parts[row] for row in range(len(images))])
 
 
 def search(

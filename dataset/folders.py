@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+from PIL import ExifTags, Image
 from torch.utils.data import Dataset
 
 from eval import IMAGE_SUFFIXES, load_image, positives_within
@@ -104,6 +105,18 @@ class FolderImages(Dataset):
     def __getitem__(self, i: int) -> tuple:
         image = load_image(self.paths[i], self.at_least)
         return self.transform(image) if self.transform else image, i, str(self.paths[i])
+
+
+def same_size(paths: Sequence[Path]) -> bool:
+    """Whether the files say that all images have one width and height, and none is turned."""
+    sizes = set()
+    for path in paths:
+        try:
+            with Image.open(path) as file:
+                sizes.add((*file.size, file.getexif().get(ExifTags.Base.Orientation, 1)))
+        except Exception:  # noqa: BLE001, whoever reads the image says what is wrong with it
+            return False
+    return len(sizes) == 1
 
 
 @dataclass

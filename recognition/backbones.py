@@ -27,16 +27,19 @@ class Backbone:
     """A torchvision network, how many of its stages are kept, and which are trained.
 
     stages: kept of the network's modules in order. channels: of the resulting map.
-    first_trained: number of the first stage that is trained.
+    first_trained: number of the first stage that is trained. weights: torchvision's name of them.
     """
 
     network: str
     stages: int
     channels: int
     first_trained: int
+    weights: str = "IMAGENET1K_V1"
 
 
-# Stages of a ResNet: conv1, bn1, relu, maxpool, layer1 … layer4; of VGG16: the modules of `features`.
+EFFICIENTNET_CHANNELS = (1280, 1280, 1408, 1536, 1792, 2048, 2304, 2560)  # of B0 … B7
+# Stages of a ResNet: conv1, bn1, relu, maxpool, layer1 … layer4; of the others the modules of `features`.
+# Names as in the benchmark, then as in CosPlace, which takes torchvision's latest weights.
 BACKBONES = {
     "vgg16": Backbone("vgg16", 29, 512, 24),
     "resnet18conv4": Backbone("resnet18", 7, 256, 6),
@@ -45,17 +48,28 @@ BACKBONES = {
     "resnet50conv5": Backbone("resnet50", 8, 2048, 6),
     "resnet101conv4": Backbone("resnet101", 7, 1024, 6),
     "resnet101conv5": Backbone("resnet101", 8, 2048, 6),
+    "VGG16": Backbone("vgg16", 29, 512, 24),
+    "ResNet18": Backbone("resnet18", 8, 512, 6),
+    "ResNet50": Backbone("resnet50", 8, 2048, 6, "IMAGENET1K_V2"),
+    "ResNet101": Backbone("resnet101", 8, 2048, 6, "IMAGENET1K_V2"),
+    "ResNet152": Backbone("resnet152", 8, 2048, 6, "IMAGENET1K_V2"),
+    "ConvNeXt_Tiny": Backbone("convnext_tiny", 8, 768, 4),
+    **{
+        f"EfficientNet_B{i}": Backbone(
+            f"efficientnet_b{i}", 9, channels, 5, "IMAGENET1K_V2" if i == 1 else "IMAGENET1K_V1"
+        )
+        for i, channels in enumerate(EFFICIENTNET_CHANNELS)
+    },
     **{name: Backbone(name, 2, size.dim, 1) for name, size in vit.SIZES.items()},
 }
-
-
 BACKBONES["dino"] = BACKBONES["dinov2_vitb14"]  # SuperVLAD's name for it
+LAYER_SCALE = 0.1  # torchvision's 1e-6 would make random blocks the identity
 
 
 def build_trunk(name: str, weights: str | None = None) -> tuple[nn.Sequential, str]:
     """The trunk of a backbone, and where its weights are from in words.
 
-    weights: "imagenet" (torchvision's first), "none" (random, to be calibrated, with a warning),
+    weights: "imagenet" (torchvision's), "none" (random, to be calibrated, with a warning),
     "random" (to be loaded into), a file, or None: ImageNet, and random with a warning where it cannot
     be had. A trunk that was given weights is `initialized`. InputError if weights that were asked for cannot be had or do not fit.
     """
@@ -65,10 +79,8 @@ def build_trunk(name: str, weights: str | None = None) -> tuple[nn.Sequential, s
     state, origin = None, "random"
     if weights in (None, "imagenet"):
         try:
-            state, origin = (
-                imagenet_weights(backbone.network),
-                "ImageNet (torchvision IMAGENET1K_V1)",
-            )
+            state = imagenet_weights(backbone.network, backbone.weights)
+            origin = f"ImageNet (torchvision {backbone.weights})"
         except InputError as error:
             if weights:
                 raise
@@ -79,11 +91,7 @@ def build_trunk(name: str, weights: str | None = None) -> tuple[nn.Sequential, s
         state, origin = read_weights(Path(weights)), f"file {Path(weights).name}"
     if state is not None:
         load_fitting(network, state, origin)
-    kept = (
-        network.features
-        if backbone.network.startswith("vgg")
-        else nn.Sequential(*network.children())
-    )
+    kept = getattr(network, "features", None) or nn.Sequential(*network.children())
     trunk = kept[: backbone.stages]
     if state is None:
         _draw_weights(trunk)
@@ -95,17 +103,25 @@ def _draw_weights(trunk: nn.Module) -> None:
     """torchvision's default random weights."""
     trunk.to_empty(device="cpu")
     for module in trunk.modules():
-        if isinstance(module, nn.Conv2d):
-            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        if isinstance(module, (nn.Conv2d, nn.Linear)):
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            else:
+                nn.init.trunc_normal_(module.weight, std=0.02)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
-        elif isinstance(module, nn.BatchNorm2d):
+        elif isinstance(module, (nn.BatchNorm2d, nn.LayerNorm)):
             module.reset_parameters()
+            if isinstance(module, nn.BatchNorm2d):
+                module.reset_running_stats()
+    for name, parameter in trunk.named_parameters():
+        if name.endswith("layer_scale"):  # of ConvNeXt's blocks
+            nn.init.constant_(parameter, LAYER_SCALE)
 
 
-def imagenet_weights(network: str) -> dict[str, Tensor]:
-    """torchvision's first ImageNet weights of a network. InputError if they cannot be had."""
-    entry = torchvision.models.get_model_weights(network).IMAGENET1K_V1
+def imagenet_weights(network: str, name: str) -> dict[str, Tensor]:
+    """torchvision's ImageNet weights of a network. InputError if they cannot be had."""
+    entry = torchvision.models.get_model_weights(network)[name]
     stall_before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(DOWNLOAD_STALL_S)
     try:
@@ -125,9 +141,12 @@ def calibrate(model: DescriptorModel, images: Tensor) -> None:
     """Make the random trunk of a model a usable one by the statistics of images (N, 3, H, W).
 
     Where it has batch normalizations, their running mean and variance become those of the images;
-    else its convolutions are rescaled (model.calibrate_trunk).
+    VGG16's convolutions are rescaled (model.calibrate_trunk); layer normalizations need nothing.
     """
     norms = [m for m in model.trunk.modules() if isinstance(m, nn.BatchNorm2d)]
+    if any(isinstance(m, nn.LayerNorm) for m in model.trunk.modules()):
+        model.trunk.initialized = True
+        return
     if not norms:
         calibrate_trunk(model, images)
         return

@@ -20,7 +20,7 @@ import eval
 from dataset import lists, split_files
 from dataset import locate as locate_lists
 from dataset.folders import FolderImages, FolderSplit, read_split
-from eval import find_images, first_hits, load_image, recall_interval
+from eval import find_images, first_hits, recall_interval
 from model import (
     WARNINGS,
     DescriptorModel,
@@ -44,13 +44,13 @@ from recognition.inference import (
     OF_CROPS,
     Pca,
     Pipeline,
+    Plain,
     describe_images,
     rank,
-    transform_for,
     unit,
 )
-from recognition.job import recall_at, report_split
-from recognition.recipes import ARCHITECTURE, count_work, load_model, read_settings
+from recognition.job import framing, recall_at, report_split
+from recognition.recipes import ARCHITECTURE, RECIPES, count_work, load_model, read_settings
 from recognition.reranking import (
     RERANKED,
     rerank_clusters,
@@ -71,7 +71,7 @@ TEST_SETTINGS = (
 Row = dict[str, list]  # of a table: recall in 0..1 at each K, and each query's first hit
 
 
-# ---------------------------------------------------------------- command li
+# ---------------------------------------------------------------- command line
 
 
 def build_parser(family: ModuleType) -> argparse.ArgumentParser:
@@ -112,11 +112,11 @@ def evaluate(
     model: DescriptorModel, folder: Path, name: str, args: argparse.Namespace, run: Path
 ) -> dict[str, Row]:
     """Recall on the split in `folder`: prints a table, writes what args ask for; its rows by name."""
-    size, device = tuple(args.resize), choose_device(args.device)
-    split = read_split(folder, args.val_positive_dist_threshold, None, max(size))
+    device, least = choose_device(args.device), max(args.resize, default=None)
+    split = read_split(folder, args.val_positive_dist_threshold, None, least)
     report_split(name, split, max(args.recall_values))
-    split.index.transform = transform_for("hard_resize", size)
-    split.queries.transform = transform_for(args.test_method, size)
+    split.index.transform = framing(args.resize)
+    split.queries.transform = framing(args.resize, args.test_method)
     pipeline, store = Pipeline(model, args.scales), Store(run)
     index = describe_images(pipeline, split.index, device, store, args.infer_batch_size)[:, :, 0]
     batch = 1 if args.test_method == "single_query" else args.infer_batch_size
@@ -134,7 +134,8 @@ def evaluate(
     rankings = {}
     for variant, q, d in zip(pipeline.variants, queries, index):
         how = (k, args.test_method, device, args.majority_weight)
-        similarity, rankings[variant or args.test_method] = rank(q, d, *how)
+        usual = args.test_method if len(args.resize) == 2 else "own size"
+        similarity, rankings[variant or usual] = rank(q, d, *how)
     ranking = list(rankings.values())[-1]
     described = unit(queries[-1].mean(axis=1))
     if args.rerank:
@@ -207,9 +208,7 @@ def reduce(
     folder = next((f for f in folders if f.is_dir()), None)
     if folder is None:
         raise InputError(f"--pca_dataset_folder {args.pca_dataset_folder} is no folder: name one.")
-    images = FolderImages(
-        [folder], transform_for("hard_resize", tuple(args.resize)), max(args.resize)
-    )
+    images = FolderImages([folder], framing(args.resize), max(args.resize, default=None))
     rng = np.random.default_rng(args.seed)
     chosen = rng.choice(len(images), min(PCA_IMAGES, len(images)), replace=False)
     subset = torch.utils.data.Subset(images, chosen.tolist())
@@ -275,12 +274,11 @@ def search_folder(model: DescriptorModel, args: argparse.Namespace) -> None:
     """Print each --query's most similar images in --index."""
     if args.index is None:
         raise InputError("--query needs --index FOLDER, the images to search in.")
-    paths, size = find_images(args.index, args.query), tuple(args.resize)
-    how, device = transform_for("hard_resize", size), choose_device(args.device)
+    paths, device = find_images(args.index, args.query), choose_device(args.device)
+    how, least = framing(args.resize), max(args.resize, default=None)
     found = []
     for files in (args.query, paths):
-        images = [(path, i) for i, path in enumerate(files)]
-        dataset = Described(images, how, max(size))
+        dataset = Plain(files, how, least)
         parts = describe_images(
             Pipeline(model, args.scales), dataset, device, Store(Path(".")), args.infer_batch_size
         )
@@ -290,22 +288,6 @@ def search_folder(model: DescriptorModel, args: argparse.Namespace) -> None:
         print(query)
         for number, (value, row) in enumerate(zip(values, rows), start=1):
             print(f"{number:4d}  {value:.4f}  {paths[row]}")
-
-
-class Described(torch.utils.data.Dataset):
-    """Image files whose names say nothing: item (image, index, path)."""
-
-    def __init__(
-        self, images: Sequence[tuple[Path, int]], transform: object, at_least: int
-    ) -> None:
-        self.images, self.transform, self.at_least = images, transform, at_least
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, i: int) -> tuple:
-        path, number = self.images[i]
-        return self.transform(load_image(path, self.at_least)), number, str(path)
 
 
 def command(argv: Sequence[str] | None = None) -> int:
@@ -335,12 +317,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             model, settings = load_model(
                 args.resume, {name: getattr(args, name) for name in ARCHITECTURE}
             )
-            args.resize = args.resize or settings.get("resize") or RESIZE
+            if args.resize is None:
+                usual = RECIPES[args.recipe].defaults.get("resize", RESIZE)
+                args.resize = settings.get("resize", usual)
             model.precision = args.precision
             if hasattr(model.aggregation, "encoder_mode"):
                 model.aggregation.encoder_mode = getattr(args, "encoder_mode", "alone")
+            side = settings.get("image_size", getattr(args, "image_size", 0))
+            size = tuple(args.resize) if len(args.resize) == 2 else (side, side)
             if args.export:
-                export_onnx(model, tuple(args.resize), args.export)
+                export_onnx(model, size, args.export)
                 print(f"Written: {args.export}.")
                 return 0
             if args.query:
@@ -350,8 +336,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             run = records.new_run_folder(args.save_dir)
             with records.logged(run, argv):
                 began = time.perf_counter()
-                work = count_work(model, tuple(args.resize))
-                records.print_model(model, work, args.resize)
+                work = count_work(model, size)
+                records.print_model(model, work, size)
                 metrics = {
                     "kind": "eval",
                     "settings": {**settings, **records.plain(args, TEST_SETTINGS)},

@@ -20,10 +20,14 @@ Everything else is shared: the model by recipes.py, the command by train_command
 from collections.abc import Sequence
 from types import ModuleType
 
-from recognition import benchmark, gsv_cities
+from recognition import benchmark, cosplace, gsv_cities
 from recognition.recipes import RECIPES
 
-FAMILIES: dict[str, ModuleType] = {"benchmark": benchmark, "gsv_cities": gsv_cities}
+FAMILIES: dict[str, ModuleType] = {
+    "benchmark": benchmark,
+    "cosplace": cosplace,
+    "gsv_cities": gsv_cities,
+}
 
 
 def choose(

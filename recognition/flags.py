@@ -105,6 +105,7 @@ def add_training_flags(parser: argparse.ArgumentParser, last: str) -> None:
         "--weights", "--foundation_model_path",
         help="of the backbone: imagenet (default), none (random, calibrated), a file",
     )  # fmt: skip
+    option("--resume_model", type=Path, metavar="FILE", help="begin with this model's weights")
     option("--epochs_num", type=int, help="at most; 0: test only")
     option("--lr", type=above_zero, help="peak rate")
     option("--optim", choices=OPTIMIZERS, default="adam", help="default: adam")

@@ -5,6 +5,7 @@ Definitions: deep-visual-geo-localization-benchmark (Berton et al., CVPR 2022), 
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, Subset
 from torchvision.transforms import functional as tvf
 
-from eval import compute_embeddings, search
+from eval import compute_embeddings, load_image, search
 from model import IMAGE_CHANNELS, IMAGENET_MEAN, IMAGENET_STD, InputError
 from training.inputs import Store
 
@@ -59,6 +60,21 @@ def transform_for(method: str, size: tuple[int, int]) -> Callable[[Image.Image],
         return torch.cat(tvf.five_crop(tensor, [side])) if method in OF_CROPS else tensor
 
     return transform
+
+
+class Plain(Dataset):
+    """Image files whose names say nothing: item (image, index, path)."""
+
+    def __init__(
+        self, paths: Sequence[Path], transform: Callable, at_least: int | None = None
+    ) -> None:
+        self.paths, self.transform, self.at_least = paths, transform, at_least
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, i: int) -> tuple:
+        return self.transform(load_image(self.paths[i], self.at_least)), i, str(self.paths[i])
 
 
 class Pipeline(nn.Module):

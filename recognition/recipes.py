@@ -124,6 +124,13 @@ RECIPES = {
             "scheduler_milestones": [5, 10, 15, 25],
         },
     ),
+    # Berton et al., "Rethinking Visual Geo-localization for Large-Scale Applications", CVPR 2022
+    "cosplace": Recipe(
+        "cosplace",
+        "ResNet18",
+        "gem",
+        {"fc_output_dim": 512, "epochs_num": 50, "lr": 1e-5, "resize": []},  # native size
+    ),
 }
 ARCHITECTURE = ("backbone", "freeze_te", "aggregation", *AGGREGATION_SETTINGS)
 

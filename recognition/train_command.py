@@ -12,6 +12,7 @@ best checkpoint, metrics.json, pictures.
 
 import argparse
 import contextlib
+import math
 import sys
 import time
 from collections.abc import Sequence
@@ -46,7 +47,13 @@ from recognition.flags import (
 )
 from recognition.job import Where
 from recognition.optimization import make_optimizer, make_rate, make_stop
-from recognition.recipes import ARCHITECTURE, build_model, count_work, let_batchnorm_drift
+from recognition.recipes import (
+    ARCHITECTURE,
+    build_model,
+    count_work,
+    let_batchnorm_drift,
+    load_model,
+)
 from reporting.handin import file_sha256, write_whole
 from reporting.screen import on_screen
 from train import train
@@ -140,13 +147,21 @@ def read_saved(file: Path) -> dict:
 def build(args: argparse.Namespace) -> DescriptorModel:
     """The model a run begins with."""
     settings = {name: getattr(args, name) for name in ARCHITECTURE}
-    model = build_model(settings, "random" if args.saved else args.weights)
-    model.precision = args.precision
+    if args.resume_model and not args.saved:
+        model, own = load_model(args.resume_model, settings)
+        for name in settings.keys() & own.keys():
+            if own[name] != settings[name]:
+                raise InputError(
+                    f"{args.resume_model} has --{name} {own[name]}, not {settings[name]}: say so."
+                )
+    else:
+        model = build_model(settings, "random" if args.saved else args.weights)
     if args.saved:
         fit_to(model.aggregation, args.saved["model_state_dict"])
         model.load_state_dict(args.saved["model_state_dict"])
         model.trunk.initialized = True
         model.weights_origin = args.saved["origin"]
+    model.precision = args.precision
     if args.drift_batchnorm:
         let_batchnorm_drift(model)
     return model
@@ -253,7 +268,8 @@ def run_training(
             factor=args.scheduler_factor,
             milestones=args.scheduler_milestones,
         ),
-        stop=make_stop(args.patience, lambda record: record[family.SCORED]),
+        stop=args.patience
+        and make_stop(args.patience, lambda record: record[family.SCORED]),
         sum_over_processes=sum_over_processes,
     )
     for part in job.kept:
@@ -267,7 +283,7 @@ def run_training(
     metrics = {
         "kind": "train",
         "settings": {**settings, **records.plain(args, TEST_SETTINGS)},
-        "epochs": history,
+        "epochs": [{k: v for k, v in e.items() if not math.isnan(v)} for e in history],
         **job.record,
         "recall_values": args.recall_values,
         "recall": {},

@@ -13,12 +13,14 @@ import shutil
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from dataset import SAMPLE
 from dataset.sample.rooms import render_room
@@ -46,24 +48,39 @@ FULL = Size()
 TINY = Size((5, 2, 1), (1, 2), 2, (128, 96), scenes=2, frames=12, room_px=(320, 240))
 
 
-def settings(seed: int, size: Size) -> dict:
+def settings(seed: int, size: Size | None) -> dict:
     """What a rendering depends on: this code, the seed and the size, as JSON would give it back."""
     code = hashlib.sha256()
     for file in sorted(Path(__file__).parent.glob("*.py")):
         code.update(file.read_bytes())
-    return json.loads(json.dumps({"code": code.hexdigest(), "seed": seed, "size": asdict(size)}))
+    return json.loads(
+        json.dumps({"code": code.hexdigest(), "seed": seed, "size": size and asdict(size)})
+    )
 
 
 def is_rendered(root: Path, seed: int = 0, size: Size = FULL) -> bool:
     """Whether `root` holds a complete rendering by this very code with this seed and size."""
+    return is_made(root, settings(seed, size))
+
+
+def is_made(root: Path, made: dict) -> bool:
+    """Whether `root` holds a complete rendering of which `made` says all."""
     try:
-        return json.loads((Path(root) / "sample.json").read_text()) == settings(seed, size)
+        return json.loads((Path(root) / "sample.json").read_text()) == made
     except (OSError, ValueError):
         return False
 
 
 def render_sample(root: Path = SAMPLE, seed: int = 0, workers: int = 0, size: Size = FULL) -> None:
-    """Render the sample into `root`, replacing an older one; on `workers` threads (0: every core).
+    """Render the sample into `root`, replacing an older one; on `workers` threads (0: every core)."""
+    workers = workers or usable_cores()
+    write_rendering(
+        root, settings(seed, size), lambda partial: _render_all(partial, seed, size, workers)
+    )
+
+
+def write_rendering(root: Path, made: dict, fill: Callable[[Path], None]) -> None:
+    """Let `fill` render into `root`, replacing an older rendering; `made` says all of it.
 
     The work is done in a folder beside it which takes its name when complete, so that a rendering
     cut short leaves nothing that looks finished. Raises InputError if `root` holds anything else,
@@ -82,8 +99,8 @@ def render_sample(root: Path = SAMPLE, seed: int = 0, workers: int = 0, size: Si
                 shutil.rmtree(stale, ignore_errors=True)
         partial = Path(tempfile.mkdtemp(prefix=f".{root.name}.partial-", dir=root.parent))
         try:
-            _render_all(partial, seed, size, workers or usable_cores())
-            (partial / "sample.json").write_text(json.dumps(settings(seed, size)))
+            fill(partial)
+            (partial / "sample.json").write_text(json.dumps(made))
             if root.exists():
                 shutil.rmtree(root)
             partial.chmod(0o755)
@@ -99,18 +116,9 @@ def _render_all(root: Path, seed: int, size: Size, workers: int) -> None:
     """Render everything into the empty folder `root`; rooms first, they take longest."""
     for name in ("query", "index", "gt"):
         (root / name).mkdir()
-    cancelled, lock = threading.Event(), threading.Lock()
     bar = progress(unit="image", desc="rendering the sample")
-
-    def tick() -> None:
-        with lock:
-            bar.update()
-        if cancelled.is_set():
-            raise InterruptedError("another part of the sample could not be rendered")
-
-    jobs = [
-        (render_room, root, scene, size.frames, size.room_px, seed, tick)
-        for scene in range(size.scenes)
+    jobs: list[tuple] = [
+        (render_room, root, scene, size.frames, size.room_px, seed) for scene in range(size.scenes)
     ]
     bar.total = size.scenes * size.frames
     for number, (split, streets) in enumerate(zip(SPLITS, size.streets)):
@@ -118,11 +126,24 @@ def _render_all(root: Path, seed: int, size: Size, workers: int) -> None:
         bar.total += _write_lists(root, split, panoramas)
         for street in range(streets):
             here = [p for p in panoramas if p.street == street]
-            jobs.append((render_street, root, here, size.town_px, [seed, number, street], tick))
+            jobs.append((render_street, root, here, size.town_px, [seed, number, street]))
+    run_jobs(jobs, workers, bar)
+
+
+def run_jobs(jobs: list[tuple], workers: int, bar: tqdm) -> None:
+    """Call each job, (function, arguments …), with a last argument to be called after each image."""
+    cancelled, lock = threading.Event(), threading.Lock()
+
+    def tick() -> None:
+        with lock:
+            bar.update()
+        if cancelled.is_set():
+            raise InterruptedError("another part of the sample could not be rendered")
+
     threads = torch.get_num_threads()
     pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))
     try:
-        for done in as_completed([pool.submit(*job) for job in jobs]):
+        for done in as_completed([pool.submit(*job, tick) for job in jobs]):
             done.result()
     finally:  # after an error or Ctrl-C the others stop at their next image
         cancelled.set()

@@ -185,11 +185,25 @@ def light_street(quads: list[Quad], day: Day, rng: Rng) -> Light:
     return Light(corners, open_sky * day.ambient + facing * day.sun, glow)
 
 
+@dataclass(frozen=True)
+class Shot:
+    """A camera: its horizontal field of view, and how far it is turned clockwise."""
+
+    field_of_view_deg: float = FIELD_OF_VIEW_DEG
+    roll_deg: float = 0.0
+
+
 def photograph(
-    street: Street, panorama: Panorama, size_px, rng: Rng, by_night: bool = False
+    street: Street,
+    panorama: Panorama,
+    size_px,
+    rng: Rng,
+    by_night: bool = False,
+    day: Day | None = None,
+    shot: Shot = Shot(),
 ) -> Iterator[Image.Image]:
     """The views of a panorama, under the light of its day, or night, and with its parked vans."""
-    day, vans = draw_day(rng, panorama.is_query, by_night), Scene()
+    day, vans = day or draw_day(rng, panorama.is_query, by_night), Scene()
     for side in (-1, 1):
         kerb = side * (street.width_m / 2 - 3.4)
         for x in panorama.position_m[0] + np.array([-18, -12, -6, 6, 12, 18]) + rng.uniform(-1, 1):
@@ -205,10 +219,10 @@ def photograph(
         return horizon + (zenith - horizon) * up**0.6
 
     width, height = size_px
-    focal = width / 2 / math.tan(math.radians(FIELD_OF_VIEW_DEG / 2))
+    focal = width / 2 / math.tan(math.radians(shot.field_of_view_deg / 2))
     center, position = ((width - 1) / 2, (height - 1) / 2), np.array(panorama.position_m)
     for yaw, pitch in panorama.views_deg:
-        camera = Camera(width, height, focal, center, rotation(yaw, pitch, 0), position)
+        camera = Camera(width, height, focal, center, rotation(yaw, pitch, shot.roll_deg), position)
         seen = render(quads, street.atlas, camera, light, sky)
         mean = seen.mean((0, 1))
         balance = (0.3 / mean.mean()) ** AUTO_EXPOSURE * (mean.mean() / mean) ** AUTO_WHITE
