@@ -74,6 +74,17 @@ def test_dropout_is_drawn_by_the_key_and_disturbs_no_other_draw():
     assert not torch.equal(first, MultiSimilarity()(model, [*batch, torch.tensor(4)], CPU))
 
 
+@pytest.mark.parametrize("once", [False, True])
+def test_the_encoder_has_gradients_in_each_step_or_only_in_the_first(once):
+    model, objective = network(), MultiSimilarity(encoder_once=once)
+    for step in range(3):
+        model.zero_grad()
+        objective(model, [*images_of(range(3)), torch.tensor(step)], CPU).mean().backward()
+        trained = {k for k in gradients(model) if k.startswith("aggregation.encoder.")}
+        assert bool(trained) == (step == 0 or not once)
+    assert objective.steps == 3  # saved, so that a run that goes on has no other first step
+
+
 PROCESS = """
 import sys, torch
 import torch.distributed as dist
