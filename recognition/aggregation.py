@@ -63,8 +63,9 @@ class MixVPR(nn.Module):
         """Make the layers for maps of so many positions."""
         self.positions = positions
         like = self.channel_proj.weight
-        self.mix = nn.Sequential(*(Mixer(positions) for _ in range(self.depth))).to(like)
-        self.row_proj = nn.Linear(positions, self.rows).to(like)
+        with torch.inference_mode(False):  # the first map may be met in it
+            self.mix = nn.Sequential(*(Mixer(positions) for _ in range(self.depth))).to(like)
+            self.row_proj = nn.Linear(positions, self.rows).to(like)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (N, C, h, w) -> (N, out_channels · out_rows), channel-major."""

@@ -53,8 +53,15 @@ RECIPES = {
 }
 ARCHITECTURE = ("backbone", "aggregation", *AGGREGATION_SETTINGS)
 
-# Names of the benchmark's own files -> ours, tried in this order.
-BENCHMARK_KEYS = (
+# Names in files that others published -> ours, tried in this order: the benchmark, CosPlace (whose
+# EfficientNets lie one level deeper), MixVPR and GSV-Cities (whose ResNets keep torchvision's names).
+PUBLISHED_KEYS = (
+    (r"^backbone\.model\.conv1\.", "trunk.0."),
+    (r"^backbone\.model\.bn1\.", "trunk.1."),
+    *((rf"^backbone\.model\.layer{i}\.", f"trunk.{i + 3}.") for i in (1, 2, 3, 4)),
+    (r"^backbone\.0\.(\d+\.)", r"trunk.\1"),
+    (r"^aggregator\.", "aggregation."),
+    (r"^aggregation\.3\.(weight|bias)$", r"aggregation.fc.\1"),
     (r"^backbone\.", "trunk."),
     (r"^aggregation\.(?:0\.)?conv\.weight$", "aggregation.assignment.weight"),
     (r"^aggregation\.(?:0\.)?centroids$", "aggregation.centers"),
@@ -88,7 +95,7 @@ def load_model(path: Path, settings: Mapping) -> tuple[DescriptorModel, dict]:
     """The model in a file, in evaluation mode, and the settings it was made with.
 
     A checkpoint of train.py knows its settings; base.py's netvlad_final.pth is known by its keys; of
-    any other file `settings` say the architecture, and its keys may be the benchmark's. InputError
+    any other file `settings` say the architecture, and its keys may be those of others. InputError
     naming the first key that does not fit.
     """
     state = read_weights(path)
@@ -98,7 +105,7 @@ def load_model(path: Path, settings: Mapping) -> tuple[DescriptorModel, dict]:
     settings = {**settings, **own}
     model = build_model(settings)
     fit_to(model.aggregation, state)
-    load_fitting(model, state if own else from_benchmark(state, model), path)
+    load_fitting(model, state if own else from_published(state, model), path)
     model.trunk.initialized = True
     model.weights_origin = f"checkpoint {path.name}"
     return model.eval(), settings
@@ -115,11 +122,11 @@ def read_settings(path: Path) -> dict:
     return found.get("settings", {}) if isinstance(found, dict) else {}
 
 
-def from_benchmark(state: Mapping[str, Tensor], model: DescriptorModel) -> dict[str, Tensor]:
-    """A state dict with the benchmark's names under ours; its assignment has no bias."""
+def from_published(state: Mapping[str, Tensor], model: DescriptorModel) -> dict[str, Tensor]:
+    """A state dict with others' names under ours; the benchmark's assignment has no bias."""
     renamed = {}
     for key, value in state.items():
-        for pattern, name in BENCHMARK_KEYS:
+        for pattern, name in PUBLISHED_KEYS:
             key = re.sub(pattern, name, key)
         renamed[key] = value
     wanted = model.state_dict()
