@@ -233,7 +233,8 @@ def run_training(
         )
     choose_kept(job.kept, store)
     initialize(model, job.start, device, args.seed)
-    share_weights(model, device)
+    for part in (model, job.objective.to(device)):
+        share_weights(part, device)
     work = count_work(model, job.size)
     records.print_model(model, work, job.size)
     described = {"settings": settings, "origin": model.weights_origin, "images": job.images}

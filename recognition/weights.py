@@ -158,11 +158,12 @@ SYSTEMS = {
     "CosPlace or EigenPlaces": System(
         "cosplace",
         ("gem",),
-        r"^aggregation\.2\.weight$",
+        r"^aggregation\.[23]\.weight$",
         (
+            (r"^backbone\.0\.(\d+\.)", r"trunk.\1"),  # of EfficientNets, one level deeper
             (r"^backbone\.", "trunk."),
             (r"^aggregation\.1\.p$", "aggregation.pool.p"),
-            (r"^aggregation\.2\.(weight|bias)$", r"aggregation.fc.\1"),
+            (r"^aggregation\.[23]\.(weight|bias)$", r"aggregation.fc.\1"),
         ),
     ),
     "MixVPR": System(
