@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model import InputError, NetVLAD, half_precision
+from recognition.salad import SALAD
+from recognition.supervlad import SuperVLAD
 
 GEM_EPS = 1e-6
 # What of GeM is L2-normalized: channels before it, the descriptor after it. As published, before_pool
@@ -66,8 +68,9 @@ class MixVPR(nn.Module):
         """Make the layers for maps of so many positions."""
         self.positions = positions
         like = self.channel_proj.weight
-        self.mix = nn.Sequential(*(Mixer(positions) for _ in range(self.depth))).to(like)
-        self.row_proj = nn.Linear(positions, self.rows).to(like)
+        with torch.inference_mode(False):  # the first map may come when nothing is trained
+            self.mix = nn.Sequential(*(Mixer(positions) for _ in range(self.depth))).to(like)
+            self.row_proj = nn.Linear(positions, self.rows).to(like)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (N, C, h, w) -> (N, out_channels · out_rows), channel-major."""
@@ -185,6 +188,17 @@ def _convap(channels: int, settings: Mapping) -> tuple[nn.Module, int]:
     return ConvAP(channels, dim, cells), dim * cells**2
 
 
+def _supervlad(channels: int, settings: Mapping) -> tuple[nn.Module, int]:
+    clusters, ghosts = settings["supervlad_clusters"], settings["ghost_clusters"]
+    layer = SuperVLAD(clusters, ghosts, channels, settings["crossimage_encoder"])
+    return layer, clusters * channels
+
+
+def _salad(channels: int, settings: Mapping) -> tuple[nn.Module, int]:
+    sizes = [settings[name] for name in ("salad_clusters", "salad_cluster_dim", "salad_token_dim")]
+    return SALAD(channels, *sizes), sizes[0] * sizes[1] + sizes[2]
+
+
 # By name: of a map's channels and the settings (AGGREGATION_SETTINGS), the layer and its dimension.
 AGGREGATIONS: dict[str, Callable[[int, Mapping], tuple[nn.Module, int]]] = {
     "netvlad": _netvlad,
@@ -192,6 +206,8 @@ AGGREGATIONS: dict[str, Callable[[int, Mapping], tuple[nn.Module, int]]] = {
     "mixvpr": _mixvpr,
     "convap": _convap,
     "attention": lambda channels, _settings: (AttentionPooling(channels), channels),
+    "supervlad": _supervlad,
+    "salad": _salad,
 }
 # What the layers are made with, and the values where nothing else is said.
 AGGREGATION_SETTINGS = {
@@ -203,6 +219,12 @@ AGGREGATION_SETTINGS = {
     "mix_depth": 4,
     "convap_dim": 1024,
     "convap_cells": 2,
+    "supervlad_clusters": 4,
+    "ghost_clusters": 1,
+    "crossimage_encoder": False,
+    "salad_clusters": 64,
+    "salad_cluster_dim": 128,
+    "salad_token_dim": 256,
 }
 
 

@@ -18,6 +18,8 @@ from model import (
     progress,
     warn,
 )
+from recognition import vit
+from recognition.weights import load_fitting, read_weights
 
 
 @dataclass(frozen=True)
@@ -58,9 +60,10 @@ BACKBONES = {
         )
         for i, channels in enumerate(EFFICIENTNET_CHANNELS)
     },
+    **{name: Backbone(name, 2, size.dim, 1) for name, size in vit.SIZES.items()},
 }
+BACKBONES["dino"] = BACKBONES["dinov2_vitb14"]  # SuperVLAD's name for it
 LAYER_SCALE = 0.1  # torchvision's 1e-6 would make random blocks the identity
-HEADS = ("fc.", "classifier.")  # of a network: not needed
 
 
 def build_trunk(name: str, weights: str | None = None) -> tuple[nn.Sequential, str]:
@@ -131,49 +134,6 @@ def imagenet_weights(network: str, name: str) -> dict[str, Tensor]:
         ) from error
     finally:
         socket.setdefaulttimeout(stall_before)
-
-
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """The tensors of a file: a plain state dict, or one under `model_state_dict` or `state_dict`.
-
-    A `module.` that nn.DataParallel put before the keys is dropped. InputError if there are none.
-    """
-    try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise InputError(f"{path} does not exist: name another file.") from None
-    except DAMAGED as error:
-        raise InputError(
-            f"{path} cannot be read as PyTorch weights (damaged, cut short or another kind of file; "
-            f"{type(error).__name__}): name another file."
-        ) from error
-    for key in ("model_state_dict", "state_dict"):
-        found = found[key] if isinstance(found, dict) and key in found else found
-    if not isinstance(found, dict) or not all(isinstance(v, Tensor) for v in found.values()):
-        raise InputError(f"{path} holds no weights: name a file of torch.save(model.state_dict()).")
-    return {key.removeprefix("module."): value for key, value in found.items()}
-
-
-def load_fitting(module: nn.Module, state: dict[str, Tensor], source: object) -> None:
-    """Load a state dict into a module, which may be on the meta device; keys of classification heads may lack or be in excess.
-
-    InputError naming the first key that does not fit.
-    """
-    wanted = {k: v for k, v in module.state_dict().items() if not k.startswith(HEADS)}
-    given = {k: v for k, v in state.items() if not k.startswith(HEADS)}
-    for key, value in wanted.items():
-        if key.endswith("num_batches_tracked"):  # files of old versions lack it
-            given.setdefault(key, torch.zeros((), dtype=torch.long))
-        if key not in given:
-            raise InputError(
-                f"{source} does not fit: it has no {key}; name weights of this network."
-            )
-        if given[key].shape != value.shape:
-            shapes = f"{tuple(given[key].shape)}, not {tuple(value.shape)}"
-            raise InputError(f"{source} does not fit: its {key} is {shapes}.")
-    if excess := sorted(given.keys() - wanted.keys()):
-        raise InputError(f"{source} does not fit: there is no place for its {excess[0]}.")
-    module.load_state_dict(given, strict=False, assign=True)
 
 
 @torch.no_grad()

@@ -29,6 +29,7 @@ RECIPE = "netvlad"
 FLAGS = {"--dataset_name", "--datasets_folder", "--mining", "--criterion"}
 LAST = "last_model.pth"
 SCORED_K = 5
+SCORED = f"val R@{SCORED_K}"
 VAL_LOSS_QUERIES = 200
 # On the built-in sample: ends in minutes on two cores.
 SAMPLE_SETTINGS = {

@@ -38,6 +38,7 @@ FLAGS = {
 }  # fmt: skip
 LAST = "last_checkpoint.pth"
 SCORED_K = 1
+SCORED = f"val R@{SCORED_K}"
 # On the built-in sample: ends in minutes on two cores.
 SAMPLE_SETTINGS = {
     "image_size": 224,
@@ -181,6 +182,7 @@ class Data:
     groups: list[list[np.ndarray]]
     val: FolderSplit
     targets: Plain | None
+    transductive: list[str]  # tests whose queries the targets are
 
 
 def read(args: argparse.Namespace, where: Where) -> Data:
@@ -218,7 +220,7 @@ def read(args: argparse.Namespace, where: Where) -> Data:
     frame, least = framing(args.resize), max(args.resize, default=None)
     val = read_split(where.val, args.val_positive_dist_threshold, frame, least)
     report_split(_name_of(where.val), val, max(args.recall_values))
-    targets = None
+    targets, tested = None, []
     if args.target_folder:
         targets = Plain(list_images(args.target_folder, "**/*"), square(size), size)
         if not len(targets):
@@ -232,7 +234,7 @@ def read(args: argparse.Namespace, where: Where) -> Data:
                 f"the images of the other domain are test queries of {', '.join(tested)} (their labels "
                 "are not used): say so beside the figures, other methods do not see them."
             )
-    return Data(train, classes, groups, val, targets)
+    return Data(train, classes, groups, val, targets, tested)
 
 
 def _within(folder: Path, other: Path) -> bool:
@@ -295,6 +297,7 @@ def prepare(
         record={
             "classes": [len(group) for group in data.groups],
             "target_images": len(data.targets) if data.targets else 0,
+            "transductive": data.transductive,
         },
     )
 

@@ -3,6 +3,7 @@
 python eval.py --dataset_name=tokyo_xs --resume=logs/default/DATE/best_model.pth
 python eval.py --resume=… --test_method=maj_voting --scales 0.7 1 1.4 --rerank geometric
 python eval.py --resume=… --query photo.jpg --index folder
+python eval.py --resume=… --export model.onnx
 """
 
 import argparse
@@ -31,6 +32,7 @@ from model import (
     warn,
 )
 from recognition import families, records
+from recognition.export import export_onnx
 from recognition.flags import (
     RESIZE,
     add_model_flags,
@@ -88,6 +90,7 @@ def build_parser(family: ModuleType) -> argparse.ArgumentParser:
     option(
         "--picture", type=Path, metavar="FILE", help="draw the queries and what was found (.png)"
     )
+    option("--export", type=Path, metavar="FILE.onnx", help="write the model as ONNX, no more")
     for add in (family.add_data_flags, add_run_flags, add_model_flags, add_test_flags):
         add(parser)
     return parser
@@ -328,6 +331,14 @@ def main(argv: Sequence[str] | None = None) -> int:
                 usual = RECIPES[args.recipe].defaults.get("resize", RESIZE)
                 args.resize = settings.get("resize", usual)
             model.precision = args.precision
+            if hasattr(model.aggregation, "encoder_mode"):
+                model.aggregation.encoder_mode = getattr(args, "encoder_mode", "alone")
+            side = settings.get("image_size", getattr(args, "image_size", 0))
+            size = tuple(args.resize) if len(args.resize) == 2 else (side, side)
+            if args.export:
+                export_onnx(model, size, args.export)
+                print(f"Written: {args.export}.")
+                return 0
             if args.query:
                 searched = ready_to_search(Combined(model, args.scales), args.resize)
                 eval.search_folder(args, lambda: searched)
@@ -336,8 +347,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             run = records.new_run_folder(args.save_dir)
             with records.logged(run, argv):
                 began = time.perf_counter()
-                side = settings.get("image_size", getattr(args, "image_size", 0))
-                size = tuple(args.resize) if len(args.resize) == 2 else (side, side)
                 work = count_work(model, size)
                 records.print_model(model, work, size)
                 metrics = {

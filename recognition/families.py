@@ -5,7 +5,7 @@ A family is recipes that share flags, data and batches. It is a module that offe
     FLAGS               flags that no other family has: a command line with one of them is its own
     RECIPE              the recipe that these flags mean
     LAST                name of its last checkpoint
-    SCORED_K            the epoch of highest val recall at this K is the best
+    SCORED              what the judge shows by which epochs are compared
     SAMPLE_SETTINGS     what differs on the built-in sample
     add_data_flags(parser)                 where the data is; of eval.py, too
     add_training_flags(parser)             what is its own beside flags.add_training_flags
@@ -20,10 +20,14 @@ Everything else is shared: the model by recipes.py, the command by train_command
 from collections.abc import Sequence
 from types import ModuleType
 
-from recognition import benchmark, cosplace
+from recognition import benchmark, cosplace, gsv_cities
 from recognition.recipes import RECIPES
 
-FAMILIES: dict[str, ModuleType] = {"benchmark": benchmark, "cosplace": cosplace}
+FAMILIES: dict[str, ModuleType] = {
+    "benchmark": benchmark,
+    "cosplace": cosplace,
+    "gsv_cities": gsv_cities,
+}
 
 
 def choose(

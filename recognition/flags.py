@@ -20,6 +20,10 @@ SIZES = {  # whole numbers among the settings of aggregations
     "mix_depth": "mixvpr",
     "convap_dim": "convap",
     "convap_cells": "convap, a side",
+    "supervlad_clusters": "supervlad",
+    "salad_clusters": "salad",
+    "salad_cluster_dim": "salad",
+    "salad_token_dim": "salad, of the class token",
 }
 RERANKINGS = ("clusters", "geometric", "expansion")
 
@@ -28,6 +32,13 @@ def positive(text: str) -> int:
     """A whole number above 0."""
     if (number := int(text)) < 1:
         raise argparse.ArgumentTypeError(f"{text} is less than 1")
+    return number
+
+
+def not_negative(text: str) -> int:
+    """A whole number, 0 or above."""
+    if (number := int(text)) < 0:
+        raise argparse.ArgumentTypeError(f"{text} is less than 0")
     return number
 
 
@@ -76,6 +87,14 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     for name, what in SIZES.items():
         default = AGGREGATION_SETTINGS[name]
         option(f"--{name}", type=positive, default=default, help=f"of {what} (default: {default})")
+    option("--ghost_clusters", type=not_negative, default=1, help="of supervlad (default: 1)")
+    option(
+        "--crossimage_encoder", action="store_true", help="of supervlad: images attend to images"
+    )
+    option(
+        "--freeze_te", type=not_negative, metavar="N",
+        help="train DINOv2's blocks from N on, 0: everything (default: the last 4)",
+    )  # fmt: skip
 
 
 def add_training_flags(parser: argparse.ArgumentParser, last: str) -> None:
@@ -83,8 +102,9 @@ def add_training_flags(parser: argparse.ArgumentParser, last: str) -> None:
     option = parser.add_argument_group("training").add_argument
     option("--resume", "--resume_train", type=Path, metavar="FILE", help=f"go on with this {last}")
     option(
-        "--weights", help="of the backbone: imagenet (default), none (random, calibrated), a file"
-    )
+        "--weights", "--foundation_model_path",
+        help="of the backbone: imagenet (default), none (random, calibrated), a file",
+    )  # fmt: skip
     option("--resume_model", type=Path, metavar="FILE", help="begin with this model's weights")
     option("--epochs_num", type=int, help="at most; 0: test only")
     option("--lr", type=above_zero, help="peak rate")
@@ -92,7 +112,8 @@ def add_training_flags(parser: argparse.ArgumentParser, last: str) -> None:
     option("--weight_decay", type=float, help="default: 0, of adamw 1e-2, of sgd 1e-3")
     option("--scheduler", choices=SCHEDULERS, default="none", help="of the rate (default: none)")
     option("--scheduler_epochs", type=positive, default=5, help="of step, patience of plateau")
-    option("--scheduler_factor", type=above_zero, default=0.3, help="of step and plateau")
+    option("--scheduler_factor", type=above_zero, default=0.3, help="of all but cosine")
+    option("--scheduler_milestones", type=positive, nargs="+", default=[], help="of multistep")
     option("--warmup_epochs", type=float, default=0.0, help="may be a share of one (default: 0)")
     option("--patience", type=positive, help="epochs without a better val recall")
     option(

@@ -1,7 +1,7 @@
 """Optimizers, schedules of their rate, and when to stop: what train() asks for, by name."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch.optim import Optimizer
@@ -14,7 +14,7 @@ OPTIMIZERS = {
     "asgd": (torch.optim.ASGD, 0.0),
 }
 MOMENTUM = 0.9
-SCHEDULERS = ("none", "step", "cosine", "plateau")
+SCHEDULERS = ("none", "step", "multistep", "cosine", "plateau")
 PLATEAU_GAIN = 1e-4  # share of the best R@1 by which it must rise to count
 
 
@@ -84,13 +84,19 @@ class Several:
 
 
 def make_rate(
-    name: str, epochs: int, *, warmup: float = 0.0, step: int = 5, factor: float = 0.3
+    name: str,
+    epochs: int,
+    *,
+    warmup: float = 0.0,
+    step: int = 5,
+    factor: float = 0.3,
+    milestones: Sequence[int] = (),
 ) -> Callable[[float, list[dict]], float]:
     """What the peak rate is multiplied with, of the share of `epochs` done and the epochs' records.
 
-    step: times `factor` every `step` epochs. cosine: half a cosine over all epochs, an epoch at a
-    time. plateau: times `factor` whenever val R@1 has not risen for more than `step` epochs. The
-    first `warmup` epochs climb linearly from 0.
+    step: times `factor` every `step` epochs. multistep: times `factor` after each of `milestones`
+    epochs. cosine: half a cosine over all epochs, an epoch at a time. plateau: times `factor` whenever
+    val R@1 has not risen for more than `step` epochs. The first `warmup` epochs climb linearly from 0.
     """
 
     def rate(share: float, history: list[dict]) -> float:
@@ -98,6 +104,7 @@ def make_rate(
         by_name = {
             "none": lambda: 1.0,
             "step": lambda: factor ** (done // step),
+            "multistep": lambda: factor ** sum(done >= milestone for milestone in milestones),
             "cosine": lambda: 0.5 * (1 + math.cos(math.pi * done / epochs)),
             "plateau": lambda: factor ** plateaus([r["val R@1"] for r in history], step),
         }

@@ -1,7 +1,5 @@
 """Published systems as rows of one table, and their models: built, saved, loaded."""
 
-import contextlib
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,9 +7,18 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from model import DescriptorModel, described_settings, load_checkpoint
+from model import DescriptorModel, InputError, described_settings, load_checkpoint
+from recognition import vit
 from recognition.aggregation import AGGREGATION_SETTINGS, build_aggregation, fit_to
-from recognition.backbones import BACKBONES, build_trunk, load_fitting, read_weights
+from recognition.backbones import BACKBONES, build_trunk
+from recognition.weights import (
+    SYSTEMS,
+    load_fitting,
+    ours,
+    read_file,
+    read_weights,
+    system_of,
+)
 
 
 @dataclass(frozen=True)
@@ -43,6 +50,79 @@ RECIPES = {
             "lr": 1e-5,
         },
     ),
+    # Lu et al., "SuperVLAD", NeurIPS 2024
+    "supervlad": Recipe(
+        "gsv_cities",
+        "dino",
+        "supervlad",
+        {
+            "supervlad_clusters": 4,
+            "ghost_clusters": 1,
+            "resize": [322, 322],
+            "train_resize": [224, 224],
+            "train_batch_size": 120,
+            "epochs_num": 20,
+            "patience": 3,
+            "lr": 5e-5,
+            "scheduler": "step",
+            "scheduler_epochs": 3,
+            "scheduler_factor": 0.5,
+            "recall_values": [1, 5, 10, 100],
+        },
+    ),
+    # Ali-bey et al., "MixVPR", WACV 2023
+    "mixvpr": Recipe(
+        "gsv_cities",
+        "resnet50conv4",
+        "mixvpr",
+        {
+            "resize": [320, 320],
+            "train_resize": [320, 320],
+            "train_batch_size": 120,
+            "epochs_num": 80,
+            "patience": 10,
+            "optim": "sgd",
+            "lr": 0.05,
+            "warmup_epochs": 1.25,  # 650 steps
+            "scheduler": "multistep",
+            "scheduler_milestones": [5, 10, 15, 25, 45],
+        },
+    ),
+    # Izquierdo & Civera, "Optimal Transport Aggregation for Visual Place Recognition", CVPR 2024
+    "salad": Recipe(
+        "gsv_cities",
+        "dino",
+        "salad",
+        {
+            "resize": [322, 322],
+            "train_resize": [224, 224],
+            "train_batch_size": 60,
+            "epochs_num": 4,
+            "patience": 4,
+            "optim": "adamw",
+            "weight_decay": 9.5e-9,
+            "lr": 6e-5,
+        },
+    ),
+    # Ali-bey et al., "GSV-Cities", Neurocomputing 2022
+    "convap": Recipe(
+        "gsv_cities",
+        "resnet50conv5",
+        "convap",
+        {
+            "resize": [320, 320],
+            "train_resize": [320, 320],
+            "train_batch_size": 100,
+            "epochs_num": 30,
+            "patience": 10,
+            "optim": "adamw",
+            "weight_decay": 0.0,
+            "lr": 2e-4,
+            "warmup_epochs": 1.0,  # 600 steps
+            "scheduler": "multistep",
+            "scheduler_milestones": [5, 10, 15, 25],
+        },
+    ),
     # Berton et al., "Rethinking Visual Geo-localization for Large-Scale Applications", CVPR 2022
     "cosplace": Recipe(
         "cosplace",
@@ -51,27 +131,31 @@ RECIPES = {
         {"fc_output_dim": 512, "epochs_num": 50, "lr": 1e-5, "resize": []},  # native size
     ),
 }
-ARCHITECTURE = ("backbone", "aggregation", *AGGREGATION_SETTINGS)
-
-# Names of the benchmark's own files -> ours, tried in this order.
-BENCHMARK_KEYS = (
-    (r"^backbone\.", "trunk."),
-    (r"^aggregation\.(?:0\.)?conv\.weight$", "aggregation.assignment.weight"),
-    (r"^aggregation\.(?:0\.)?centroids$", "aggregation.centers"),
-    (r"^aggregation\.(?:0\.)?[01]\.p$", "aggregation.p"),
-    (r"^aggregation\.1\.(weight|bias)$", r"aggregation.fc.\1"),
-)
+ARCHITECTURE = ("backbone", "freeze_te", "aggregation", *AGGREGATION_SETTINGS)
 
 
 def build_model(settings: Mapping, weights: str | None = "random") -> DescriptorModel:
     """The model of ARCHITECTURE's settings. weights: as for build_trunk."""
-    backbone = BACKBONES[settings["backbone"]]
-    trunk, origin = build_trunk(settings["backbone"], weights)
+    backbone, aggregation = BACKBONES[settings["backbone"]], settings["aggregation"]
+    is_vit, freeze_te = backbone.network in vit.SIZES, settings.get("freeze_te")
+    with_class = aggregation == "salad"
+    if with_class and not is_vit:
+        raise InputError(
+            f"--aggregation salad needs a class token, which {settings['backbone']} lacks: give "
+            "--backbone dino."
+        )
+    if is_vit:
+        trunk, origin = vit.build_vit(backbone.network, weights, freeze_te, with_class)
+    else:
+        trunk, origin = build_trunk(settings["backbone"], weights)
     given = {name: settings[name] for name in AGGREGATION_SETTINGS if name in settings}
-    aggregation, dim = build_aggregation(settings["aggregation"], backbone.channels, given)
-    model = DescriptorModel(trunk, aggregation, dim)
+    layer, dim = build_aggregation(aggregation, backbone.channels, given)
+    model = DescriptorModel(trunk, layer, dim)
     model.weights_origin = origin
-    model.freeze_below(backbone.first_trained)
+    if is_vit:
+        vit.freeze(model, freeze_te)
+    else:
+        model.freeze_below(backbone.first_trained)
     return model
 
 
@@ -88,8 +172,8 @@ def load_model(path: Path, settings: Mapping) -> tuple[DescriptorModel, dict]:
     """The model in a file, in evaluation mode, and the settings it was made with.
 
     A checkpoint of train.py, or of base.py with another network, knows its settings; base.py's other
-    netvlad_final.pth is known by its keys; of any other file `settings` say the architecture, and its keys may be the benchmark's. InputError
-    naming the first key that does not fit.
+    netvlad_final.pth is known by its keys; of any other file `settings` say the architecture, and its
+    keys may be a published system's (weights.SYSTEMS). InputError naming what does not fit.
     """
     state = read_weights(path)
     if "netvlad.centers" in state:
@@ -99,7 +183,7 @@ def load_model(path: Path, settings: Mapping) -> tuple[DescriptorModel, dict]:
     settings = {**settings, **own}
     model = build_model(settings)
     fit_to(model.aggregation, state)
-    load_fitting(model, state if own else from_benchmark(state, model), path)
+    load_fitting(model, state if own else published(state, model, settings, path), path)
     model.trunk.initialized = True
     model.weights_origin = f"checkpoint {path.name}"
     return model.eval(), settings
@@ -108,16 +192,12 @@ def load_model(path: Path, settings: Mapping) -> tuple[DescriptorModel, dict]:
 def read_settings(path: Path) -> dict:
     """The settings in a checkpoint of train.py, or beside one of base.py with another network.
 
-    {} for other files, also unreadable ones: `read_weights` says what is wrong with those.
+    {} for other files. InputError for one that cannot be read.
     """
-    found = None
-    with contextlib.suppress(Exception):  # a damaged pickle raises all kinds
-        found = torch.load(path, map_location="cpu", weights_only=True)
-    if not isinstance(found, dict):
-        return {}
-    described = described_settings(path)
-    if "settings" in found or "backbone" not in described or "netvlad.centers" in found:
-        return found.get("settings", {})
+    found, described = read_file(path), described_settings(path)
+    own = found.get("settings", {})
+    if own or "backbone" not in described or "netvlad.centers" in found:
+        return own if isinstance(own, dict) else {}
     size = described["image_size"]
     return {
         **{name: described[name] for name in ("backbone", "aggregation")},
@@ -126,21 +206,33 @@ def read_settings(path: Path) -> dict:
     }
 
 
-def from_benchmark(state: Mapping[str, Tensor], model: DescriptorModel) -> dict[str, Tensor]:
-    """A state dict with the benchmark's names under ours; its assignment has no bias."""
-    renamed = {}
-    for key, value in state.items():
-        for pattern, name in BENCHMARK_KEYS:
-            key = re.sub(pattern, name, key)
-        renamed[key] = value
-    wanted = model.state_dict()
-    if "aggregation.fc.weight" in wanted:  # there the pooling lies one level deeper
-        pools = {k: k.replace("aggregation.", "aggregation.pool.") for k in renamed}
-        renamed = {pools[k] if pools[k] in wanted else k: value for k, value in renamed.items()}
-    for key in wanted:
-        if key.endswith("assignment.bias") and key.replace("bias", "weight") in renamed:
-            renamed.setdefault(key, torch.zeros_like(wanted[key]))
-    return renamed
+def published(
+    state: Mapping[str, Tensor], model: DescriptorModel, settings: Mapping, path: Path
+) -> dict[str, Tensor]:
+    """A published state dict under the model's names. InputError if it is of another system or size."""
+    name = system_of(state)
+    if name and settings["aggregation"] not in SYSTEMS[name].aggregations:
+        raise InputError(
+            f"{path} holds weights of {name}, not for --aggregation {settings['aggregation']}: give "
+            f"--recipe={SYSTEMS[name].recipe}."
+        )
+    named, wanted = ours(state, model), model.state_dict()
+    clusters = [part.get("aggregation.assignment.weight", ()) for part in (named, wanted)]
+    given, asked = map(len, clusters)
+    if settings["aggregation"] == "supervlad" and given != asked:
+        k, g = settings["supervlad_clusters"], settings["ghost_clusters"]
+        raise InputError(
+            f"{path} has {given} clusters, ghosts included, but --supervlad_clusters {k} and "
+            f"--ghost_clusters {g} make {asked}: give those it was trained with, or name another file "
+            "(SuperVLAD.pth has 4 + 1, its 1-cluster model 1 + 2 in a file of its own)."
+        )
+    has, wants = (any("encoder." in key for key in part) for part in (named, wanted))
+    if has != wants:
+        verb = "give" if has else "leave out"
+        raise InputError(
+            f"{path} has {'a' if has else 'no'} cross-image encoder: {verb} --crossimage_encoder."
+        )
+    return named
 
 
 def count_work(model: DescriptorModel, size: tuple[int, int]) -> dict[str, float]:

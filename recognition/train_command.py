@@ -172,11 +172,11 @@ def initialize(model: DescriptorModel, inputs: Inputs, device: torch.device, see
 
     Layers whose shape depends on the size of the images are made for these.
     """
-    describe(model.eval(), inputs.take([0]), device)
     if not model.trunk.initialized:
         rows = np.linspace(0, len(inputs) - 1, min(CALIBRATION_IMAGES, len(inputs)))
         images = torch.stack([inputs.item(int(row))[0] for row in rows])
         calibrate(model, images.to(device))
+    describe(model.eval(), inputs.take([0]), device)  # what is frozen is computed from now on
     if not getattr(model.aggregation, "initialized", True):
         print("- k-means of local descriptors ...", flush=True)
         rows = np.linspace(0, len(inputs) - 1, min(KMEANS_IMAGES, len(inputs))).astype(int)
@@ -233,7 +233,8 @@ def run_training(
         )
     choose_kept(job.kept, store)
     initialize(model, job.start, device, args.seed)
-    share_weights(model, device)
+    for part in (model, job.objective.to(device)):
+        share_weights(part, device)
     work = count_work(model, job.size)
     records.print_model(model, work, job.size)
     described = {"settings": settings, "origin": model.weights_origin, "images": job.images}
@@ -269,8 +270,10 @@ def run_training(
             warmup=args.warmup_epochs,
             step=args.scheduler_epochs,
             factor=args.scheduler_factor,
+            milestones=args.scheduler_milestones,
         ),
-        stop=args.patience and make_stop(args.patience, lambda record: better_score(record, family.SCORED_K)),
+        stop=args.patience
+        and make_stop(args.patience, lambda record: better_score(record, family.SCORED)),
         sum_over_processes=sum_over_processes,
     )
     for part in job.kept:
@@ -301,9 +304,9 @@ def run_training(
     print(f"Written: {run / BEST}, {run / family.LAST}, {run / 'metrics.json'}.")
 
 
-def better_score(record: dict, k: int) -> float:
-    """An epoch's score, val R@k: that of its weights or, if better, of those averaged until then."""
-    names = (f"val R@{k}", f"averaged val R@{k}")
+def better_score(record: dict, scored: str) -> float:
+    """An epoch's score: that of its weights or, if better, of those averaged until then."""
+    names = scored, f"averaged {scored}"
     return max(record[name] for name in names if name in record)
 
 

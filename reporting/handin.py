@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 import os
+import runpy
 import time
 import traceback
 from collections.abc import Callable
@@ -20,7 +21,7 @@ import torch
 from model import InputError, warn
 
 SCRIPTS = ("base.py", "model.py", "train.py", "eval.py", "test.py")
-OTHER_FILES = ("requirements.txt", "LICENSE", "reporting/method.md", "reporting/fonts/LICENSE")
+OTHER_FILES = ("requirements.txt", "LICENSE", "reporting/method.md", "reporting/project.md", "reporting/fonts/LICENSE")
 # Whose code is handed in; not what lies deeper, where data may be.
 FOLDERS = "dataset dataset/sample localization recognition reporting reporting/fonts training"
 CODE_SUFFIXES = {".py", ".ttf", ".html"}
@@ -300,3 +301,7 @@ def _plain(value):
     if value is None or isinstance(value, (bool, int, str)):
         return value
     return str(value)
+
+
+if __name__ == "__main__":
+    runpy.run_module("reporting.project", run_name="__main__")  # it imports this file

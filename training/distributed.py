@@ -92,6 +92,37 @@ def from_first(tensor: Tensor, device: torch.device) -> Tensor:
     return there.cpu()
 
 
+def gather_with_gradient(x: Tensor) -> tuple[Tensor, int]:
+    """`x` (n, …) of all processes one after the other, and where this one's begins.
+
+    The gradient of each part is the sum of those that all processes have for it.
+    """
+    if rank_and_world()[1] == 1:
+        return x, 0
+    rank, world = rank_and_world()
+    counts = [torch.zeros(1, dtype=torch.long, device=x.device) for _ in range(world)]
+    dist.all_gather(counts, torch.full_like(counts[0], len(x)))
+    sizes = [int(count) for count in counts]
+    return _Gathered.apply(x, sizes, rank), sum(sizes[:rank])
+
+
+class _Gathered(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: object, x: Tensor, sizes: list[int], rank: int) -> Tensor:
+        ctx.part = slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
+        padded = x.new_zeros(max(sizes), *x.shape[1:])
+        padded[: len(x)] = x
+        parts = [torch.empty_like(padded) for _ in sizes]
+        dist.all_gather(parts, padded)
+        return torch.cat([part[:size] for part, size in zip(parts, sizes)])
+
+    @staticmethod
+    def backward(ctx: object, gradient: Tensor) -> tuple[Tensor, None, None]:
+        gradient = gradient.contiguous()
+        dist.all_reduce(gradient)
+        return gradient[ctx.part], None, None
+
+
 def share_weights(model: nn.Module, device: torch.device) -> None:
     """Give the model the weights that the first process has."""
     if rank_and_world()[1] > 1:

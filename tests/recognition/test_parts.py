@@ -13,10 +13,11 @@ from torch import nn
 
 from model import WARNINGS, DescriptorModel, InputError
 from recognition.aggregation import L2_PLACES, GeM, build_aggregation
-from recognition.backbones import BACKBONES, build_trunk, calibrate, load_fitting, read_weights
+from recognition.backbones import BACKBONES, build_trunk, calibrate
 from recognition.objectives import build_objective, sare_loss
 from recognition.optimization import make_optimizer, make_rate, make_stop, plateaus
 from recognition.recipes import build_model, count_work, let_batchnorm_drift, load_model
+from recognition.weights import load_fitting, read_weights
 from train import ranking_loss
 
 SETTINGS = {

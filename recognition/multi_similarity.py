@@ -1,0 +1,86 @@
+"""Multi-similarity loss and miner (Wang et al., CVPR 2019) on batches of places x images."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from model import DescriptorModel
+from training.distributed import gather_with_gradient
+
+# Of GSV-Cities (Ali-bey et al. 2022): weights of positives and negatives, threshold, miner's margin.
+ALPHA, BETA, BASE, EPSILON = 1.0, 50.0, 0.0, 0.1
+
+
+def multi_similarity(similarity: Tensor, same: Tensor, itself: Tensor) -> Tensor:
+    """Loss (n,) of each anchor over the pairs that the miner keeps.
+
+    similarity, same, itself: (n, N), of anchors to all images: cosine, whether of the same place,
+    whether the anchor itself. A positive is kept if it is less similar than the most similar negative
+    plus EPSILON, a negative if more than the least similar positive minus EPSILON.
+    l = ln(1 + sum_p exp(-ALPHA (s_p - BASE))) / ALPHA + ln(1 + sum_n exp(BETA (s_n - BASE))) / BETA.
+    """
+    positive, negative = same & ~itself, ~same
+    with torch.no_grad():
+        hardest = similarity.masked_fill(~negative, -torch.inf).amax(1, keepdim=True)
+        easiest = similarity.masked_fill(~positive, torch.inf).amin(1, keepdim=True)
+        positive &= similarity - EPSILON < hardest
+        negative &= similarity + EPSILON > easiest
+
+    def soft(logits: Tensor, kept: Tensor) -> Tensor:
+        return torch.logsumexp(F.pad(logits.masked_fill(~kept, -torch.inf), (1, 0)), dim=1)
+
+    towards = soft(-ALPHA * (similarity - BASE), positive) / ALPHA
+    return towards + soft(BETA * (similarity - BASE), negative) / BETA
+
+
+class MultiSimilarity(nn.Module):
+    """An objective for train() on batches (images (n, 3, H, W), labels (n,), key) of this process.
+
+    Similarities are to the images of all processes. micro_batch: images whose activations are held at
+    a time, at the price of a second pass; the gradient is the same. encoder_once: whether a cross-image
+    encoder is trained in the first step only, as in SuperVLAD's published program. The key seeds what
+    is random in the network (dropout), so that processes agree and a run can be taken up.
+    """
+
+    def __init__(self, micro_batch: int | None = None, encoder_once: bool = False) -> None:
+        super().__init__()
+        self.micro_batch, self.encoder_once = micro_batch, encoder_once
+        self.register_buffer("steps", torch.zeros(()))
+
+    def forward(self, model: DescriptorModel, batch: list[Tensor], device: torch.device) -> Tensor:
+        """Losses (n,) of this process's images."""
+        images, labels, key = batch
+        labels = labels.to(device)
+        if self.encoder_once:
+            model.aggregation.encoder.requires_grad_(bool(self.steps == 0))
+        self.steps += 1
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            torch.manual_seed(int(key))
+            own = self.describe(model, images, device)
+            everyone, first = gather_with_gradient(own)
+            all_labels, _ = gather_with_gradient(labels)
+            if hasattr(model.aggregation, "across"):
+                with model.autocast(device):
+                    everyone = model.aggregation.across(everyone).float()
+        numbers = torch.arange(first, first + len(own), device=device)
+        itself = numbers[:, None] == torch.arange(len(everyone), device=device)
+        same = labels[:, None] == all_labels
+        return multi_similarity(everyone[first : first + len(own)] @ everyone.T, same, itself)
+
+    def describe(self, model: DescriptorModel, images: Tensor, device: torch.device) -> Tensor:
+        """Descriptors (n, D), float32."""
+        parts = []
+        for part in images.split(self.micro_batch or len(images)):
+            part = part.to(device, non_blocking=True)
+            part = part.contiguous(memory_format=torch.channels_last)
+            with model.autocast(device):
+                if len(part) < len(images) and torch.is_grad_enabled():
+                    if model.first_trained:
+                        with torch.no_grad():
+                            part = model.frozen_part(part)
+                    found = checkpoint(model, part, use_reentrant=False)
+                else:
+                    found = model(part)
+            parts.append(found.float())
+        return torch.cat(parts)
