@@ -85,6 +85,7 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
     option("--images_per_place", type=positive, default=4, metavar="K", help="default: 4")
     option("--micro_batch", type=positive, metavar="N", help="images in memory at a time")
     option("--train_resize", type=positive, nargs=2, default=[224, 224], metavar=("H", "W"))
+    option("--mixed_precision", action="store_true", help="bf16 where it is fast, as by default")
     option("--no_augmentation", action="store_true", help="leave RandAugment out")
     option("--lr_encoder", type=above_zero, default=1e-4, help="cross-image encoder's peak rate")
     option(

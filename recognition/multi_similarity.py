@@ -1,11 +1,14 @@
 """Multi-similarity loss and miner (Wang et al., CVPR 2019) on batches of places x images."""
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from model import DescriptorModel
+from model import DescriptorModel, warn
 from training.distributed import gather_with_gradient
 
 # Of GSV-Cities (Ali-bey et al. 2022): weights of positives and negatives, threshold, miner's margin.
@@ -79,8 +82,31 @@ class MultiSimilarity(nn.Module):
                     if model.first_trained:
                         with torch.no_grad():
                             part = model.frozen_part(part)
-                    found = checkpoint(model, part, use_reentrant=False)
+                    found = checkpoint(
+                        model,
+                        part,
+                        use_reentrant=False,
+                        context_fn=lambda: (contextlib.nullcontext(), statistics_kept(model)),
+                    )
                 else:
                     found = model(part)
             parts.append(found.float())
         return torch.cat(parts)
+
+
+@contextlib.contextmanager
+def statistics_kept(model: nn.Module) -> Iterator[None]:
+    """Let the second pass of a micro-batch leave the statistics of batch normalizations as they are."""
+    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d) and m.training]
+    if norms:
+        warn(
+            "--micro_batch: batch normalizations see the images of a micro-batch, not of the batch."
+        )
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.momentum = 0.0
+    try:
+        yield
+    finally:
+        for norm, momentum in zip(norms, momenta):
+            norm.momentum = momentum

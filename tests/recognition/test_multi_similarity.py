@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from pytorch_metric_learning.losses import MultiSimilarityLoss
 from pytorch_metric_learning.miners import MultiSimilarityMiner
 
+from model import WARNINGS
 from recognition.multi_similarity import MultiSimilarity, multi_similarity
 from tests.recognition.pairs import CPU, gradients, images_of, network
 
@@ -60,6 +61,21 @@ def test_micro_batches_have_the_same_gradient(frozen):
     whole = found(None)
     for micro in (5, 1):
         torch.testing.assert_close(found(micro), whole, atol=1e-6, rtol=1e-4)
+
+
+def test_the_second_pass_leaves_batch_normalizations_alone():
+    model, images = network(frozen=0), images_of(range(2))[0]
+    model.trunk[1] = torch.nn.BatchNorm2d(8)
+    objective = MultiSimilarity(3)
+    loss = objective(model, [*images_of(range(2)), torch.tensor(0)], CPU)
+    after_one = model.trunk[1].running_mean.clone()
+    loss.mean().backward()
+    assert torch.equal(model.trunk[1].running_mean, after_one) and model.trunk[1].momentum == 0.1
+    expected = torch.zeros(8)
+    for part in images.split(3):
+        expected = 0.9 * expected + 0.1 * model.trunk[0](part).mean((0, 2, 3))
+    torch.testing.assert_close(after_one, expected.detach())
+    assert "batch normalizations see the images of a micro-batch" in WARNINGS[0]
 
 
 def test_dropout_is_drawn_by_the_key_and_disturbs_no_other_draw():
