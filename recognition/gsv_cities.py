@@ -51,6 +51,7 @@ SAMPLE_SETTINGS = {
     "train_resize": [168, 224],
     "train_batch_size": 10,
     "epochs_num": 6,
+    "optim": "adam",
     "lr": 1e-4,
     "scheduler": "none",
     "warmup_epochs": 0.5,
