@@ -8,7 +8,6 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from eval import IMAGE_SIZE
 from model import DAMAGED, DescriptorModel, InputError, load_checkpoint
 from recognition.aggregation import AGGREGATION_SETTINGS, build_aggregation, fit_to
 from recognition.backbones import BACKBONES, build_trunk, load_fitting, read_weights
@@ -70,8 +69,13 @@ PUBLISHED_KEYS = (
 )
 
 
-def build_model(settings: Mapping, weights: str | None = "random") -> DescriptorModel:
-    """The model of ARCHITECTURE's settings. weights: as for build_trunk."""
+def build_model(
+    settings: Mapping, weights: str | None = "random", size: tuple[int, int] | None = None
+) -> DescriptorModel:
+    """The model of ARCHITECTURE's settings. weights: as for build_trunk.
+
+    size: height and width of images, where layers whose shape depends on it are to be made at once.
+    """
     backbone = BACKBONES[settings["backbone"]]
     trunk, origin = build_trunk(settings["backbone"], weights)
     given = {name: settings[name] for name in AGGREGATION_SETTINGS if name in settings}
@@ -79,6 +83,9 @@ def build_model(settings: Mapping, weights: str | None = "random") -> Descriptor
     model = DescriptorModel(trunk, aggregation, dim)
     model.weights_origin = origin
     model.freeze_below(backbone.first_trained)
+    if size:
+        with torch.inference_mode():
+            model.eval()(torch.zeros(1, 3, *size))
     return model
 
 
@@ -100,7 +107,8 @@ def load_model(path: Path, settings: Mapping) -> tuple[DescriptorModel, dict]:
     """
     state = read_weights(path)
     if "netvlad.centers" in state:
-        return load_checkpoint(path), {"recipe": "base.py", "resize": [IMAGE_SIZE, IMAGE_SIZE]}
+        model = load_checkpoint(path)
+        return model, {"recipe": "base.py", "resize": [model.image_size] * 2}
     own = read_settings(path)
     settings = {**settings, **own}
     model = build_model(settings)
