@@ -50,11 +50,11 @@ SAMPLE_SETTINGS = {
     "resize": [168, 224],
     "train_resize": [168, 224],
     "train_batch_size": 10,
-    "epochs_num": 6,
+    "epochs_num": 12,
     "optim": "adam",
-    "lr": 1e-4,
-    "scheduler": "none",
-    "warmup_epochs": 0.5,
+    "lr": 1e-3,
+    "scheduler": "cosine",
+    "warmup_epochs": 1.0,
 }
 
 

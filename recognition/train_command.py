@@ -224,7 +224,7 @@ def run_training(
     data = family.read(args, where)
     with first_process_first():
         model = build(args).to(device, memory_format=torch.channels_last)
-    store = Store(run)
+    store = Store(run, device=device)
     job = family.prepare(args, data, model, device, store)
     if args.saved and args.saved["images"] != job.images:
         raise InputError(
