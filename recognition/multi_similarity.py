@@ -15,13 +15,15 @@ from training.distributed import gather_with_gradient
 ALPHA, BETA, BASE, EPSILON = 1.0, 50.0, 0.0, 0.1
 
 
-def multi_similarity(similarity: Tensor, same: Tensor, itself: Tensor) -> Tensor:
+def multi_similarity(
+    similarity: Tensor, same: Tensor, itself: Tensor, beta: float = BETA, base: float = BASE
+) -> Tensor:
     """Loss (n,) of each anchor over the pairs that the miner keeps.
 
     similarity, same, itself: (n, N), of anchors to all images: cosine, whether of the same place,
     whether the anchor itself. A positive is kept if it is less similar than the most similar negative
     plus EPSILON, a negative if more than the least similar positive minus EPSILON.
-    l = ln(1 + sum_p exp(-ALPHA (s_p - BASE))) / ALPHA + ln(1 + sum_n exp(BETA (s_n - BASE))) / BETA.
+    l = ln(1 + sum_p exp(-ALPHA (s_p - base))) / ALPHA + ln(1 + sum_n exp(beta (s_n - base))) / beta.
     """
     positive, negative = same & ~itself, ~same
     with torch.no_grad():
@@ -33,8 +35,8 @@ def multi_similarity(similarity: Tensor, same: Tensor, itself: Tensor) -> Tensor
     def soft(logits: Tensor, kept: Tensor) -> Tensor:
         return torch.logsumexp(F.pad(logits.masked_fill(~kept, -torch.inf), (1, 0)), dim=1)
 
-    towards = soft(-ALPHA * (similarity - BASE), positive) / ALPHA
-    return towards + soft(BETA * (similarity - BASE), negative) / BETA
+    towards = soft(-ALPHA * (similarity - base), positive) / ALPHA
+    return towards + soft(beta * (similarity - base), negative) / beta
 
 
 class MultiSimilarity(nn.Module):
@@ -46,9 +48,16 @@ class MultiSimilarity(nn.Module):
     is random in the network (dropout), so that processes agree and a run can be taken up.
     """
 
-    def __init__(self, micro_batch: int | None = None, encoder_once: bool = False) -> None:
+    def __init__(
+        self,
+        micro_batch: int | None = None,
+        encoder_once: bool = False,
+        beta: float = BETA,
+        base: float = BASE,
+    ) -> None:
         super().__init__()
         self.micro_batch, self.encoder_once = micro_batch, encoder_once
+        self.beta, self.base = beta, base
         self.register_buffer("steps", torch.zeros(()))
 
     def forward(self, model: DescriptorModel, batch: list[Tensor], device: torch.device) -> Tensor:
@@ -69,7 +78,8 @@ class MultiSimilarity(nn.Module):
         numbers = torch.arange(first, first + len(own), device=device)
         itself = numbers[:, None] == torch.arange(len(everyone), device=device)
         same = labels[:, None] == all_labels
-        return multi_similarity(everyone[first : first + len(own)] @ everyone.T, same, itself)
+        similarity = everyone[first : first + len(own)] @ everyone.T
+        return multi_similarity(similarity, same, itself, self.beta, self.base)
 
     def describe(self, model: DescriptorModel, images: Tensor, device: torch.device) -> Tensor:
         """Descriptors (n, D), float32."""
