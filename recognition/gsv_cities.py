@@ -52,6 +52,7 @@ SAMPLE_SETTINGS = {
     "train_resize": [168, 224],
     "train_batch_size": 10,
     "epochs_num": 12,
+    "patience": 12,
     "optim": "adam",
     "lr": 2e-3,
     "ms_beta": 20.0,
