@@ -172,7 +172,7 @@ def initialize(model: DescriptorModel, inputs: Inputs, device: torch.device, see
 
     Layers whose shape depends on the size of the images are made for these.
     """
-    describe(model.eval(), inputs.take([0]), device)
+    describe(model.eval(), inputs.item(0)[0][None], device)
     if not model.trunk.initialized:
         rows = np.linspace(0, len(inputs) - 1, min(CALIBRATION_IMAGES, len(inputs)))
         images = torch.stack([inputs.item(int(row))[0] for row in rows])
