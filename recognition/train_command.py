@@ -172,11 +172,11 @@ def initialize(model: DescriptorModel, inputs: Inputs, device: torch.device, see
 
     Layers whose shape depends on the size of the images are made for these.
     """
-    describe(model.eval(), inputs.item(0)[0][None], device)
     if not model.trunk.initialized:
         rows = np.linspace(0, len(inputs) - 1, min(CALIBRATION_IMAGES, len(inputs)))
         images = torch.stack([inputs.item(int(row))[0] for row in rows])
         calibrate(model, images.to(device))
+    describe(model.eval(), inputs.take([0]), device)  # what is frozen is computed from now on
     if not getattr(model.aggregation, "initialized", True):
         print("- k-means of local descriptors ...", flush=True)
         rows = np.linspace(0, len(inputs) - 1, min(KMEANS_IMAGES, len(inputs))).astype(int)
