@@ -269,8 +269,7 @@ def run_training(
             factor=args.scheduler_factor,
             milestones=args.scheduler_milestones,
         ),
-        stop=args.patience
-        and make_stop(args.patience, lambda record: record[family.SCORED]),
+        stop=args.patience and make_stop(args.patience, lambda record: record[family.SCORED]),
         sum_over_processes=sum_over_processes,
     )
     for part in job.kept:
