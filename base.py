@@ -175,7 +175,8 @@ def build(args: argparse.Namespace) -> DescriptorModel:
             model.load_imagenet()
     else:
         settings = {**names, "netvlad_clusters": clusters, "fc_output_dim": None, "l2": L2_PLACES[0]}
-        model = build_model(settings, "random" if saved else weights)
+        size = (args.image_size, args.image_size)
+        model = build_model(settings, "random" if saved else weights, size)
     if names == ASSIGNED:
         model.freeze_below(TRAIN_FROM[args.train_from])
     model.precision, model.image_size = args.precision, args.image_size

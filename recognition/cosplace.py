@@ -21,7 +21,14 @@ from dataset.classes import Classes, Grid, find_classes, histogram
 from dataset.folders import FolderImages, FolderSplit, read_split, same_size
 from dataset.sample import places as sample_places
 from eval import compute_embeddings, list_images
-from model import IMAGENET_MEAN, IMAGENET_STD, DescriptorModel, InputError, warn
+from model import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    DescriptorModel,
+    InputError,
+    choose_device,
+    warn,
+)
 from recognition.augmentation import Augmentation
 from recognition.class_batches import ClassBatches, square
 from recognition.classification import LOSS_FUNCTIONS, Adversary, ClassObjective
@@ -41,12 +48,18 @@ SCORED_K = 1
 SCORED = f"val R@{SCORED_K}"
 # On the built-in sample: ends in minutes on two cores.
 SAMPLE_SETTINGS = {
-    "image_size": 224,
+    "image_size": 128,
+    "resize_test_imgs": True,
     "groups_num": 4,
-    "epochs_num": 8,
-    "iterations_per_epoch": 30,
+    "epochs_num": 12,
+    "iterations_per_epoch": 40,
     "batch_size": 16,
-    "lr": 1e-4,
+    "lr": 1e-3,
+    "brightness": 0.4,
+    "contrast": 0.4,
+    "saturation": 0.4,
+    "hue": 0.05,  # houses are told by their colors there
+    "random_resized_crop": 0.4,
 }
 JITTER = ("brightness", "contrast", "hue", "saturation")
 OTHERS = ("rand_perspective", "random_erasing", "random_rotation", "blur", "night")
@@ -164,7 +177,9 @@ def locate(args: argparse.Namespace, training: bool) -> Where:
         tests = [part for part in (val, *tests) if part is not None]
     if not tests:
         raise InputError("there is nothing to test: name --test_set_folder DIR.")
-    return Where({_name_of(folder): folder for folder in tests}, train, val, is_sample)
+    names = [_name_of(folder) for folder in tests]
+    names = [str(f) if names.count(n) > 1 else n for f, n in zip(tests, names)]
+    return Where(dict(zip(names, tests)), train, val, is_sample)
 
 
 def _name_of(folder: Path) -> str:
@@ -214,8 +229,8 @@ def read(args: argparse.Namespace, where: Where) -> Data:
     for group in groups:
         if len(group) < 2:
             raise InputError(
-                f"a group has {len(group)} class, which leaves nothing to tell apart: raise "
-                "--groups_num's data, lower --N or --L, or --min_images_per_class."
+                "a group has one class only, which leaves nothing to tell apart: lower --N, --L or "
+                "--min_images_per_class."
             )
     frame, least = framing(args.resize), max(args.resize, default=None)
     val = read_split(where.val, args.val_positive_dist_threshold, frame, least)
@@ -252,7 +267,8 @@ def prepare(
     """Batches of classes, recall on val."""
     if args.train_all_layers:
         model.freeze_below(0)
-    where = torch.device(args.augmentation_device or device)
+    same = args.augmentation_device in (None, device.type)
+    where = device if same else choose_device(args.augmentation_device)
     adversary = None
     if data.targets:
         with torch.inference_mode():

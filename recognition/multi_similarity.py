@@ -1,24 +1,29 @@
 """Multi-similarity loss and miner (Wang et al., CVPR 2019) on batches of places x images."""
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from model import DescriptorModel
+from model import DescriptorModel, warn
 from training.distributed import gather_with_gradient
 
 # Of GSV-Cities (Ali-bey et al. 2022): weights of positives and negatives, threshold, miner's margin.
 ALPHA, BETA, BASE, EPSILON = 1.0, 50.0, 0.0, 0.1
 
 
-def multi_similarity(similarity: Tensor, same: Tensor, itself: Tensor) -> Tensor:
+def multi_similarity(
+    similarity: Tensor, same: Tensor, itself: Tensor, beta: float = BETA, base: float = BASE
+) -> Tensor:
     """Loss (n,) of each anchor over the pairs that the miner keeps.
 
     similarity, same, itself: (n, N), of anchors to all images: cosine, whether of the same place,
     whether the anchor itself. A positive is kept if it is less similar than the most similar negative
     plus EPSILON, a negative if more than the least similar positive minus EPSILON.
-    l = ln(1 + sum_p exp(-ALPHA (s_p - BASE))) / ALPHA + ln(1 + sum_n exp(BETA (s_n - BASE))) / BETA.
+    l = ln(1 + sum_p exp(-ALPHA (s_p - base))) / ALPHA + ln(1 + sum_n exp(beta (s_n - base))) / beta.
     """
     positive, negative = same & ~itself, ~same
     with torch.no_grad():
@@ -30,8 +35,8 @@ def multi_similarity(similarity: Tensor, same: Tensor, itself: Tensor) -> Tensor
     def soft(logits: Tensor, kept: Tensor) -> Tensor:
         return torch.logsumexp(F.pad(logits.masked_fill(~kept, -torch.inf), (1, 0)), dim=1)
 
-    towards = soft(-ALPHA * (similarity - BASE), positive) / ALPHA
-    return towards + soft(BETA * (similarity - BASE), negative) / BETA
+    towards = soft(-ALPHA * (similarity - base), positive) / ALPHA
+    return towards + soft(beta * (similarity - base), negative) / beta
 
 
 class MultiSimilarity(nn.Module):
@@ -43,9 +48,16 @@ class MultiSimilarity(nn.Module):
     is random in the network (dropout), so that processes agree and a run can be taken up.
     """
 
-    def __init__(self, micro_batch: int | None = None, encoder_once: bool = False) -> None:
+    def __init__(
+        self,
+        micro_batch: int | None = None,
+        encoder_once: bool = False,
+        beta: float = BETA,
+        base: float = BASE,
+    ) -> None:
         super().__init__()
         self.micro_batch, self.encoder_once = micro_batch, encoder_once
+        self.beta, self.base = beta, base
         self.register_buffer("steps", torch.zeros(()))
 
     def forward(self, model: DescriptorModel, batch: list[Tensor], device: torch.device) -> Tensor:
@@ -66,7 +78,8 @@ class MultiSimilarity(nn.Module):
         numbers = torch.arange(first, first + len(own), device=device)
         itself = numbers[:, None] == torch.arange(len(everyone), device=device)
         same = labels[:, None] == all_labels
-        return multi_similarity(everyone[first : first + len(own)] @ everyone.T, same, itself)
+        similarity = everyone[first : first + len(own)] @ everyone.T
+        return multi_similarity(similarity, same, itself, self.beta, self.base)
 
     def describe(self, model: DescriptorModel, images: Tensor, device: torch.device) -> Tensor:
         """Descriptors (n, D), float32."""
@@ -79,8 +92,31 @@ class MultiSimilarity(nn.Module):
                     if model.first_trained:
                         with torch.no_grad():
                             part = model.frozen_part(part)
-                    found = checkpoint(model, part, use_reentrant=False)
+                    found = checkpoint(
+                        model,
+                        part,
+                        use_reentrant=False,
+                        context_fn=lambda: (contextlib.nullcontext(), statistics_kept(model)),
+                    )
                 else:
                     found = model(part)
             parts.append(found.float())
         return torch.cat(parts)
+
+
+@contextlib.contextmanager
+def statistics_kept(model: nn.Module) -> Iterator[None]:
+    """Let the second pass of a micro-batch leave the statistics of batch normalizations as they are."""
+    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d) and m.training]
+    if norms:
+        warn(
+            "--micro_batch: batch normalizations see the images of a micro-batch, not of the batch."
+        )
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.momentum = 0.0
+    try:
+        yield
+    finally:
+        for norm, momentum in zip(norms, momenta):
+            norm.momentum = momentum

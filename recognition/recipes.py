@@ -134,8 +134,13 @@ RECIPES = {
 ARCHITECTURE = ("backbone", "freeze_te", "aggregation", *AGGREGATION_SETTINGS)
 
 
-def build_model(settings: Mapping, weights: str | None = "random") -> DescriptorModel:
-    """The model of ARCHITECTURE's settings. weights: as for build_trunk."""
+def build_model(
+    settings: Mapping, weights: str | None = "random", size: tuple[int, int] | None = None
+) -> DescriptorModel:
+    """The model of ARCHITECTURE's settings. weights: as for build_trunk.
+
+    size: height and width of images, where layers whose shape depends on it are to be made at once.
+    """
     backbone, aggregation = BACKBONES[settings["backbone"]], settings["aggregation"]
     is_vit, freeze_te = backbone.network in vit.SIZES, settings.get("freeze_te")
     with_class = aggregation == "salad"
@@ -156,6 +161,9 @@ def build_model(settings: Mapping, weights: str | None = "random") -> Descriptor
         vit.freeze(model, freeze_te)
     else:
         model.freeze_below(backbone.first_trained)
+    if size:
+        with torch.inference_mode():
+            model.eval()(torch.zeros(1, 3, *size))
     return model
 
 

@@ -91,7 +91,13 @@ def print_model(model: DescriptorModel, work: dict, size: Sequence[int]) -> None
 def plain(args: argparse.Namespace, names: Sequence[str] | None = None) -> dict:
     """Arguments as JSON has them, those of `names` or all."""
     values = vars(args) if names is None else {name: getattr(args, name) for name in names}
-    return {k: str(v) if isinstance(v, Path) else v for k, v in values.items()}
+    return {k: _plain(v) for k, v in values.items()}
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, list):
+        return [_plain(entry) for entry in value]
+    return str(value) if isinstance(value, Path) else value
 
 
 def write(run: Path, metrics: dict) -> None:

@@ -36,9 +36,9 @@ QUERY_DAYS = 0.6  # share of photographs taken on days like those of the sample'
 class GsvSize:
     """Streets of a city, directions of a street, photographs of a place, their pixels."""
 
-    streets: int = 8
+    streets: int = 12
     directions: int = 5
-    photographs: int = 6
+    photographs: int = 5
     size_px: tuple[int, int] = (320, 240)
 
 

@@ -10,13 +10,14 @@ import torch.nn.functional as F
 from pytorch_metric_learning.losses import MultiSimilarityLoss
 from pytorch_metric_learning.miners import MultiSimilarityMiner
 
+from model import WARNINGS
 from recognition.multi_similarity import MultiSimilarity, multi_similarity
 from tests.recognition.pairs import CPU, gradients, images_of, network
 
 
-def losses(similarity: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+def losses(similarity: torch.Tensor, labels: torch.Tensor, *how: float) -> torch.Tensor:
     same = labels[:, None] == labels
-    return multi_similarity(similarity, same, torch.eye(len(labels), dtype=torch.bool))
+    return multi_similarity(similarity, same, torch.eye(len(labels), dtype=torch.bool), *how)
 
 
 def test_three_images_by_hand():
@@ -25,16 +26,16 @@ def test_three_images_by_hand():
     torch.testing.assert_close(found, torch.tensor([0, 0.875939, 0]), atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("seed", range(4))
-def test_loss_and_gradient_are_those_of_pytorch_metric_learning(seed):
+@pytest.mark.parametrize("seed, beta, base", [(0, 50, 0), (1, 50, 0), (2, 20, 0.5), (3, 10, -0.2)])
+def test_loss_and_gradient_are_those_of_pytorch_metric_learning(seed, beta, base):
     torch.manual_seed(seed)
     labels = torch.arange(6).repeat_interleave(4)
     centers = F.normalize(torch.randn(6, 8), dim=1)
     x = (centers[labels] + 0.5 * torch.randn(24, 8)).requires_grad_()
     unit = F.normalize(x, dim=1)
     mined = MultiSimilarityMiner(epsilon=0.1)(unit, labels)
-    theirs = MultiSimilarityLoss(alpha=1.0, beta=50, base=0.0)(unit, labels, mined)
-    ours = losses(unit @ unit.T, labels)
+    theirs = MultiSimilarityLoss(alpha=1.0, beta=beta, base=base)(unit, labels, mined)
+    ours = losses(unit @ unit.T, labels, beta, base)
     assert 0 < (ours > 0).sum() and theirs > 0
     assert ours.mean().item() == pytest.approx(theirs.item(), rel=1e-5)
     expected = torch.autograd.grad(theirs, x, retain_graph=True)[0]
@@ -60,6 +61,21 @@ def test_micro_batches_have_the_same_gradient(frozen):
     whole = found(None)
     for micro in (5, 1):
         torch.testing.assert_close(found(micro), whole, atol=1e-6, rtol=1e-4)
+
+
+def test_the_second_pass_leaves_batch_normalizations_alone():
+    model, images = network(frozen=0), images_of(range(2))[0]
+    model.trunk[1] = torch.nn.BatchNorm2d(8)
+    objective = MultiSimilarity(3)
+    loss = objective(model, [*images_of(range(2)), torch.tensor(0)], CPU)
+    after_one = model.trunk[1].running_mean.clone()
+    loss.mean().backward()
+    assert torch.equal(model.trunk[1].running_mean, after_one) and model.trunk[1].momentum == 0.1
+    expected = torch.zeros(8)
+    for part in images.split(3):
+        expected = 0.9 * expected + 0.1 * model.trunk[0](part).mean((0, 2, 3))
+    torch.testing.assert_close(after_one, expected.detach())
+    assert "batch normalizations see the images of a micro-batch" in WARNINGS[0]
 
 
 def test_dropout_is_drawn_by_the_key_and_disturbs_no_other_draw():

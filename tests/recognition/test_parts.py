@@ -12,7 +12,7 @@ from pytorch_metric_learning import distances, losses, reducers
 from torch import nn
 
 from model import WARNINGS, DescriptorModel, InputError
-from recognition.aggregation import L2_PLACES, GeM, build_aggregation
+from recognition.aggregation import AGGREGATIONS, L2_PLACES, GeM, build_aggregation
 from recognition.backbones import BACKBONES, build_trunk, calibrate
 from recognition.objectives import build_objective, sare_loss
 from recognition.optimization import make_optimizer, make_rate, make_stop, plateaus
@@ -174,21 +174,38 @@ def test_gem_is_normalized_where_l2_says(l2):
     assert small(aggregation="gem", l2=l2, fc_output_dim=4).unit_norm  # FC, then L2, as published
 
 
-@pytest.mark.parametrize("aggregation", ["netvlad", "gem", "mixvpr", "convap", "attention"])
-@pytest.mark.parametrize("backbone", ["resnet18conv5", "vgg16"])
-@pytest.mark.parametrize("fc", [None, 7])
-def test_any_backbone_goes_with_any_aggregation(aggregation, backbone, fc):
-    model = small(backbone=backbone, aggregation=aggregation, fc_output_dim=fc).eval()
+@pytest.mark.parametrize("name", ["resnet18conv5", "VGG16", "EfficientNet_B0", "ConvNeXt_Tiny"])
+def test_any_backbone_goes_with_any_aggregation(name):
+    trunk, channels = build_trunk(name, "random")[0].eval(), BACKBONES[name].channels
     with torch.inference_mode():
-        found = model(torch.rand(2, 3, 64, 64))
-    dim = fc or {"netvlad": 4 * 512, "mixvpr": 4096, "convap": 4096}.get(aggregation, 512)
-    assert found.shape == (2, dim) == (2, model.descriptor_dim)
-    assert torch.allclose(found.norm(dim=1), torch.ones(2), atol=1e-5)
+        local = trunk(torch.rand(2, 3, 64, 64))
+    dims = {"netvlad": 64 * channels, "mixvpr": 4096, "convap": 4096, "supervlad": 4 * channels}
+    for aggregation in AGGREGATIONS.keys() - {"salad"}:  # needs a class token
+        for fc in (None, 7):
+            pool, dim = build_aggregation(aggregation, channels, {"fc_output_dim": fc})
+            with torch.inference_mode():
+                found = DescriptorModel(nn.Sequential(), pool, dim).eval()(local)
+            assert found.shape == (2, fc or dims.get(aggregation, channels)) == (2, dim)
+            assert torch.allclose(found.norm(dim=1), torch.ones(2), atol=1e-5)
 
 
-def test_the_cosplace_head_has_its_published_parameters():
+def test_backbones_make_maps_of_their_channels():
+    for name in ("ResNet152", "EfficientNet_B2", "EfficientNet_B7", "ConvNeXt_Tiny"):
+        backbone = BACKBONES[name]
+        with torch.device("meta"):
+            network = torchvision.models.get_model(backbone.network, weights=None)
+            trunk = getattr(network, "features", None) or nn.Sequential(*network.children())
+            found = trunk[: backbone.stages](torch.zeros(1, 3, 64, 64))
+        assert found.shape[1] == backbone.channels, name
+        assert 0 < backbone.first_trained < backbone.stages
+        torchvision.models.get_model_weights(backbone.network)[backbone.weights]
+
+
+def test_cosplace_has_its_published_parameters():
     head, _ = build_aggregation("gem", 512, {"fc_output_dim": 512})
     assert sum(p.numel() for p in head.parameters()) == 262_657
+    model = small(backbone="ResNet18", aggregation="gem", fc_output_dim=512)
+    assert sum(p.numel() for p in model.parameters()) == 11_439_169
 
 
 # ------------------------------------------------ files of models
