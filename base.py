@@ -269,7 +269,7 @@ def run(args: argparse.Namespace) -> None:
         model = build(args)
         if first:
             handin.claim_output(args.output)
-    store = Store(args.output)
+    store = Store(args.output, device=device)
     inputs = {
         name: Inputs(model, [split.queries, split.index], device, store)
         for name, split in {"train": data, **splits}.items()
