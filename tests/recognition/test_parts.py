@@ -340,6 +340,13 @@ def test_warm_up_climbs_and_patience_ends():
     assert [stop([{"r": r} for r in scores[:n]]) for n in range(5)] == [False] * 4 + [True]
 
 
+def test_random_filters_do_not_answer_to_brightness():
+    for name in ("resnet18conv4", "vgg16"):
+        first = build_trunk(name, "random")[0][0]
+        answer = first(torch.full((1, 3, 32, 32), 7.0))[0, :, 8, 8]
+        assert answer.abs().max() < 1e-4 < first.weight.std()
+
+
 def test_random_weights_are_said(monkeypatch):
     build_trunk("resnet18conv4", "none")
     assert "RANDOM" in WARNINGS[0]
