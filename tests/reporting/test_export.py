@@ -76,7 +76,10 @@ def test_pycolmap_opens_the_model_and_reprojects_its_points(scene, rows, run, tm
         np.testing.assert_allclose(image.cam_from_world().rotation.matrix(), R.T, atol=1e-9)
         assert (image.num_points3D > 50) == (row in frames.index)
         lens = frames.views[row].camera
-        assert (image.camera.principal_point_x, image.camera.focal_length_y) == (lens.cx + 0.5, lens.fy)
+        assert (image.camera.principal_point_x, image.camera.focal_length_y) == (
+            lens.cx + 0.5,
+            lens.fy,
+        )
     index = [row for row in rows if row in frames.index]
     assert len(model.points3D) == len(structure.within(index).position) > 100
     errors = [
