@@ -329,7 +329,7 @@ def run(args: argparse.Namespace) -> None:
         queries, index = split_frames(frames.poses, args.seed)
     print(f"{len(frames)} frames of {' '.join(frames.scenes)}: {len(queries)} queries, {len(index)} index images.")
 
-    check_exports(args.export, frames.scenes, [path for path, _, _ in frames.frames])
+    check_exports(args.export, frames.scenes, [frame[:2] for frame in frames.frames], camera_dir)
     handin.claim_output(args.output)
     with phase("descriptors", seconds):
         paths = [path for path, _, _ in frames.frames]

@@ -21,6 +21,8 @@ from localization.cameras import (
     all_conventions,
     camera_for,
     default_camera,
+    project,
+    rays,
 )
 from localization.lens_fit import CENTER, FOCAL, K1, PosedMatches, refined
 from localization.matching import View
@@ -95,10 +97,15 @@ class Calibration:
         """The scene's lens on an image of this size."""
         return self.cameras.get((width, height)) or camera_for(self.camera, width, height)
 
-    def applied(self, view: View) -> View:
-        """An image of the scene with its camera, without the keypoints that stand still in all
-        images.
+    def applied(self, view: View, lens: Camera | None = None) -> View:
+        """An image of the scene with its camera, or with the lens that is known to be its own,
+        without the keypoints that stand still in all images.
         """
+        if lens is not None:
+            own, common = taken_with(view, lens), self.camera.pinhole()
+            moving = self.applied(seen_with(own, common))
+            back = seen_with(replace(moving, camera=common), own.camera)
+            return replace(back, lens_is_sure=True)
         camera, features = self.camera_of(view.camera.width, view.camera.height), view.features
         if self.still is not None:
             features = self.still.moving(features, camera)
@@ -138,6 +145,17 @@ class Calibration:
             },
             "warnings": list(self.warnings),
         }
+
+
+def taken_with(view: View, lens: Camera) -> View:
+    """The view with another camera, on images of its size."""
+    return replace(view, camera=camera_for(lens, view.camera.width, view.camera.height))
+
+
+def seen_with(view: View, camera: Camera) -> View:
+    """The view as another camera at its place would have taken it."""
+    xy_px = project(camera, rays(view.camera, view.features.xy_px)).float()
+    return replace(view, features=replace(view.features, xy_px=xy_px), camera=camera)
 
 
 def calibrate(

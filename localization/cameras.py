@@ -107,9 +107,7 @@ def camera_for(camera: Camera, width: int, height: int, quarter_turns: int = 0) 
     center_x = (lens.cx + 0.5) * width / lens.width - 0.5
     center_y = (lens.cy + 0.5) * height / lens.height - 0.5
     size = {"width": width, "height": height}
-    return replace(
-        lens, fx=lens.fx * scale, fy=lens.fy * scale, cx=center_x, cy=center_y, **size
-    )
+    return replace(lens, fx=lens.fx * scale, fy=lens.fy * scale, cx=center_x, cy=center_y, **size)
 
 
 def undistorted(xy: Tensor, k1: Tensor | float, k2: Tensor | float) -> Tensor:

@@ -13,8 +13,8 @@ from functools import partial
 
 import numpy as np
 
-from localization.calibration import Calibration, calibrate
-from localization.cameras import Camera, Convention, camera_for, poses_from_file, project, rays
+from localization.calibration import Calibration, calibrate, seen_with, taken_with
+from localization.cameras import Camera, Convention, poses_from_file
 from localization.localize import Estimate, localize, share_world
 from localization.matching import View
 from localization.search import Index
@@ -39,54 +39,34 @@ def calibrate_scenes(
     frame, where those of a scene are known to have several: they are judged as if the scene's camera
     had taken all, and keep their own.
     """
-    own = {
-        row: camera_for(lens, views[row].camera.width, views[row].camera.height)
-        for row, lens in enumerate(lenses)
-        if lens
-    }
-    common = {scene: camera and camera.pinhole() for scene, camera in cameras.items()}
-    for row, lens in own.items():
-        views[row] = _seen_with(replace(views[row], camera=lens), common[scene_of[row]])
     scenes = list(dict.fromkeys(scene_of))
     rows_of = {scene: [row for row, own in enumerate(scene_of) if own == scene] for scene in scenes}
     indexed = set(index)
+    own = {row: lens for row, lens in enumerate(lenses) if lens}
 
     def find_out(scene: str) -> Calibration:
-        rows = rows_of[scene]
+        rows, camera = rows_of[scene], cameras[scene]
         numbers = [number for number, row in enumerate(rows) if row in indexed]
-        return calibrate(
-            [views[rows[number]] for number in numbers],
-            poses[rows],
-            cameras[scene],
-            conventions[scene],
-            frames=numbers,
-        )
+        chosen = [views[rows[number]] for number in numbers]
+        for i, number in enumerate(numbers):
+            if lens := own.get(rows[number]):
+                chosen[i] = seen_with(taken_with(chosen[i], lens), camera.pinhole())
+        found = calibrate(chosen, poses[rows], camera, conventions[scene], frames=numbers)
+        if known := {(own[row].width, own[row].height): own[row] for row in rows if row in own}:
+            found = replace(found, camera=camera, cameras=known)
+        return found
 
     found = dict(zip(scenes, in_threads(find_out, scenes)))
-    for scene in {scene_of[row] for row in own}:
-        sizes = {
-            (lens.width, lens.height): lens for row, lens in own.items() if scene_of[row] == scene
-        }
-        found[scene] = replace(found[scene], camera=cameras[scene], cameras=sizes)
     for scene, rows in rows_of.items():
         unknown = np.full((1, 7), np.nan)
         poses[rows] = np.vstack([poses[rows], unknown])[found[scene].rows]
         for row in rows:
-            views[row] = found[scene].applied(views[row])
-            if row in own:
-                view = replace(views[row], camera=common[scene], lens_is_sure=True)
-                views[row] = _seen_with(view, own[row])
+            views[row] = found[scene].applied(views[row], own.get(row))
     for row in index:
         if np.isfinite(poses[row]).all():
             R, c = poses_from_file(poses[row], found[scene_of[row]].convention)
             views[row].R_world_from_cam, views[row].c_world = R, c
     return found
-
-
-def _seen_with(view: View, camera: Camera) -> View:
-    """The view as another lens at its place would have taken it."""
-    xy_px = project(camera, rays(view.camera, view.features.xy_px)).float()
-    return replace(view, features=replace(view.features, xy_px=xy_px), camera=camera)
 
 
 def worlds_of(

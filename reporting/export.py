@@ -29,20 +29,28 @@ NOTE = "# Written by test.py --export\n"
 Export = tuple[str, str]  # format, path
 
 
-def check_exports(exports: Sequence[Export], scenes: Sequence[str], paths: Sequence[Path]) -> None:
+def check_exports(
+    exports: Sequence[Export],
+    scenes: Sequence[str],
+    images: Sequence[tuple[Path, str]],
+    root: Path,
+) -> None:
     """InputError for what could not be written at the end of a run: a format that is not known, a
-    target that is there already or cannot be made, names of images that a format cannot hold."""
+    target that is there already or cannot be made, names of images that a format cannot hold.
+
+    images: path and scene of each; root: the folder of the scenes.
+    """
     taken: list[Path] = []
     for name, path in exports:
         option = f"--export {name} {path}"
         if name not in FORMATS:
             raise InputError(f"{option}: the format is one of {', '.join(FORMATS)}.")
-        blank = next((p for p in paths if re.search(r"\s", one_line(p))), None)
-        if blank and name != "tum":
-            raise InputError(
-                f"{option}: the format parts words by blanks, which {str(blank)!r} holds: rename "
-                "what it is called after."
-            )
+        for image, scene in images if name != "tum" else ():
+            called = _name(image, root / scene / "images" if name == "colmap" else root)
+            if re.search(r"\s", called):
+                raise InputError(
+                    f"{option}: no name may hold a blank there, as {called!r} does: rename it."
+                )
         for target in _targets(name, path, scenes).values():
             if _is_there(target, name == "colmap"):
                 raise InputError(

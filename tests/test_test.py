@@ -188,8 +188,10 @@ def room_and_photos(sample, tmp_path_factory) -> tuple[Path, list[Path], np.ndar
 def test_poses_of_new_images_in_a_posed_scene(room_and_photos, checkpoint, tmp_path, capsys):
     camera, photos, truth = room_and_photos
     argv = ["--camera", camera, "--scenes", "room", "--query", *photos, "--checkpoint", checkpoint,
-            "--output", tmp_path / "out", "--no-cache", "--quiet"]  # fmt: skip
+            "--output", tmp_path / "out", "--no-cache", "--quiet", "--export", "colmap", tmp_path / "model"]  # fmt: skip
     assert task4.main([str(word) for word in argv]) == 0
+    model = pycolmap.Reconstruction(str(tmp_path / "model" / "room"))
+    assert {p.as_posix() for p in photos} < {image.name for image in model.images.values()} and len(model.points3D) > 300
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["README.md", "query_poses.tsv"]
     lines = (tmp_path / "out/query_poses.tsv").read_text().splitlines()[1:]
     for line, photo, pose, limit_m in zip(lines, photos, truth, (0.02, 0.05), strict=True):
@@ -198,7 +200,7 @@ def test_poses_of_new_images_in_a_posed_scene(room_and_photos, checkpoint, tmp_p
         assert path == str(photo) and meters < limit_m and degrees < 0.5
     said = capsys.readouterr()
     assert said.out.startswith(f"{photos[0]}: in scene room") and said.err == ""
-    assert len(said.out.splitlines()) == 3 * len(photos) + 1
+    assert len(said.out.splitlines()) == 3 * len(photos) + 2 and said.out.endswith(f"Exported: {tmp_path / 'model'}\n")
 
 
 def test_an_index_image_that_cannot_be_read_is_left_out_and_said(checkpoint, tmp_path, capsys):

@@ -5,7 +5,7 @@ from dataclasses import replace
 import torch
 
 from localization.features import Features
-from localization.structure import Structure, joined_points, structure_of
+from localization.structure import Structure, _located, joined_points, structure_of
 from localization.triangulation import triangulate_views
 
 
@@ -88,3 +88,21 @@ def test_views_that_match_nothing_have_no_points(random_world, random_poses):
     (R, c), *_ = random_poses(1, 0)
     view = random_world(1).view(R, c)
     assert len(joined_points([view], triangulate_views([view])).position) == 0
+
+
+def test_an_observation_that_does_not_fit_is_taken_out(random_world, random_poses):
+    _, views = views_of(random_world, random_poses)
+    points = triangulate_views(views)
+    found = joined_points(views, points)
+    point = int(torch.bincount(found.point).argmax())
+    of = torch.nonzero(found.point == point)[:, 0]
+    wrong = int(of[-1])
+    used = found.keypoint[found.view == found.view[wrong]]
+    free = next(k for k in range(len(views[0].features)) if k not in used.tolist())
+    keypoint = found.keypoint.clone()
+    keypoint[wrong] = free  # clutter, somewhere else in the image
+    mended = _located(replace(found, keypoint=keypoint), views, points)
+    assert len(mended.view) == len(found.view) - 1
+    here = mended.point == point
+    assert int(here.sum()) == len(of) - 1 and free not in mended.keypoint[here].tolist()
+    assert float((mended.position[point] - found.position[point]).norm()) < 0.02

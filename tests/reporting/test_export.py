@@ -76,7 +76,10 @@ def test_pycolmap_opens_the_model_and_reprojects_its_points(scene, rows, run, tm
         np.testing.assert_allclose(image.cam_from_world().rotation.matrix(), R.T, atol=1e-9)
         assert (image.num_points3D > 50) == (row in frames.index)
         lens = frames.views[row].camera
-        assert (image.camera.principal_point_x, image.camera.focal_length_y) == (lens.cx + 0.5, lens.fy)
+        assert (image.camera.principal_point_x, image.camera.focal_length_y) == (
+            lens.cx + 0.5,
+            lens.fy,
+        )
     index = [row for row in rows if row in frames.index]
     assert len(model.points3D) == len(structure.within(index).position) > 100
     errors = [
@@ -182,10 +185,10 @@ def test_what_is_there_is_never_overwritten(tmp_path):
         ("tum", "file.txt"),
     ):
         with pytest.raises(InputError, match="is there already and is not overwritten"):
-            export.check_exports([(name, str(tmp_path / file))], scenes, [])
+            export.check_exports([(name, str(tmp_path / file))], scenes, [], tmp_path)
     before = sorted(tmp_path.iterdir())
     targets = [("colmap", "empty"), ("hloc", "new.txt"), ("tum", "new.txt")]
-    export.check_exports([(n, str(tmp_path / f)) for n, f in targets], scenes, [])
+    export.check_exports([(n, str(tmp_path / f)) for n, f in targets], scenes, [], tmp_path)
     assert sorted(tmp_path.iterdir()) == before
 
 
@@ -200,8 +203,9 @@ def test_an_empty_folder_is_filled(run, tmp_path):
     [
         ([("ply", "x")], [], "--export ply x: the format is one of colmap, tum, hloc"),
         ([("tum", "x"), ("hloc", "x")], [], "two exports go to x"),
-        ([("colmap", "x")], ["a b.png"], "'a b.png' holds: rename"),
-        ([("hloc", "x")], ["a\u00a0b.png"], "parts words by blanks"),
+        ([("colmap", "x")], ["my scans/the hall/images/a b.png"], "as 'a b.png' does: rename it"),
+        ([("hloc", "x")], ["my scans/the hall/images/a.png"], "as 'the hall/images/a.png' does"),
+        ([("hloc", "x")], ["a\u00a0b.png"], "no name may hold a blank"),
         ([("hloc", "/dev/null/x")], [], "cannot write /dev/null"),
     ],
 )
@@ -210,6 +214,17 @@ def test_what_cannot_be_exported_is_one_sentence_before_the_run(
 ):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError) as error:
-        export.check_exports(exports, ["P001"], [Path(path) for path in paths])
+        images = [(Path(path), "the hall") for path in paths]
+        export.check_exports(exports, ["the hall"], images, Path("my scans"))
     assert says in str(error.value) and "\n" not in str(error.value)
     assert not list(tmp_path.iterdir())
+
+
+def test_blanks_that_are_in_no_name_are_no_fault(tmp_path):
+    root = tmp_path / "my scans"
+    images = [(root / "the hall" / "images" / "a.png", "the hall")]
+    export.check_exports([("colmap", str(tmp_path / "x"))], ["the hall"], images, root)
+    export.check_exports(
+        [("hloc", str(tmp_path / "x"))], ["hall"], [(root / "hall/images/a.png", "hall")], root
+    )
+    export.check_exports([("tum", str(tmp_path / "x"))], ["hall"], [(Path("a b.png"), "")], root)

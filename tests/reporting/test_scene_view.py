@@ -115,6 +115,20 @@ def test_up_is_the_top_of_the_images_and_away_is_where_they_look(run):
         assert np.cross(right, forward) @ up > 0  # not mirrored
 
 
+@pytest.mark.parametrize("seed", range(6))
+def test_axes_are_right_handed_in_any_world(seed):
+    """Cameras in a row that look across it, up to rolls, in a world turned at random."""
+    rng = np.random.default_rng(seed)
+    world = Rotation.random(rng=rng).as_matrix()  # its columns: the row, down, ahead
+    turns = world @ Rotation.from_euler("z", rng.normal(0, 0.2, (9, 1))).as_matrix()
+    row = np.column_stack([np.arange(9) * 3.0, rng.normal(0, 0.1, (9, 2))]) @ world.T
+    axes = scene_view._upright(turns, row[:: 1 - 2 * (seed % 2)])
+    np.testing.assert_allclose(axes @ axes.T, np.eye(3), atol=1e-12)
+    assert np.linalg.det(axes) == pytest.approx(1)
+    across, down, ahead = world.T
+    assert abs(axes[0] @ across) > 0.95 and axes[1] @ ahead > 0.95 and axes[2] @ down < -0.95
+
+
 def test_the_number_of_points_is_bounded_and_those_far_out_are_not_shown(run, monkeypatch):
     frames, answers, structure = run
     structure.position[7] += 1e6
