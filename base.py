@@ -27,17 +27,23 @@ from dataset.lists import (
 from eval import Recall, measure_recall, print_recall
 from model import (
     CALIBRATION_IMAGES,
+    IMAGE_SIZE,
     PRECISIONS,
     TRAIN_FROM,
     WARNINGS,
+    DescriptorModel,
     InputError,
     NetVLADModel,
-    calibrate_trunk,
     choose_device,
+    described_settings,
     initialize_netvlad,
+    load_checkpoint,
     refuse,
     warn,
 )
+from recognition.aggregation import AGGREGATIONS, L2_PLACES
+from recognition.backbones import BACKBONES, calibrate
+from recognition.recipes import build_model
 from reporting import check, figures, handin, report
 from reporting.screen import always_printed, on_screen, phase, print_recall_table, versions
 from train import MARGIN, RankingLoss, train, validate
@@ -64,6 +70,9 @@ from training.start import choose_start
 
 KMEANS_IMAGES = 500
 SHOWN = (1, 5, 10)  # the K of recall@K
+CLUSTERS = 16
+SMALLEST = 32  # pixels a side of an image of which a network leaves something
+ASSIGNED = {"backbone": "vgg16", "aggregation": "netvlad"}
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -76,7 +85,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     option("--lr", type=_above_zero, default=1e-4, help="of Adam (default: %(default)s)")
     option("--batch-size", type=_positive, default=8, help="tuples a step (default: 8)")
     option("--margin", type=_above_zero, default=MARGIN, help="of the loss (default: %(default)s)")
-    option("--clusters", type=_positive, default=16, help="of NetVLAD (default: %(default)s)")
+    option("--clusters", type=_positive, help=f"of NetVLAD (default: {CLUSTERS}, or those of --init)")
     option("--mining", choices=["hard", "random"], default="hard", help="negatives (default: hard)")
     option(
         "--train-from",
@@ -89,6 +98,15 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         help="of VGG16: imagenet (downloaded), none (random, calibrated), or a file (default: "
         "imagenet, and none where it cannot be had)",
     )
+    option("--init", type=Path, metavar="CHECKPOINT", help="go on from this trained model, on new data")
+    option(
+        "--image-size", type=_image_size, metavar="N",
+        help=f"pixels a side (default: {IMAGE_SIZE}, or that of --init)",
+    )  # fmt: skip
+    option("--backbone", choices=BACKBONES, default=ASSIGNED["backbone"], help="default: the assignment's vgg16")
+    option(
+        "--aggregation", choices=AGGREGATIONS, default=ASSIGNED["aggregation"], help="default: the assignment's netvlad"
+    )
     option("--seed", type=_count, default=42, help="of everything random (default: %(default)s)")
     option("--precision", default="auto", choices=PRECISIONS, help="auto: bf16 where it is fast")
     option(
@@ -99,7 +117,22 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     option("--resume", action="store_true", help="go on with the run that stopped in --output")
     parser.set_defaults(saved=None)
     args = parser.parse_args(argv)
-    return resume_settings(parser, args, argv) if args.resume else args
+    if args.resume:
+        return resume_settings(parser, args, argv)
+    if args.init:
+        for flag, value in {"--weights": args.weights, **not_assigned(args)}.items():
+            if value:
+                raise InputError(f"{flag} {value} and --init {args.init}: the checkpoint has its own.")
+    if not_assigned(args) and args.train_from != "conv5":
+        raise InputError("--train-from names parts of vgg16 with netvlad: leave it out.")
+    args.image_size = args.image_size or (described_settings(args.init) if args.init else {}).get("image_size", IMAGE_SIZE)
+    return args
+
+
+def not_assigned(args: argparse.Namespace) -> dict[str, str]:
+    """The flags, with their values, that make another network than the assignment's."""
+    names = {name: getattr(args, name) for name in ASSIGNED}
+    return {f"--{name}": value for name, value in names.items() if value != ASSIGNED[name]}
 
 
 def _count(text: str) -> int:
@@ -114,36 +147,58 @@ def _positive(text: str) -> int:
     return number
 
 
+def _image_size(text: str) -> int:
+    if (number := int(text)) < SMALLEST:
+        raise argparse.ArgumentTypeError(f"{text} is less than {SMALLEST}: nothing would be left of it")
+    return number
+
+
 def _above_zero(text: str) -> float:
     if not 0 < (number := float(text)) < math.inf:
         raise argparse.ArgumentTypeError(f"{text} is not above 0")
     return number
 
 
-def build(args: argparse.Namespace) -> NetVLADModel:
+def build(args: argparse.Namespace) -> DescriptorModel:
     """The model a run begins with, or the untrained one of the run that is resumed."""
-    saved = args.saved
-    file = None if args.weights in (None, "imagenet", "none") or saved else args.weights
-    model = NetVLADModel(
-        args.clusters,
-        pretrained=args.weights is None and not saved,
-        weights=file,
-        train_from=args.train_from,
-    )
-    model.precision = args.precision
-    if args.weights == "imagenet" and not saved:
-        model.load_imagenet()
+    saved, weights, clusters = args.saved, args.weights, args.clusters or CLUSTERS
+    names = {"backbone": args.backbone, "aggregation": args.aggregation}
+    if args.init and not saved:
+        model = take_up(args.init, args.clusters)
+    elif names == ASSIGNED:
+        model = NetVLADModel(
+            clusters,
+            pretrained=weights is None and not saved,
+            weights=None if weights in (None, "imagenet", "none") or saved else weights,
+        )
+        if weights == "imagenet" and not saved:
+            model.load_imagenet()
+    else:
+        settings = {**names, "netvlad_clusters": clusters, "fc_output_dim": None, "l2": L2_PLACES[0]}
+        model = build_model(settings, "random" if saved else weights)
+    if names == ASSIGNED:
+        model.freeze_below(TRAIN_FROM[args.train_from])
+    model.precision, model.image_size = args.precision, args.image_size
     if saved:
         model.load_state_dict(saved["model"])
-        model.netvlad.initialized = saved["clustered"]
+        model.trunk.initialized = True
+        model.aggregation.initialized = saved["clustered"]
         model.weights_origin = saved["origin"]
         for warning in saved["warnings"]:
             warn(warning)
     return model
 
 
+def take_up(checkpoint: Path, clusters: int | None) -> NetVLADModel:
+    """The trained model to go on from. InputError if it has another number of clusters than asked for."""
+    model = load_checkpoint(checkpoint)
+    if clusters not in (None, found := len(model.netvlad.centers)):
+        raise InputError(f"{checkpoint} has {found} clusters: leave out --clusters {clusters}.")
+    return model
+
+
 def initialize(
-    model: NetVLADModel,
+    model: DescriptorModel,
     data: LoadDataset,
     inputs: Inputs,
     seed: int,
@@ -152,20 +207,19 @@ def initialize(
 ) -> None:
     """Calibrate random weights, or choose the start of others; frozen outputs of all; clusters."""
     index = data.index
-    pretrained = not model.weights_origin.startswith("random")
-    if pretrained and not model.netvlad.initialized:
+    if isinstance(model, NetVLADModel) and model.trunk.initialized and not model.initialized:
         with phase("choosing the start", seconds):
             print(choose_start(model, data, inputs.device, seed))
     if not model.trunk.initialized:
         with phase("calibrating random weights", seconds):
             rows = np.linspace(0, len(index) - 1, min(CALIBRATION_IMAGES, len(index)))
             images = torch.stack([index[int(row)][0] for row in rows])
-            calibrate_trunk(model, images.to(inputs.device))
+            calibrate(model, images.to(inputs.device))
         save()
     if model.first_trained:
         with phase("frozen trunk, once per training image", seconds):
             inputs.cache()
-    if not model.netvlad.initialized:
+    if not model.initialized:
         with phase("k-means", seconds):
             first = len(inputs) - len(index)
             rows = np.linspace(0, len(index) - 1, min(KMEANS_IMAGES, len(index))).astype(int)
@@ -176,7 +230,7 @@ def initialize(
 
 
 def recall_of(
-    models: list[NetVLADModel], split: LoadDataset, inputs: Inputs, seed: int, name: str
+    models: list[DescriptorModel], split: LoadDataset, inputs: Inputs, seed: int, name: str
 ) -> Recall:
     """Recall on a split of models that share their frozen part; inputs: of its two lists."""
     rows = np.split(np.arange(len(inputs)), [len(split)])
@@ -201,7 +255,7 @@ def run(args: argparse.Namespace) -> None:
             if not args.saved:
                 refuse_to_overwrite(args)
         root, is_sample = locate(args.dataset, LISTS)
-    read = {name: read_split(root, name, args.limit) for name in ("train", "val", "test")}
+    read = {name: read_split(root, name, args.limit, args.image_size) for name in ("train", "val", "test")}
     splits = {name: data for name, data in read.items() if data}
     remarks = data_warnings(splits)
     for line in remarks:
@@ -215,7 +269,7 @@ def run(args: argparse.Namespace) -> None:
         model = build(args)
         if first:
             handin.claim_output(args.output)
-    store = Store(args.output)
+    store = Store(args.output, device=device)
     inputs = {
         name: Inputs(model, [split.queries, split.index], device, store)
         for name, split in {"train": data, **splits}.items()
@@ -237,7 +291,7 @@ def run(args: argparse.Namespace) -> None:
     print(f"VGG16 weights: {model.weights_origin}.")
     models = [copy.deepcopy(model), model] if args.epochs else [model]
 
-    def judge(model: NetVLADModel) -> tuple[torch.Tensor, dict[str, float]]:
+    def judge(model: DescriptorModel) -> tuple[torch.Tensor, dict[str, float]]:
         scores, shown = tuples.judge(model)
         hits = recall_of([model], splits["val"], inputs["val"], args.seed, "val").hits
         recall = {f"val_R@{k}": float((hits < k).mean()) for k in SHOWN}
@@ -299,7 +353,7 @@ def run(args: argparse.Namespace) -> None:
             "pretrained": not model.weights_origin.startswith("random"),
         },
         "settings": settings_of(args),
-        "clusters": args.clusters,
+        "clusters": len(model.netvlad.centers) if isinstance(model, NetVLADModel) else args.clusters,
         "seed": args.seed,
         "device": str(device),
         "split": sizes,

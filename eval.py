@@ -29,6 +29,7 @@ from torch.utils.data import Dataset
 from torchvision import transforms
 
 from model import (
+    IMAGE_SIZE,
     IMAGENET_MEAN,
     IMAGENET_STD,
     InputError,
@@ -43,15 +44,18 @@ from model import (
 SEARCH_CELLS = 2**25  # most entries of a queries x database matrix held at a time
 BOOTSTRAP_DRAWS = 1000
 RECALL_VALUES = tuple(range(1, 21))
-IMAGE_SIZE = 224
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 UNREAD_SUFFIXES = (".gif", ".heic", ".heif", ".avif", ".jp2", ".pgm", ".ppm", ".exr", ".dng")
 FULL_SCALES = (1, 255, 1023, 4095, 16383, 65535)  # of floats; of 8, 10, 12, 14 and 16 bits
-TRANSFORM = transforms.Compose([
-    transforms.Resize((IMAGE_SIZE, IMAGE_SIZE)),
-    transforms.ToTensor(),
-    transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD),
-])  # fmt: skip
+
+
+def transform_to(size: int) -> Callable[[Image.Image], torch.Tensor]:
+    """What makes of an RGB image the network's input (3, size, size)."""
+    steps = [transforms.Resize((size, size)), transforms.ToTensor()]
+    return transforms.Compose([*steps, transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD)])
+
+
+TRANSFORM = transform_to(IMAGE_SIZE)
 
 
 def load_image(path: Path | str, at_least: int | None = None) -> Image.Image:
@@ -302,13 +306,16 @@ def evaluate_recall(
 
 
 class ImageFiles(Dataset):
-    """Image files: item (image (3, H, W) as the network wants it, index, path).
+    """Image files: item (image (3, size, size) as the network wants it, index, path).
 
     spare_unreadable: a file that cannot be read gives a black image; its row is in `unreadable`.
     """
 
-    def __init__(self, paths: Sequence[Path], spare_unreadable: bool = False) -> None:
-        self.paths = paths
+    def __init__(
+        self, paths: Sequence[Path], spare_unreadable: bool = False, size: int = IMAGE_SIZE
+    ) -> None:
+        self.paths, self.size = paths, size
+        self.transform = transform_to(size)
         self.spare_unreadable = spare_unreadable
         self.unreadable: dict[int, InputError] = {}
 
@@ -317,13 +324,13 @@ class ImageFiles(Dataset):
 
     def __getitem__(self, i: int) -> tuple:
         try:
-            image = load_image(self.paths[i], IMAGE_SIZE)
+            image = load_image(self.paths[i], self.size)
         except InputError as error:
             if not self.spare_unreadable:
                 raise
             self.unreadable[i] = error
-            image = Image.new("RGB", (IMAGE_SIZE, IMAGE_SIZE))
-        return TRANSFORM(image), i, str(self.paths[i])
+            image = Image.new("RGB", (self.size, self.size))
+        return self.transform(image), i, str(self.paths[i])
 
     def readable(self) -> list[int]:
         """The rows that could be read, once all have been asked for; a warning names the others."""
@@ -380,8 +387,8 @@ def search_folder(args: argparse.Namespace) -> None:
         raise InputError(f"--picture {args.picture} has no ending of an image: name a .png file.")
     index = find_images(args.index, args.query)
     model, device = load_checkpoint(args.checkpoint), choose_device(args.device)
-    queries, _, _ = compute_embeddings(model, ImageFiles(args.query), device)
-    files = ImageFiles(index, spare_unreadable=True)
+    queries, _, _ = compute_embeddings(model, ImageFiles(args.query, size=model.image_size), device)
+    files = ImageFiles(index, spare_unreadable=True, size=model.image_size)
     database, _, _ = compute_embeddings(model, files, device)
     rows = files.readable()
     index, database = [index[row] for row in rows], database[rows]

@@ -11,6 +11,7 @@ Simonyan & Zisserman 2015 (VGG16, torchvision's implementation).
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 import os
 import pickle
@@ -29,6 +30,7 @@ from tqdm import tqdm
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+IMAGE_SIZE = 224  # pixels a side of the network's square input, unless a run chose another
 IMAGE_CHANNELS = 3
 TRUNK_CHANNELS = 512
 PRECISIONS = ("auto", "bf16", "float32")
@@ -110,8 +112,8 @@ class DescriptorModel(nn.Module):
     trunk: stages that run one after the other; those before `first_trained` are frozen, and stay in
     evaluation mode while the rest is trained. aggregation: map (N, C, H, W) -> (N, descriptor_dim).
     Either may carry `initialized`, False as long as its values are those of its construction.
-    precision: one of PRECISIONS, what `autocast` computes in. weights_origin: where the trunk's
-    weights are from, in words.
+    precision: one of PRECISIONS, what `autocast` computes in. image_size: pixels a side of the square
+    images it is trained on. weights_origin: where the trunk's weights are from, in words.
     """
 
     def __init__(self, trunk: nn.Sequential, aggregation: nn.Module, descriptor_dim: int) -> None:
@@ -121,6 +123,7 @@ class DescriptorModel(nn.Module):
         self.descriptor_dim = descriptor_dim
         self.first_trained = 0
         self.precision = "auto"
+        self.image_size = IMAGE_SIZE
         self.weights_origin = "random"
 
     @property
@@ -321,7 +324,8 @@ def _meta_shapes() -> dict[str, torch.Size]:
 
 
 def load_checkpoint(path: Path | str) -> NetVLADModel:
-    """The model of a `netvlad_final.pth`, number of clusters read from the state dict, in eval mode.
+    """The model of a `netvlad_final.pth`, in eval mode: number of clusters read from the state dict,
+    image size from the description beside it, if there is one.
 
     Raises InputError if the file is missing, damaged or not of a NetVLADModel.
     """
@@ -341,7 +345,17 @@ def load_checkpoint(path: Path | str) -> NetVLADModel:
             "netvlad_final.pth that base.py wrote."
         ) from error
     model.weights_origin = f"checkpoint {Path(path).name}"
+    model.image_size = described_settings(Path(path)).get("image_size") or IMAGE_SIZE
     return model.eval()
+
+
+def described_settings(checkpoint: Path) -> dict:
+    """The settings of the run that made a checkpoint, from the .json beside it; {} without one."""
+    try:
+        found = json.loads(checkpoint.with_suffix(".json").read_text(encoding="utf-8"))
+        return dict(found["settings"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
 
 
 def _our_names(state: dict[str, Tensor], path: Path | str) -> dict[str, Tensor]:
@@ -497,8 +511,10 @@ def usable_cores() -> int:
 def choose_device(name: str) -> torch.device:
     """The device for --device auto, cpu, cuda, cuda:N or mps; InputError if it is not there.
 
-    auto is cuda where there is one, else cpu: Apple's GPUs are for who asks for them.
+    auto is cuda where there is one, else cpu: Apple's GPUs are for who asks for them. On a CUDA GPU
+    convolutions are tuned for the sizes that come, which hardly vary.
     """
+    torch.backends.cudnn.benchmark = True
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     kind, _, number = name.partition(":")

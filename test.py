@@ -18,7 +18,7 @@ import torch
 from torch.utils.data import Dataset
 
 from dataset import CAMERA, locate
-from eval import TRANSFORM, ImageFiles, compute_embeddings, load_image, search
+from eval import ImageFiles, compute_embeddings, load_image, search
 from localization.calibration import Calibration
 from localization.cameras import (
     Camera,
@@ -294,7 +294,7 @@ def run(args: argparse.Namespace) -> None:
     device = choose_device(args.device)
     root, is_sample = (None, False) if args.camera else locate(None, CAMERA)
     camera_dir = args.camera or root / "camera"
-    frames = IndoorDataset(camera_dir, TRANSFORM, args.scenes)
+    frames = IndoorDataset(camera_dir, scenes=args.scenes)
     model = load_checkpoint(args.checkpoint)
     if args.query:
         index = np.flatnonzero(~np.isnan(frames.poses).any(axis=1)).tolist()
@@ -308,7 +308,7 @@ def run(args: argparse.Namespace) -> None:
     handin.claim_output(args.output)
     with phase("descriptors", seconds):
         paths = [path for path, _, _ in frames.frames]
-        files = ImageFiles(paths, spare_unreadable=True)
+        files = ImageFiles(paths, spare_unreadable=True, size=model.image_size)
         descriptors, _, _ = compute_embeddings(model, files, device)
     for row in sorted(files.unreadable.keys() & set(queries)):
         raise files.unreadable[row]

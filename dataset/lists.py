@@ -17,8 +17,8 @@ from torch.utils.data import Dataset
 from dataset import split_files
 from dataset.text import read_lines
 from dataset.truth import read_truth
-from eval import IMAGE_SIZE, IMAGE_SUFFIXES, TRANSFORM, load_image, positives_within
-from model import InputError
+from eval import IMAGE_SUFFIXES, load_image, positives_within, transform_to
+from model import IMAGE_SIZE, InputError
 
 # A path that ends like an image, and what may follow it: a label, the other columns of a CSV.
 _ENDING = "|".join(re.escape(suffix) for suffix in IMAGE_SUFFIXES)
@@ -209,10 +209,13 @@ def draw_random(
     return int(rng.choice(near)), rng.choice(far, count, replace=len(far) < count)
 
 
-def read_split(root: Path, split: str, limit: int | None = None) -> LoadDataset | None:
+def read_split(
+    root: Path, split: str, limit: int | None = None, size: int = IMAGE_SIZE
+) -> LoadDataset | None:
     """One of train, val, test; None for a `test` that is not there. InputError for missing images.
 
     limit: keep this many queries, evenly spaced, the index images near them and as many others.
+    size: pixels a side of the images.
     """
     files = [root / name for name in split_files(split)]
     if split == "test" and not any(file.exists() for file in files):
@@ -222,9 +225,9 @@ def read_split(root: Path, split: str, limit: int | None = None) -> LoadDataset 
         files[1],
         root,
         files[2],
-        TRANSFORM,
+        transform_to(size),
         inside_first=True,
-        at_least=IMAGE_SIZE,
+        at_least=size,
     )
     for images in (data.queries, data.index):
         if images.absent:

@@ -404,12 +404,12 @@ def command(argv: Sequence[str] | None = None) -> int:
 def recall_of_lists(args: argparse.Namespace) -> None:
     """Recall@1/5/10 of a checkpoint on the assignment's lists of one split."""
     root, _ = locate_lists(args.dataset, split_files(args.split))
-    split = lists.read_split(root, args.split)
+    model, device = load_checkpoint(args.checkpoint), choose_device(args.device)
+    split = lists.read_split(root, args.split, size=model.image_size)
     if split is None:
         raise InputError(f"there is no {args.split} list: choose --split val.")
     for line in lists.data_warnings({args.split: split}):
         warn(line)
-    model, device = load_checkpoint(args.checkpoint), choose_device(args.device)
     where = (split.utm_query, split.utm_index, split.threshold)
     eval.evaluate_recall(model, split.queries, split.index, *where, device)
 

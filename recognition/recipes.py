@@ -8,7 +8,6 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from eval import IMAGE_SIZE
 from model import DAMAGED, DescriptorModel, InputError, load_checkpoint
 from recognition.aggregation import build_aggregation
 from recognition.backbones import BACKBONES, build_trunk, load_fitting, read_weights
@@ -91,7 +90,8 @@ def load_model(path: Path, settings: Mapping) -> tuple[DescriptorModel, dict]:
     """
     state = read_weights(path)
     if "netvlad.centers" in state:
-        return load_checkpoint(path), {"recipe": "base.py", "resize": [IMAGE_SIZE, IMAGE_SIZE]}
+        model = load_checkpoint(path)
+        return model, {"recipe": "base.py", "resize": [model.image_size] * 2}
     own = read_settings(path)
     settings = {**settings, **own}
     model = build_model(settings)

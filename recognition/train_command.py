@@ -279,7 +279,7 @@ def run_training(
     splits = {part: read_split(folder / part, threshold, *how) for part in ("train", "val")}
     with first_process_first():
         model = build(args).to(device, memory_format=torch.channels_last)
-    store = Store(run)
+    store = Store(run, device=device)
     inputs = {k: Inputs(model, [s.queries, s.index], device, store) for k, s in splits.items()}
     data, train_inputs = splits["train"], inputs["train"]
     tuples = BenchmarkTuples(

@@ -7,6 +7,7 @@ import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from model import IMAGE_SIZE
 from reporting import figures
 from reporting.handin import SECTIONS, read_metrics, write_text
 from reporting.web_page import as_html
@@ -267,9 +268,11 @@ def _times(sections: dict[str, dict]) -> list[str]:
 
 
 def _limits(sections: dict[str, dict]) -> list[str]:
+    settings = (sections.get("base") or {}).get("settings") or {}
+    size = settings.get("image_size", IMAGE_SIZE)
     items = [
         "Repeated structure (tiles, doors, panels) can put a pose a whole repetition off, with many inliers.",
-        "Images are reduced to 224 × 224 for the descriptor: small signs do not count.",
+        f"Images are reduced to {size} × {size} for the descriptor: small signs do not count.",
         "A pose is metric only as far as the index poses are.",
     ]
     for script, section in sections.items():

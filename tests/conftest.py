@@ -1,6 +1,10 @@
 """What several test files share: a tiny rendered sample and a checkpoint."""
 
+import os
 from pathlib import Path
+
+if beside := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")) - 1:  # before torch is imported
+    os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // (beside + 1)))
 
 import pytest
 import torch

@@ -1,6 +1,7 @@
 """What happens when a run is stopped, resumed, or does not fit."""
 
 import csv
+import json
 import os
 import signal
 import subprocess
@@ -12,7 +13,8 @@ import numpy as np
 import torch
 
 import base
-from reporting.handin import LAST
+from model import load_checkpoint
+from reporting.handin import CHECKPOINT, LAST
 from tests.dataset.places import make_lists
 
 
@@ -94,3 +96,41 @@ def test_out_of_gpu_memory_names_the_flag(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(base, "run", full)
     assert base.main(["--output", str(tmp_path), "--batch-size", "64"]) == 2
     assert "lower --batch-size (now 64)" in capsys.readouterr().err
+
+
+def run_small(folder: Path, *words: object) -> int:
+    """base.py on two small lists, one epoch, 4 clusters."""
+    for split in ("train", "val"):
+        if not (folder / f"data/query_{split}.txt").exists():
+            make_lists(folder / "data", 4, 8, split)
+    return base.main(["--dataset", str(folder / "data"), "--epochs", "1", "--quiet", *map(str, words)])
+
+
+def test_another_image_size_is_kept_with_the_checkpoint_and_a_training_goes_on_from_it(
+    tmp_path, capsys
+):
+    first = ["--weights", "none", "--clusters", 4, "--image-size", 64, "--output", tmp_path / "a"]
+    assert run_small(tmp_path, *first) == 0
+    checkpoint = tmp_path / "a/checkpoints/netvlad_final.pth"
+    assert load_checkpoint(checkpoint).image_size == 64
+    assert run_small(tmp_path, "--init", checkpoint, "--lr", 1e-30, "--output", tmp_path / "b") == 0
+    assert "Weights: checkpoint netvlad_final.pth" in capsys.readouterr().out
+    old, new = (torch.load(p, weights_only=True) for p in (checkpoint, tmp_path / "b" / CHECKPOINT))
+    assert all(torch.allclose(old[key], new[key], atol=1e-6) for key in old)
+    assert load_checkpoint(tmp_path / "b" / CHECKPOINT).image_size == 64
+    metrics = json.loads((tmp_path / "b/metrics.json").read_text())["base"]
+    assert metrics["clusters"] == 4 and metrics["settings"]["image_size"] == 64
+    for more, words in {
+        ("--clusters", 8): "has 4 clusters",
+        ("--weights", "none"): "has its own",
+        ("--backbone", "resnet18conv4"): "has its own",
+    }.items():
+        assert run_small(tmp_path, "--init", checkpoint, "--output", tmp_path / "c", *more) == 2
+        assert words in capsys.readouterr().err
+
+
+def test_parts_of_other_systems_are_trained_on_the_assignment_s_lists(tmp_path):
+    words = ["--backbone", "resnet18conv4", "--aggregation", "gem", "--weights", "none"]
+    assert run_small(tmp_path, *words, "--image-size", 64, "--output", tmp_path / "a") == 0
+    state = torch.load(tmp_path / "a" / CHECKPOINT, weights_only=True)
+    assert state["aggregation.p"].shape == (1,) and "netvlad.centers" not in state

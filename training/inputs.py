@@ -18,58 +18,82 @@ from training.distributed import gather, shard
 
 TRUNK_BATCH = 16
 DESCRIBE_BATCH = 32
+MEMORY = torch.device("cpu")
 MEMORY_SHARE = 0.4  # of the machine's memory, for all caches of a run together
+DEVICE_SHARE = 0.5  # of what is free on a GPU, likewise
 UNKNOWN_MEMORY = 8 * 2**30
 
 
 class Store:
-    """Room for the caches of a run: memory up to one budget for all, then files in a folder.
+    """Room for the caches of a run: on its GPU, in memory up to one budget for all, then in files.
 
     folder: where the files go; they have no name and are gone with the run.
     budget: bytes of memory; None takes MEMORY_SHARE of what the machine, or this process, may use.
+    device, on_device: where the model is, and bytes for caches there; None takes DEVICE_SHARE of what
+    is free on a CUDA GPU, and nothing elsewhere.
     """
 
-    def __init__(self, folder: Path, budget: int | None = None) -> None:
-        self.folder = folder
+    def __init__(
+        self,
+        folder: Path,
+        budget: int | None = None,
+        *,
+        device: torch.device = MEMORY,
+        on_device: int | None = None,
+    ) -> None:
+        self.folder, self.device = folder, device
         self.left = int(MEMORY_SHARE * usable_memory()) if budget is None else budget
-        self.taken: dict[int, int] = {}  # address of a tensor in memory -> its bytes
+        if on_device is None:
+            on_device = int(DEVICE_SHARE * free_memory(device)) if device.type == "cuda" else 0
+        self.left_on_device = on_device
+        self.taken: dict[int, tuple[str, int]] = {}  # address of a tensor -> whose room, its bytes
 
     def fits(self, *sizes: int) -> str:
         """Where tensors of these bytes will go, in words. InputError if the disk is too small."""
-        memory, disk, left = 0, 0, self.left
+        left = {"left_on_device": self.left_on_device, "left": self.left, "disk": math.inf}
+        used = dict.fromkeys(left, 0)
         for size in sizes:
-            if size <= left:
-                memory, left = memory + size, left - size
-            else:
-                disk += size
+            room = next(name for name, free in left.items() if size <= free)
+            used[room] += size
+            left[room] -= size
         self.folder.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(self.folder).free
-        if disk > free:
+        if used["disk"] > free:
             raise InputError(
-                f"the frozen trunk's outputs take {(memory + disk) / 1e9:.1f} GB, of which "
-                f"{disk / 1e9:.1f} GB go to {self.folder}, where {free / 1e9:.1f} GB are free: name "
-                "another --output, or train fewer layers (--train-from)."
+                f"the frozen trunk's outputs take {sum(used.values()) / 1e9:.1f} GB, of which "
+                f"{used['disk'] / 1e9:.1f} GB go to {self.folder}, where {free / 1e9:.1f} GB are free: "
+                "name another --output, or train fewer layers (--train-from)."
             )
-        return f"{memory / 1e9:.2f} GB of memory" + (
-            f" and {disk / 1e9:.1f} GB of files in {self.folder}" if disk else ""
-        )
+        places = {
+            f"{used['left_on_device'] / 1e9:.2f} GB on {self.device}": used["left_on_device"],
+            f"{used['left'] / 1e9:.2f} GB of memory": used["left"] or not used["left_on_device"],
+            f"{used['disk'] / 1e9:.1f} GB of files in {self.folder}": used["disk"],
+        }
+        return " and ".join(words for words, needed in places.items() if needed)
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """An uninitialized tensor in memory or, once that is used up, mapped from a file."""
+        """An uninitialized tensor on the device, in memory or, once that is used up, mapped from a file."""
         size = math.prod(shape) * dtype.itemsize
         self.fits(size)
-        if size <= self.left:
-            found = torch.empty(tuple(shape), dtype=dtype)
-            self.left -= size
-            self.taken[found.data_ptr()] = size
-            return found
+        for room, device in (("left_on_device", self.device), ("left", MEMORY)):
+            if size <= getattr(self, room):
+                found = torch.empty(tuple(shape), dtype=dtype, device=device)
+                setattr(self, room, getattr(self, room) - size)
+                self.taken[found.data_ptr()] = room, size
+                return found
         plain = np.float32 if dtype == torch.float32 else np.int16  # numpy has no bfloat16
         with tempfile.TemporaryFile(dir=self.folder) as file:
             return torch.from_numpy(np.memmap(file, plain, "w+", shape=tuple(shape))).view(dtype)
 
     def release(self, tensor: Tensor) -> None:
-        """Give back the memory of a tensor of `empty` that nobody needs any more."""
-        self.left += self.taken.pop(tensor.data_ptr(), 0)
+        """Give back the room of a tensor of `empty` that nobody needs any more."""
+        room, size = self.taken.pop(tensor.data_ptr(), ("left", 0))
+        setattr(self, room, getattr(self, room) + size)
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that are free on a CUDA GPU."""
+    return torch.cuda.mem_get_info(device)[0]
 
 
 def usable_memory() -> int:
@@ -117,7 +141,8 @@ class Inputs:
     def take(self, rows: Sequence[int], mirrored: bool = False) -> Tensor:
         """The inputs (B, …) of rows, or those of their mirror images."""
         if self.model.first_trained and self.keep:
-            return self.cache(mirrored)[torch.as_tensor(np.asarray(rows))]
+            outputs = self.cache(mirrored)
+            return outputs[torch.as_tensor(np.asarray(rows), device=outputs.device)]
         (items,) = read_batches(self.item, [rows])
         images = torch.stack([item[0] for item in items])
         return self.of_images(images.flip(-1) if mirrored else images)

@@ -182,7 +182,7 @@ class TupleLoader:
         index = self.describe_index(model)
         near = np.flatnonzero(self.near_held_out)
         queries = self.inputs.describe(model, self.held_out, "held-out queries")
-        similarity = np.concatenate([queries, index[near]]) @ index.T
+        similarity = self.products(np.concatenate([queries, index[near]]), index)
         for row, image in zip(similarity[len(self.held_out) :], near):
             apart = np.hypot(*(data.utm_index - data.utm_index[image]).T)
             row[apart <= SAME_POSITION_M] = -np.inf
@@ -268,10 +268,16 @@ class TupleLoader:
         index = self.describe_index(model)
         of_index = queries >= self.first_index
         similarity = np.empty((len(queries), len(index)), np.float32)
-        similarity[of_index] = index[queries[of_index] - self.first_index] @ index.T
+        similarity[of_index] = self.products(index[queries[of_index] - self.first_index], index)
         if not of_index.all():
-            similarity[~of_index] = self.describe(model, queries[~of_index], "queries") @ index.T
+            described = self.describe(model, queries[~of_index], "queries")
+            similarity[~of_index] = self.products(described, index)
         return similarity
+
+    def products(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        """a b^T of descriptors (n, D), (m, D), computed where the model is."""
+        on_device = [torch.from_numpy(array).to(self.inputs.device) for array in (a, b)]
+        return (on_device[0] @ on_device[1].T).cpu().numpy()
 
     def mine(
         self,

@@ -1,14 +1,13 @@
 """What a stopped run left to go on from, `checkpoints/last.pth`: writing it and taking it up."""
 
 import argparse
-import json
 import shlex
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
-from model import DAMAGED, WARNINGS, DescriptorModel, InputError
+from model import DAMAGED, WARNINGS, DescriptorModel, InputError, described_settings
 from reporting import handin
 
 SAVED = {"settings", "images", "model", "clustered", "origin", "warnings", "training"}  # its keys
@@ -86,12 +85,8 @@ def refuse_to_overwrite(args: argparse.Namespace) -> None:
 
 def _was_trial(checkpoint: Path) -> bool:
     """Whether a checkpoint's description says that it comes of --limit or of no epoch."""
-    try:
-        description = checkpoint.with_suffix(".json").read_text(encoding="utf-8")
-        settings = json.loads(description)["settings"]
-        return bool(settings["limit"]) or not settings["epochs"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
+    settings = described_settings(checkpoint)
+    return bool(settings) and bool(settings.get("limit") or not settings.get("epochs"))
 
 
 def saver(
@@ -113,7 +108,7 @@ def saver(
         if training is None:
             untrained.update(
                 model={name: value.cpu().clone() for name, value in model.state_dict().items()},
-                clustered=model.netvlad.initialized,
+                clustered=model.initialized,
                 images=images,
                 origin=model.weights_origin,
                 warnings=list(WARNINGS),

@@ -103,3 +103,25 @@ def test_an_unreadable_image_is_named_whichever_thread_met_it(tmp_path):
 
     with pytest.raises(InputError, match="image 33"):
         inputs_of(a_model(), Broken(), store=Store(tmp_path)).cache()
+
+
+def test_a_gpu_with_room_keeps_the_outputs_then_memory_does(tmp_path, monkeypatch):
+    model = a_model()
+    expected = inputs_of(model, images(6), store=Store(tmp_path)).take(range(6))
+    each = expected[0].numel() * expected.element_size()
+    monkeypatch.setattr(inputs_py, "free_memory", lambda device: 20 * each)
+    store = Store(tmp_path, budget=7 * each, device=torch.device("cuda"))
+    assert (store.left_on_device, store.left) == (10 * each, 7 * each)
+    store.device = torch.device("cpu")  # as far as the hardware goes
+    assert store.fits(6 * each, 6 * each, 6 * each) == (
+        f"{6 * each / 1e9:.2f} GB on cpu and {6 * each / 1e9:.2f} GB of memory and "
+        f"{6 * each / 1e9:.1f} GB of files in {tmp_path}"
+    )
+    inputs = inputs_of(model, images(6), store=store)
+    assert torch.equal(inputs.take([5, 2]), expected[[5, 2]])
+    assert (store.left_on_device, store.left) == (4 * each, 7 * each)
+    inputs.take([0], mirrored=True)
+    assert (store.left_on_device, store.left) == (4 * each, each)
+    inputs.release()
+    assert (store.left_on_device, store.left) == (10 * each, 7 * each)
+    assert Store(tmp_path, budget=1).left_on_device == 0
