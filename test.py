@@ -3,13 +3,16 @@
     python test.py                                    # dataset/camera, or the built-in sample
     python test.py --camera DIR --scenes A B --seed 7 # other scenes in the assignment's layout
     python test.py --camera DIR --scenes A --query photo.jpg  # the pose of new images in a scene
+    python test.py --map kitchen.map --query photo.jpg        # the same in a map made before
 
-scenes -> split -> retrieval -> localize every query (localization/) -> result_pose_eval.txt.
+scenes -> split -> retrieval -> map of the index -> localize every query (localization/) ->
+result_pose_eval.txt.
 """
 
 import argparse
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -19,7 +22,7 @@ from torch.utils.data import Dataset
 
 from dataset import CAMERA, locate
 from eval import ImageFiles, compute_embeddings, load_image, search
-from localization.calibration import Calibration
+from localization.atlas import Atlas, build_atlas, kept, key_of
 from localization.cameras import (
     Camera,
     Convention,
@@ -31,8 +34,7 @@ from localization.cameras import (
 from localization.feature_cache import features_of_files
 from localization.localize import Estimate, View
 from localization.pose_files import SceneFiles, read_scene
-from localization.scenes import calibrate_scenes, localize_scenes
-from localization.self_test import SelfTest
+from localization.scenes import reorder_rows
 from localization.structure import structure_of
 from model import WARNINGS, InputError, choose_device, load_checkpoint, progress, refuse, warn
 from reporting import check, handin, report
@@ -43,8 +45,8 @@ from reporting.scene_view import write_scene_views
 from reporting.screen import always_printed, on_screen, phase, versions
 
 QUERY_SHARE = 0.2
-UNTRUSTED = 0.45  # most confidence in a scene whose poses contradict its images
-CACHE = Path(__file__).resolve().parent / ".cache"
+HERE = Path(__file__).resolve().parent
+CACHE = HERE / ".cache"
 
 
 class IndoorDataset(Dataset):
@@ -78,6 +80,15 @@ class IndoorDataset(Dataset):
             poses.append(files.poses)
         self.poses = np.concatenate(poses)
 
+    @classmethod
+    def of_map(cls, atlas: Atlas) -> "IndoorDataset":
+        """The index images of a map, whose files need not be there."""
+        frames = cls.__new__(cls)
+        frames.scenes, frames.transform, frames.files = list(atlas.calibrations), None, {}
+        frames.frames = [(Path(p), s, i) for i, (p, s) in enumerate(zip(atlas.paths, atlas.scene_of))]
+        frames.poses = atlas.poses.copy()
+        return frames
+
     def __len__(self) -> int:
         return len(self.frames)
 
@@ -105,9 +116,8 @@ class IndoorDataset(Dataset):
         self.poses = np.concatenate([self.poses, np.full((len(paths), 7), np.nan)])
         return list(range(first, len(self.frames)))
 
-    def place_queries(self, queries: list[int], index: list[int], descriptors: np.ndarray) -> None:
-        """Give new images the scene of their most similar index image."""
-        _, best = search(descriptors[queries], descriptors[index], 1)
+    def place_queries(self, queries: list[int], index: list[int], best: np.ndarray) -> None:
+        """Give new images the scenes of their most similar index images, best (queries, 1)."""
         for row, (match,) in zip(queries, best):
             path, _, number = self.frames[row]
             self.frames[row] = (path, self.frames[index[match]][1], number)
@@ -224,6 +234,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         help="state dict that base.py wrote (default: %(default)s)",
     )  # fmt: skip
     option("--output", type=Path, default=Path("output"), help="default: %(default)s")
+    option("--map", type=Path, metavar="FILE", help="keep the map of the index images in FILE; with --query, find the images in the map that is there")
     option("--top-k", type=int, default=30, help="index images matched with a query (default: 30)")
     option("--convention", help='of pose.txt, e.g. "xyzw camera_to_world forward-right-down", tartanair, opencv, opengl (default: found out)')
     option("--intrinsics", nargs=4, type=float, metavar=("FX", "FY", "CX", "CY"), help="in pixels, of all scenes (default: intrinsics.txt, or found out)")
@@ -255,60 +266,56 @@ def check_options(args: argparse.Namespace) -> None:
     handin.check_output(args.output)
 
 
-def find_poses(
-    frames: IndoorDataset, queries: list[int], index: list[int], descriptors: np.ndarray, args: argparse.Namespace,
-    seconds: dict[str, float],
-) -> tuple[list[View], dict[str, Calibration], dict[int, Estimate], dict[str, SelfTest], list]:  # fmt: skip
-    """The views of all frames, each scene's calibration, an estimate for each query that has an index, how the maps
-    tested themselves, and of each map the rows of its index views, these and their points."""
+def look_at(
+    paths: list[Path], model: torch.nn.Module, device: torch.device, folder: Path | None, seconds: dict, show: Callable
+) -> tuple[list[View], np.ndarray, dict[int, InputError]]:
+    """Views and descriptors of the images that can be read, and what is wrong with each other one."""
+    files = ImageFiles(paths, spare_unreadable=True, size=model.image_size)
+    with phase("descriptors", seconds):
+        descriptors, _, _ = compute_embeddings(model, files, device)
+    readable = files.readable()
     # Many small tensors from here on: one thread an operation is faster than two that wait.
     torch.set_num_threads(1)
+    with phase("local features", seconds):
+        features = features_of_files([paths[k] for k in readable], read_gray, folder, partial(show, "local features"))
+    return [View(found, default_camera(*size)) for found, size in features], descriptors[readable], files.unreadable
+
+
+def make_atlas(
+    frames: IndoorDataset, index: list[int], views: list[View], descriptors: np.ndarray, args: argparse.Namespace,
+    show: Callable,
+) -> Atlas:  # fmt: skip
+    """Cameras and maps from the frames `index`; poses and views get what was found out."""
     paths, scene_of, _ = zip(*frames.frames)
-    with progress(unit="image") as bar:
+    given = Camera(*args.intrinsics, 0, 0) if args.intrinsics else None  # of a size to be found
+    said = parse_convention(args.convention) if args.convention else None
+    return build_atlas(
+        paths, scene_of, frames.poses, views, descriptors, index,
+        {scene: given or files.camera for scene, files in frames.files.items()},
+        {scene: said or files.convention for scene, files in frames.files.items()},
+        [None if given else frames.lens_of(row) for row in range(len(frames))],
+        seed=args.seed, progress=show,
+    )  # fmt: skip
 
-        def show(name: str, done: int, of: int) -> None:
-            bar.set_description(name, refresh=False)
-            bar.n, bar.total = done, of
-            bar.refresh()
 
-        with phase("local features", seconds):
-            folder = None if args.no_cache else CACHE
-            features = features_of_files(paths, read_gray, folder, partial(show, "local features"))
-        with phase("cameras", seconds):
-            views = [View(found, default_camera(*size)) for found, size in features]
-            given = Camera(*args.intrinsics, 0, 0) if args.intrinsics else None  # of a size to be found
-            cameras = {scene: given or files.camera for scene, files in frames.files.items()}
-            said = parse_convention(args.convention) if args.convention else None
-            conventions = {scene: said or files.convention for scene, files in frames.files.items()}
-            lenses = [None if given else frames.lens_of(row) for row in range(len(frames))]
-            calibrations = calibrate_scenes(views, scene_of, frames.poses, index, cameras, conventions, lenses)
-            # Rows read in another order can leave images at an end without one.
-            index[:] = [row for row in index if np.isfinite(frames.poses[row]).all()]
-            for row in queries if args.query_intrinsics else []:
-                own = views[row].camera
-                views[row].camera = Camera(*args.query_intrinsics, own.width, own.height)
-                views[row].lens_is_sure = True
-            for scene, calibration in calibrations.items():
-                several = len(set(frames.files[scene].lenses.values()))
-                print(f"Camera of {scene}: {calibration.describe()}" + (f", of {several} cameras" if several else ""))
-                for sentence in calibration.warnings:
-                    warn(f"{scene}: {sentence}.")
-        with phase("poses", seconds):
-            tests: dict[str, SelfTest] = {}
-            maps = []
-            estimates = localize_scenes(
-                views, scene_of, queries, index, descriptors, top_k=args.top_k, seed=args.seed, progress=show,
-                tested=lambda world, outcome: tests.update({" ".join(world): outcome}),
-                built=lambda rows, built: maps.append((rows, built.views, built.points)),
-                trust={scene: UNTRUSTED for scene, c in calibrations.items() if not c.trusted},
-            )  # fmt: skip
-            for world, outcome in tests.items():
-                print(f"Map of {world}: {outcome.describe()}.")
-    for row, estimate in estimates.items():
-        if estimate.camera:
-            views[row].camera = estimate.camera
-            print(f"{paths[row].name} was taken with another lens: f {estimate.camera.fx:.1f} px.")
-    return views, calibrations, estimates, tests, maps
+def find_poses(
+    atlas: Atlas, frames: IndoorDataset, queries: list[int], views: list[View], descriptors: np.ndarray,
+    args: argparse.Namespace, show: Callable,
+) -> list[Estimate | None]:  # fmt: skip
+    """An estimate for each query, None where its world has no index image; views get their scene's camera."""
+    scene_of = [frames.frames[row][1] for row in queries]
+    for k, (row, scene) in enumerate(zip(queries, scene_of)):
+        views[k] = atlas.calibrations[scene].applied(views[k], None if args.intrinsics else frames.lens_of(row))
+        if args.query_intrinsics:
+            own = views[k].camera
+            lens = Camera(*args.query_intrinsics, own.width, own.height)
+            views[k] = replace(views[k], camera=lens, lens_is_sure=True)
+    estimates = atlas.localize(views, scene_of, descriptors, top_k=args.top_k, seed=args.seed, progress=show)
+    for k, (row, estimate) in enumerate(zip(queries, estimates)):
+        if estimate and estimate.camera:
+            views[k] = replace(views[k], camera=estimate.camera)
+            print(f"{frames.frames[row][0].name} was taken with another lens: f {estimate.camera.fx:.1f} px.")
+    return estimates
 
 
 def run(args: argparse.Namespace) -> None:
@@ -316,45 +323,79 @@ def run(args: argparse.Namespace) -> None:
     seconds: dict[str, float] = {}
     check_options(args)
     device = choose_device(args.device)
-    root, is_sample = (None, False) if args.camera else locate(None, CAMERA)
-    camera_dir = args.camera or root / "camera"
-    frames = IndoorDataset(camera_dir, scenes=args.scenes)
+    checkpoint = handin.file_sha256(args.checkpoint) if args.checkpoint.is_file() else ""
     model = load_checkpoint(args.checkpoint)
+    atlas, is_sample = None, False
+    if args.query and args.map and args.map.exists():
+        atlas, camera_dir = Atlas.load(args.map), args.map
+        if atlas.checkpoint != checkpoint:
+            raise InputError(f"{args.map} was made with another network: give its checkpoint (--checkpoint).")
+        frames = IndoorDataset.of_map(atlas)
+    else:
+        root, is_sample = (None, False) if args.camera else locate(None, CAMERA)
+        camera_dir = args.camera or root / "camera"
+        frames = IndoorDataset(camera_dir, scenes=args.scenes)
     if args.query:
         index = np.flatnonzero(~np.isnan(frames.poses).any(axis=1)).tolist()
         if not index:
             raise InputError(f"no frame of {' '.join(frames.scenes)} has a pose: name scenes with known poses.")
-        queries = frames.add_queries(args.query)
     else:
         queries, index = split_frames(frames.poses, args.seed)
+    file = args.map
+    if atlas is None:
+        said = (args.convention, args.intrinsics, args.seed, checkpoint, frames.files, frames.poses.tolist())
+        key = key_of(said, [frames.frames[row] for row in index], [HERE / "model.py", HERE / "eval.py"])
+        file = file or (CACHE / f"{key}.pt" if key and not args.no_cache else None)
+        atlas = kept(file, key, bool(args.map))
+        if atlas:
+            reorder_rows(frames.poses, [scene for _, scene, _ in frames.frames], atlas.calibrations)
+            index = [row for row in index if np.isfinite(frames.poses[row]).all()]
+    if args.query:
+        queries = frames.add_queries(args.query)
     print(f"{len(frames)} frames of {' '.join(frames.scenes)}: {len(queries)} queries, {len(index)} index images.")
 
     check_exports(args.export, frames.scenes, [frame[:2] for frame in frames.frames], camera_dir)
     handin.claim_output(args.output)
-    with phase("descriptors", seconds):
-        paths = [path for path, _, _ in frames.frames]
-        files = ImageFiles(paths, spare_unreadable=True, size=model.image_size)
-        descriptors, _, _ = compute_embeddings(model, files, device)
-    for row in sorted(files.unreadable.keys() & set(queries)):
-        raise files.unreadable[row]
-    rows = files.readable()
-    (queries, index), descriptors = frames.keep(rows, queries, index), descriptors[rows]
-    if not index:
-        raise InputError(f"no index image of {' '.join(frames.scenes)} can be read: replace them.")
-    if args.query:
-        frames.place_queries(queries, index, descriptors)
-    views, calibrations, estimates, tests, maps = find_poses(frames, queries, index, descriptors, args, seconds)
+    with progress(unit="image") as bar:
 
-    conventions = {scene: c.convention for scene, c in calibrations.items()}
-    similarity, best = search(descriptors[queries], descriptors[index], 1)
+        def show(name: str, done: int, of: int) -> None:
+            bar.set_description(name, refresh=False)
+            bar.n, bar.total = done, of
+            bar.refresh()
+
+        looked = queries if atlas else list(range(len(frames)))
+        paths, folder = [frames.frames[row][0] for row in looked], None if args.no_cache else CACHE
+        views, descriptors, unreadable = look_at(paths, model, device, folder, seconds, show)
+        for k in sorted(k for k in unreadable if looked[k] in set(queries)):
+            raise unreadable[k]
+        if atlas is None:
+            queries, index = frames.keep([row for row in looked if row not in unreadable], queries, index)
+            if not index:
+                raise InputError(f"no index image of {' '.join(frames.scenes)} can be read: replace them.")
+            with phase("map", seconds):
+                atlas = make_atlas(frames, index, views, descriptors, args, show)
+            atlas.key, atlas.checkpoint = key, checkpoint
+            if file and key and not unreadable:
+                atlas.keep(file)
+            views, descriptors = [views[row] for row in queries], descriptors[queries]
+        similarity, best = search(descriptors, atlas.descriptors, 1)
+        if args.query:
+            frames.place_queries(queries, index, best)
+        atlas.tell()
+        with phase("poses", seconds):
+            estimates = find_poses(atlas, frames, queries, views, descriptors, args, show)
+
+    conventions = {scene: c.convention for scene, c in atlas.calibrations.items()}
     rows = [
-        answer(frames, query, index[b], float(s), estimates.get(query), conventions)
-        for query, b, s in zip(queries, best[:, 0], similarity[:, 0])
+        answer(frames, query, index[b], float(s), estimate, conventions)
+        for query, b, s, estimate in zip(queries, best[:, 0], similarity[:, 0], estimates)
     ]
     for row in rows:
         row["found"] = row["confidence"] >= args.min_confidence
     paths, scenes, _ = zip(*frames.frames)
-    posed = PosedFrames(paths, scenes, frames.poses, views, queries, index, conventions)
+    all_views = dict(zip([*index, *queries], [*atlas.views, *views]))
+    posed = PosedFrames(paths, scenes, frames.poses, all_views, queries, index, conventions)
+    maps = [([index[k] for k in world.rows], world.map.views, world.map.points) for world in atlas.worlds]
     if args.query:
         with always_printed():
             tell_poses(rows, conventions, args.output / "query_poses.tsv")
@@ -378,8 +419,8 @@ def run(args: argparse.Namespace) -> None:
         "seed": args.seed, "scenes": frames.scenes, "queries": len(queries), "index": len(index),
         "not_found": sum(not row["found"] for row in rows),
         **summarize(ours), "retrieval": summarize(retrieval), "methods": methods,
-        "cameras": {scene: c.as_dict() for scene, c in calibrations.items()},
-        "self_test": {world: vars(outcome) for world, outcome in tests.items()},
+        "cameras": {scene: c.as_dict() for scene, c in atlas.calibrations.items()},
+        "self_test": {" ".join(world.scenes): vars(world.map.test) for world in atlas.worlds},
         "per_query": rows, "pictures": pictures, "views": scene_views or [], "phases": seconds, "device": str(device), "versions": versions(),
         "settings": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()},
         "warnings": WARNINGS,
@@ -400,7 +441,7 @@ def export(args: argparse.Namespace, posed: PosedFrames, rows: list[dict], maps:
 def finish(args: argparse.Namespace, section: dict) -> None:
     """Write metrics, report and code copies; print the table of methods."""
     handin.update_metrics(args.output, "test", section, handin.file_sha256(args.checkpoint))
-    handin.copy_code(Path(__file__).resolve().parent, args.output)
+    handin.copy_code(HERE, args.output)
     handin.draw_or_warn("the report", lambda: report.write_report(args.output))
     print(f"\n{'method':32s}{'queries':>8s}{'median m':>10s}{'median deg':>12s}")
     table = {**section["methods"], "all": {"count": section["queries"], **section}, "top-1 retrieval alone": {"count": section["queries"], **section["retrieval"]}}

@@ -41,6 +41,8 @@ from localization.readings import (
 
 # Healthy scenes explain 45 to 90 % of their matches, contradicted ones 0 to 18 %.
 MIN_SHARE = 0.3
+# Most confidence in a scene whose poses contradict its images.
+UNTRUSTED = 0.45
 # Of the matches explained, those of far points in a scene that is seen from one place.
 _ONE_PLACE = 0.9
 # Less is chance.
@@ -92,6 +94,11 @@ class Calibration:
     focal_from: str
     trusted: bool
     warnings: tuple[str, ...] = ()
+
+    @property
+    def trust(self) -> float:
+        """The most confidence that an answer in this scene deserves."""
+        return 1.0 if self.trusted else UNTRUSTED
 
     def camera_of(self, width: int, height: int) -> Camera:
         """The scene's lens on an image of this size."""

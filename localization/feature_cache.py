@@ -2,18 +2,16 @@
 
 import hashlib
 import os
-import pickle
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from localization import features as local_features
 from localization.features import Features, extract_features
+from localization.map import load, save
 from localization.threads import in_threads
-from model import warn
+from model import InputError, warn
 
 LIMIT_BYTES = 1 << 30  # what the folder holds at most; the entries longest unused go first
 
@@ -31,9 +29,9 @@ def features_of_files(
     """
     found = in_threads(lambda path: _features(read_gray(path), folder), paths, progress)
     if folder is not None and folder.is_dir():
-        size = _bound(folder)
+        size = bound(folder)
         print(
-            f"{folder} holds {size / 1e6:.0f} MB of local features (at most {LIMIT_BYTES >> 20} MiB)."
+            f"{folder} holds {size / 1e6:.0f} MB of features and maps (at most {LIMIT_BYTES >> 20} MiB)."
         )
     return found
 
@@ -47,14 +45,14 @@ def _features(gray: Tensor, folder: Path | None) -> tuple[Features, tuple[int, i
     key.update(repr(size).encode() + gray.numpy().tobytes())
     file = folder / f"{key.hexdigest()[:32]}.pt"
     try:
-        known = Features(**torch.load(file, weights_only=True))
+        known = load(file, Features)
         os.utime(file)
         return known, size
-    except (OSError, RuntimeError, EOFError, TypeError, pickle.UnpicklingError):
+    except (OSError, InputError):
         pass  # not there or cut short
     found = extract_features(gray)
     try:
-        _write(file, vars(found))
+        save(found, file)
     except OSError as error:
         warn(
             f"local features cannot be kept in {folder} ({error.strerror or error}): use --no-cache."
@@ -62,25 +60,7 @@ def _features(gray: Tensor, folder: Path | None) -> tuple[Features, tuple[int, i
     return found, size
 
 
-def _write(file: Path, values: dict[str, Tensor]) -> None:
-    """Write the entry whole, under a name of its own first: two threads or runs may write the same
-    one.
-    """
-    file.parent.mkdir(parents=True, exist_ok=True)
-    handle, part = tempfile.mkstemp(suffix=".part", dir=file.parent)
-    try:
-        with os.fdopen(handle, "wb") as stream:
-            torch.save(values, stream)
-        os.replace(part, file)
-    except OSError:
-        # Windows replaces no file that another run reads at this moment: then it is there.
-        if not file.exists():
-            raise
-    finally:
-        Path(part).unlink(missing_ok=True)
-
-
-def _bound(folder: Path) -> int:
+def bound(folder: Path) -> int:
     """Remove what was not used for longest until LIMIT_BYTES hold; the bytes that stay."""
     entries = sorted(
         (*folder.glob("*.pt"), *folder.glob("*.part")), key=lambda file: -_stat(file)[0]

@@ -371,7 +371,9 @@ def _orientations(field: Tensor, keypoints: _Keypoints) -> Tensor:
     weight = torch.exp(-0.5 * (grid.norm(dim=1) / ORIENTATION_SIGMA) ** 2)
 
     gx, gy = _sample(field, keypoints, grid)
-    below, above, shares = _shares(weight * torch.hypot(gx, gy), torch.atan2(gy, gx), ORIENTATION_BINS)
+    below, above, shares = _shares(
+        weight * torch.hypot(gx, gy), torch.atan2(gy, gx), ORIENTATION_BINS
+    )
     histogram = gx.new_zeros(len(gx), ORIENTATION_BINS)
     histogram.scatter_add_(1, below, shares[0]).scatter_add_(1, above, shares[1])
     smooth = sum(

@@ -22,6 +22,7 @@ from localization.fallback import Guess, fall_back
 from localization.features import Features
 from localization.hypotheses import image_hypotheses, pooled_hypotheses
 from localization.lens import with_own_lens
+from localization.map import Map
 from localization.matching import View, in_band, mutual_matches
 from localization.search import (
     POLISHED,
@@ -30,15 +31,14 @@ from localization.search import (
     SHIFTED_PROMISING,
     SURE,
     Estimate,
-    Index,
     Search,
     matched,
     quick_search,
 )
-from localization.self_test import SelfTest, self_test
+from localization.self_test import self_test
 from localization.threads import in_threads
 
-__all__ = ["Estimate", "View", "localize", "share_world"]
+__all__ = ["Estimate", "Map", "View", "build_map", "localize", "share_world"]
 
 # When no more queries are sure, of those at least this confident the surest, this share of them at a time.
 NEARLY_SURE, NEARLY_SHARE = 0.2, 0.25
@@ -54,33 +54,37 @@ ESSENTIAL_ODDS = 3.0
 SHARED_TRIED, SHARED_MATCHES, SHARED_INLIERS, SHARED_PROOFS = 10, 30, 0.6, 3
 
 
+def build_map(
+    views: list[View],
+    *,
+    seed: int,
+    progress: Callable[[int, int], None] = lambda done, of: None,
+) -> Map:
+    """The map of the posed views of one world, tested by itself; progress(done, of) is called as
+    views are matched.
+    """
+    built = Map.build(views, progress)
+    return replace(built, test=self_test(built, seed))
+
+
 def localize(
-    index_views: list[View],
+    index: Map,
     query_views: list[View],
     ranking: Sequence[Sequence[int]],
     *,
     seed: int,
     trust: float = 1.0,
     progress: Callable[[str, int, int], None] | None = None,
-    tested: Callable[[SelfTest], None] | None = None,
-    built: Callable[[Index], None] | None = None,
 ) -> list[Estimate]:
-    """Poses of the query views of one world from its posed index views.
+    """Poses of query views in a map.
 
-    ranking: for each query the numbers of its index views by global descriptor, best first (at
+    ranking: for each query the numbers of the map's views by global descriptor, best first (at
     least one; only these are matched). trust: no answer is more confident. progress(phase, done,
-    of) is called as work advances, tested with the outcome of the index's test of itself, which
-    corrects standard deviations and bounds confidence too; built with the index itself.
+    of) is called as work advances. The map's test of itself corrects standard deviations and bounds
+    confidence too.
     """
     report = progress or (lambda phase, done, of: None)
-    index = Index.build(
-        [view.prepared() for view in index_views], lambda done, of: report("index", done, of)
-    )
-    if built:
-        built(index)
-    outcome = self_test(index, seed)
-    if tested:
-        tested(outcome)
+    outcome = index.test
     queries = _Queries(
         [view.prepared() for view in query_views],
         index,
@@ -129,13 +133,14 @@ def _with_each_other(
 @dataclass(frozen=True)
 class _Queries:
     """All queries of a world, the index that they are matched with, and for each its index views,
-    best first.
+    best first, and how many of them are tried at first.
     """
 
     views: list[View]
-    index: Index
+    index: Map
     orders: list[list[int]]
     seed: int
+    first: int | None = QUICK_IMAGES
 
     def seeing(self, placed: dict[int, Estimate]) -> "_Queries":
         """The same with queries at their estimated poses among the index views, each matched with
@@ -157,7 +162,7 @@ class _Queries:
             shared = torch.tensor([len(mine & similar[n]) for n in placed])
             best = shared.argsort(descending=True, stable=True)[:HELPERS]
             orders.append(order + [first + k for k in best.tolist()])
-        return replace(self, index=self.index.extended(more), orders=orders)
+        return replace(self, index=self.index.extended(more), orders=orders, first=None)
 
     def located(
         self, numbers: Sequence[int], progress: Callable[[int, int], None]
@@ -166,7 +171,8 @@ class _Queries:
 
         def locate(n: int) -> Estimate:
             view = self.views[n]
-            return _locate(view, self.index, self.orders[n], _generator(self.seed, view.features))
+            generator = _generator(self.seed, view.features)
+            return _locate(view, self.index, self.orders[n], self.first, generator)
 
         return in_threads(locate, numbers, progress)
 
@@ -177,12 +183,14 @@ def _generator(seed: int, features: Features) -> torch.Generator:
     return torch.Generator().manual_seed((seed + image) % 2**63)
 
 
-def _locate(query: View, index: Index, order: list[int], generator: torch.Generator) -> Estimate:
-    """The pose of one query from the index views in `order`."""
-    search, answer = quick_search(query, index, order[:QUICK_IMAGES], generator)
+def _locate(
+    query: View, index: Map, order: list[int], first: int | None, generator: torch.Generator
+) -> Estimate:
+    """The pose of one query from the index views in `order`, if need be from more than the first."""
+    search, answer = quick_search(query, index, order[:first], generator)
     evidence = search.evidence
     if answer is None or answer.estimate.confidence < SURE:
-        if len(order) > QUICK_IMAGES:
+        if len(order) > len(search.order):
             evidence = matched(query, index, order)
             search = Search(query, index, order, evidence, search.refined)
             search.add(pooled_hypotheses(evidence, generator), REFINED, POLISHED)

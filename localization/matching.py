@@ -7,6 +7,7 @@ elsewhere in the image: one corner often gives several keypoints (two orientatio
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -106,10 +107,18 @@ def mutual_matches(a: Features, b: Features) -> Matches:
         torch.maximum(top_b, similarity.amax(dim=0), out=top_b)
     top, column = (torch.cat(part) for part in zip(*parts))
     row = torch.nonzero(top == top_b[column])[:, 0]
+    row = row[_first(column[row], len(b))]
     # Seconds are looked for only where they are needed.
     seconds = [_second(rows, b) for rows in a.descriptors[row].split(_ROWS)]
     ratio = _distance(top[row]) / _distance(torch.cat(seconds)).clamp_min(1e-9)
     return Matches(row, column[row], top[row], ratio)
+
+
+def _first(column: Tensor, count: int) -> Tensor:
+    """Which rows (n,) are the first of their column 0..count-1: of equals one is matched."""
+    rows = torch.arange(len(column))
+    first = torch.full((count,), len(column)).scatter_reduce(0, column, rows, "amin")
+    return first[column] == rows
 
 
 def _second(descriptors: Tensor, b: Features) -> Tensor:
@@ -119,25 +128,15 @@ def _second(descriptors: Tensor, b: Features) -> Tensor:
     return torch.where(elsewhere, top, -1.0).amax(dim=1)
 
 
-def essential_matrix(a: View, b: View) -> Tensor:
-    """E (3, 3) with x_b . E x_a = 0 for rays x_a, x_b of one point, in camera axes, of two posed
-    views.
-    """
-    R_b_from_a = b.R_world_from_cam.T @ a.R_world_from_cam
-    t = b.R_world_from_cam.T @ (a.c_world - b.c_world)
-    x, y, z = t.tolist()
-    cross = torch.tensor([[0.0, -z, y], [z, 0.0, -x], [-y, x, 0.0]], dtype=t.dtype)
-    return cross @ R_b_from_a
-
-
 @dataclass(frozen=True)
 class _HalfPlanes:
     """Keypoints (n,) of a posed view in half-planes bounded by the line through two cameras.
 
     angle: of the half-plane, in radians about that line; along, across: cosine and sine of the
-    ray's angle from the line, towards the second camera; px: pixels, at least, by which the
-    keypoint leaves its half-plane per unit of the sine of the half-plane's angle; line_px: what of
-    a deviation from the half-plane the other image shows, over the pixel.
+    ray's angle from the line, towards the second camera; size: distance of the ray (z = 1) from
+    the line, at unit distance of the cameras; line: length of the half-plane's line in the other
+    image, its normal being of unit length, in pixels: a ray there, off by a turn of the half-plane,
+    is size * sin(turn) / line pixels from that line.
     """
 
     angle: Tensor
@@ -190,9 +189,7 @@ def _slack(a: View, b: View, band_px: float) -> float:
     return -band_px / min(a.camera.fx, b.camera.fx)
 
 
-def in_band(
-    a: View, b: View, i: Tensor, j: Tensor, band_px: float = EPIPOLAR_BAND_PX
-) -> Tensor:
+def in_band(a: View, b: View, i: Tensor, j: Tensor, band_px: float = EPIPOLAR_BAND_PX) -> Tensor:
     """Which of k pairs of keypoints i (k,) of a and j (k,) of b the known poses allow.
 
     Allowed is a pair within band_px of each other's epipolar line, in both images, on one side of
@@ -255,6 +252,7 @@ def guided_matches(a: View, b: View, band_px: float = EPIPOLAR_BAND_PX) -> Match
     matched = torch.full((len(a.features),), -1)
     matched[i[best]] = j[best]
     row = torch.nonzero(matched >= 0)[:, 0]
+    row = row[_first(matched[row], len(b.features))]
     xy_px = b.features.xy_px
     apart = (xy_px[j] - xy_px[matched[i]]).norm(dim=1) > SECOND_NEIGHBOR_PX
     second = best_of(similarity[apart], i[apart], len(a.features))[row].clamp_min(-1)
@@ -267,17 +265,19 @@ def best_of(value: Tensor, key: Tensor, count: int) -> Tensor:
     return value.new_full((count,), -2.0).scatter_reduce_(0, key, value, "amax")
 
 
-def near_pairs(R_world_from_cam: Tensor, c_world: Tensor, limit: int) -> list[tuple[int, int]]:
-    """Pairs (i < j) of posed images worth matching, at most about `limit` a image, from their poses
-    alone.
+def near_pairs(
+    R_world_from_cam: Tensor, c_world: Tensor, limit: int, wanted: Sequence[int] | None = None
+) -> list[tuple[int, int]]:
+    """Pairs (i < j) of posed images worth matching, from their poses alone.
 
-    Images that look more than 90 degrees apart, or from one place, are left out. Of an image's
-    others, sorted by distance, the nearer half of `limit` is taken whole and the rest spread evenly
-    over the next 3 x limit, so that a slow video still gives baselines.
+    At most `limit` that an image asks for (`wanted` images alone, None for all), and twice as many
+    of any. Images that look more than 90 degrees apart, or from one place, are left out. Of an
+    image's others, sorted by distance, the nearer half of `limit` is taken whole and the rest
+    spread evenly over the next 3 x limit, so that a slow video still gives baselines.
     """
-    pairs = set()
+    asked: dict[tuple[int, int], int] = {}
     near, spread = limit // 2, limit - limit // 2
-    for i in range(len(c_world)):
+    for i in range(len(c_world)) if wanted is None else wanted:
         away = (c_world - c_world[i]).norm(dim=1)
         usable = (away > 0) & (R_world_from_cam[:, :, 2] @ R_world_from_cam[i, :, 2] > 0)
         away, order = away.masked_fill(~usable, torch.inf).topk(
@@ -287,5 +287,12 @@ def near_pairs(R_world_from_cam: Tensor, c_world: Tensor, limit: int) -> list[tu
         if len(order) > limit:
             far = torch.linspace(near, len(order) - 1, spread).round().long().tolist()
             order = order[:near] + [order[k] for k in far]
-        pairs.update((min(i, j), max(i, j)) for j in order)
+        for rank, j in enumerate(order):
+            pair = min(i, j), max(i, j)
+            asked[pair] = min(rank, asked.get(pair, rank))
+    partners, pairs = [0] * len(c_world), []
+    for i, j in sorted(asked, key=lambda pair: (asked[pair], pair)):
+        if max(partners[i], partners[j]) < 2 * limit:
+            pairs.append((i, j))
+            partners[i], partners[j] = partners[i] + 1, partners[j] + 1
     return sorted(pairs)

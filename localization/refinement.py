@@ -6,14 +6,15 @@ holds few keypoints to confuse.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from localization.absolute_pose import refine_pose
-from localization.cameras import rays
-from localization.matching import View
+from localization.cameras import project, rays
+from localization.matching import View, best_of
 from localization.triangulation import Points
 
 MAX_POINTS = 6000
@@ -46,18 +47,19 @@ class PointMap:
         return PointMap(*(v[keep] for v in vars(self).values()))
 
 
-def point_map(views: list[View], points: list[Points]) -> PointMap:
-    """The valid points of all views in one map."""
-    keep = [p.valid for p in points]
-    position = torch.cat([p.position[k] for p, k in zip(points, keep)])
-    view = torch.cat([torch.full((int(k.sum()),), i) for i, k in enumerate(keep)])
-    offset = torch.stack([v.c_world for v in views])[view] - position
+def point_map(views: list[View], points: list[Points], numbers: Sequence[int]) -> PointMap:
+    """The valid points of some views in one map; `view` counts in all of them."""
+    keep = [points[i].valid for i in numbers]
+    position = torch.cat([points[i].position[k] for i, k in zip(numbers, keep)])
+    count = torch.tensor([int(k.sum()) for k in keep])
+    offset = torch.stack([views[i].c_world for i in numbers]).repeat_interleave(count, 0) - position
     distance = offset.norm(dim=1)
+    features = [views[i].features for i in numbers]
     return PointMap(
         position,
-        torch.cat([v.features.descriptors[k] for v, k in zip(views, keep)]),
-        view,
-        torch.cat([v.features.xy_px[k] for v, k in zip(views, keep)]).double(),
+        torch.cat([f.descriptors[k] for f, k in zip(features, keep)]),
+        torch.tensor(numbers).repeat_interleave(count),
+        torch.cat([f.xy_px[k] for f, k in zip(features, keep)]).double(),
         offset / distance[:, None].clamp_min(1e-12),
         distance,
     )
@@ -96,12 +98,7 @@ def project_query(
 ) -> tuple[Tensor, Tensor]:
     """Pixels (n, 2) and depths (n,) of points (n, 3) in a query at a pose."""
     local = (points - c_world) @ R_cam_from_world.T
-    depth = local[:, 2]
-    xy = (
-        local[:, :2] / torch.where(depth.abs() < 1e-9, torch.full_like(depth, 1e-9), depth)[:, None]
-    )
-    camera = query.camera
-    return xy * xy.new_tensor([camera.fx, camera.fy]) + xy.new_tensor([camera.cx, camera.cy]), depth
+    return project(query.camera, local), local[:, 2]
 
 
 @dataclass(frozen=True)
@@ -122,8 +119,7 @@ class Candidates:
         """For each pair the highest similarity among the pairs of the same key (n,) in 0..count-1,
         (n,).
         """
-        top = torch.full((count,), -2.0, dtype=self.similarity.dtype)
-        return top.scatter_reduce(0, key, self.similarity, "amax")[key]
+        return best_of(self.similarity, key, count)[key]
 
 
 def near_candidates(points: PointMap, query: View, xy_px: Tensor, radius_px: float) -> Candidates:
@@ -201,9 +197,7 @@ def guided_refinement(points: PointMap, query: View, R: Tensor, c: Tensor) -> li
         )
         R, c = R[kept], c[kept]
         t = -(R @ c[..., None])[..., 0]
-        refined = refine_pose(
-            R, t, x, X, radius / focal, weights=used, iterations=GUIDED_STEPS
-        )
+        refined = refine_pose(R, t, x, X, radius / focal, weights=used, iterations=GUIDED_STEPS)
         R = refined.R_cam_from_world
         c = -(R.transpose(1, 2) @ refined.t_cam[..., None])[..., 0]
     found = []
@@ -213,9 +207,7 @@ def guided_refinement(points: PointMap, query: View, R: Tensor, c: Tensor) -> li
     return found
 
 
-def _nearby(
-    points: PointMap, query: View, R: Tensor, c: Tensor
-) -> tuple[PointMap, Candidates]:
+def _nearby(points: PointMap, query: View, R: Tensor, c: Tensor) -> tuple[PointMap, Candidates]:
     """The points visible from a pose, and all pairs that its refinement may come to need."""
     visible = visible_points(points, query, R, c)
     xy, _ = project_query(query, R, c, visible.position)

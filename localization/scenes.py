@@ -1,5 +1,4 @@
-"""From posed images of several scenes to the poses of their queries: views, cameras, worlds,
-localization.
+"""From posed images of several scenes to their cameras, and to the worlds that they share.
 
 All frames of a run stand in one list; a frame's row is its place in it. Each belongs to a scene,
 and scenes whose index images prove it share a world, in which the queries of all of them are
@@ -7,18 +6,15 @@ localized together.
 """
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 
 import numpy as np
 
 from localization.calibration import Calibration, calibrate, seen_with, taken_with
 from localization.cameras import Camera, Convention, poses_from_file
-from localization.localize import Estimate, localize, share_world
+from localization.localize import share_world
 from localization.matching import View
-from localization.search import Index
-from localization.self_test import SelfTest
 from localization.threads import in_threads
 
 
@@ -57,16 +53,24 @@ def calibrate_scenes(
         return found
 
     found = dict(zip(scenes, in_threads(find_out, scenes)))
-    for scene, rows in rows_of.items():
-        unknown = np.full((1, 7), np.nan)
-        poses[rows] = np.vstack([poses[rows], unknown])[found[scene].rows]
-        for row in rows:
-            views[row] = found[scene].applied(views[row], own.get(row))
+    reorder_rows(poses, scene_of, found)
+    for row, scene in enumerate(scene_of):
+        views[row] = found[scene].applied(views[row], own.get(row))
     for row in index:
         if np.isfinite(poses[row]).all():
             R, c = poses_from_file(poses[row], found[scene_of[row]].convention)
             views[row].R_world_from_cam, views[row].c_world = R, c
     return found
+
+
+def reorder_rows(
+    poses: np.ndarray, scene_of: Sequence[str], calibrations: dict[str, Calibration]
+) -> None:
+    """Put rows of pose files (n, 7), as they stand, in the order in which they belong to the frames."""
+    for scene, calibration in calibrations.items():
+        rows = [row for row, own in enumerate(scene_of) if own == scene]
+        unknown = np.full((1, 7), np.nan)
+        poses[rows] = np.vstack([poses[rows], unknown])[calibration.rows]
 
 
 def worlds_of(
@@ -92,49 +96,3 @@ def worlds_of(
         worlds = [*rest, [scene for world in joined for scene in world]]
         print(f"Scenes {first} and {second} share one world: their index images match.")
     return worlds
-
-
-def localize_scenes(
-    views: list[View],
-    scene_of: Sequence[str],
-    queries: Sequence[int],
-    index: Sequence[int],
-    descriptors: np.ndarray,
-    *,
-    top_k: int,
-    seed: int,
-    progress: Callable[[str, int, int], None],
-    tested: Callable[[list[str], SelfTest], None],
-    built: Callable[[list[int], Index], None] | None = None,
-    trust: dict[str, float] | None = None,
-) -> dict[int, Estimate]:
-    """An estimate for each query row that has an index image in its world; see `localize`.
-
-    tested is called with the scenes of each world and the outcome of its map's test of itself, built
-    with its index rows and what was built of them; trust: what answers in a scene are worth at most,
-    where that is less than 1.
-
-    descriptors (n, d): one a frame; their dot products say how alike images are.
-    """
-    found: dict[int, Estimate] = {}
-    for world in worlds_of(views, scene_of, index, descriptors):
-        index_rows = [row for row in index if scene_of[row] in world]
-        query_rows = [row for row in queries if scene_of[row] in world]
-        if not index_rows or not query_rows:
-            continue
-        similarity = descriptors[query_rows] @ descriptors[index_rows].T
-        ranking = np.argsort(-similarity, axis=1, kind="stable")[:, :top_k]
-        estimates = localize(
-            [views[row] for row in index_rows],
-            [views[row] for row in query_rows],
-            ranking,
-            seed=seed,
-            tested=partial(tested, world),
-            built=built and partial(built, index_rows),
-            trust=min((trust or {}).get(scene, 1.0) for scene in world),
-            progress=lambda name, done, of, world=world: progress(
-                f"{' '.join(world)}: {name}", done, of
-            ),
-        )
-        found.update(zip(query_rows, estimates))
-    return found

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from localization.cameras import Camera, rays
-from localization.matching import Matches, View
+from localization.matching import Matches, View, best_of
 from localization.triangulation import Points
 
 # A match has 1/e of the weight of the keypoint's best when its similarity is that much lower.
@@ -117,8 +117,7 @@ def match_weight(keypoint: Tensor, similarity: Tensor, count: int) -> Tensor:
     """exp((similarity - best) / SIMILARITY_SCALE) (m,), best being the most alike match of the same
     keypoint.
     """
-    top = torch.full((count,), -2.0, dtype=similarity.dtype)
-    top = top.scatter_reduce(0, keypoint, similarity, "amax")
+    top = best_of(similarity, keypoint, count)
     return ((similarity - top[keypoint]) / SIMILARITY_SCALE).exp()
 
 

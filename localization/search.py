@@ -1,26 +1,21 @@
-"""The search for one query's pose: hypotheses in, the best answer so far out.
-
-An index is what the search knows of the posed views: their points, one map of them all, and what
-scores to expect.
-"""
+"""The search for one query's pose: hypotheses in, the best answer so far out."""
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from localization.absolute_pose import pose_deviation
 from localization.cameras import Camera
-from localization.expectation import Expectation
 from localization.fallback import Guess
 from localization.hypotheses import Hypotheses, pooled_hypotheses, shifted_hypotheses
+from localization.map import SAME_MODE_DEG, SAME_PLACE_DEG, Map
 from localization.matching import View, mutual_matches
 from localization.refinement import PointMap, Refined, guided_refinement, point_map
 from localization.scoring import Evidence, epipolar_scores, gather_evidence
 from localization.tracks import Polished, polish
-from localization.triangulation import Points, triangulate_views
 
 # Hypotheses refined and modes polished, at most: at first, and where that left doubt.
 QUICK_REFINED, QUICK_POLISHED = 3, 2
@@ -28,12 +23,9 @@ REFINED, POLISHED = 8, 4
 # A hypothesis that scores less than this share of the best is not refined; one computed from others
 # is rougher.
 PROMISING, SHIFTED_PROMISING = 0.4, 0.25
-# A mode that explains less than this share of the best after refinement is not polished.
+# A mode that explains less than this share of the best after refinement is not polished at first.
+# Where that leaves doubt it may be the right one yet: aliases beside index views explain more.
 RIVAL = 0.5
-# Hypotheses nearer than this share of the typical distance of the points, or this angle, are one.
-SAME_MODE, SAME_MODE_DEG = 0.03, 2.0
-# Answers nearer than this share of the typical distance and this angle are of one place.
-SAME_PLACE, SAME_PLACE_DEG = 0.1, 10.0
 # An answer this confident needs no further search; it serves as an index view for others.
 SURE = 0.5
 # Index images, the most alike, that a query is matched with first: the rest only where that left
@@ -58,45 +50,6 @@ class Estimate(Guess):
 
 
 @dataclass(frozen=True)
-class Index:
-    """Posed views, the points of their keypoints, all points in one map, their typical distance,
-    and what the views tell of scores."""
-
-    views: list[View]
-    points: list[Points]
-    map: PointMap
-    typical_m: float
-    expected: Expectation
-
-    @classmethod
-    def build(cls, views: list[View], progress: Callable[[int, int], None]) -> "Index":
-        points = triangulate_views(views, progress=progress)
-        everything = point_map(views, points)
-        typical_m = float(everything.distance_m.median()) if len(everything.distance_m) else 0.0
-        return cls(
-            views, points, everything, typical_m, Expectation.learn(views, points, typical_m)
-        )
-
-    @property
-    def same_m(self) -> float:
-        """How near two poses of one mode are."""
-        return SAME_MODE * self.typical_m
-
-    @property
-    def place_m(self) -> float:
-        """How near two poses of one place are."""
-        return SAME_PLACE * self.typical_m
-
-    def extended(self, more: list[View]) -> "Index":
-        """With further posed views, whose points are triangulated from all; all that was known
-        stays.
-        """
-        views = self.views + more
-        points = self.points + triangulate_views(views, range(len(self.views), len(views)))
-        return replace(self, views=views, points=points, map=point_map(views, points))
-
-
-@dataclass(frozen=True)
 class Answer:
     """An estimate and the polished pose that it is."""
 
@@ -113,22 +66,28 @@ class Search:
     """
 
     query: View
-    index: Index
+    index: Map
     order: list[int]
     evidence: Evidence
     refined: list[Refined] = field(default_factory=list)
     polished: list[Polished] = field(default_factory=list)
     tried: set[int] = field(default_factory=set)
+    skipped: list[Refined] = field(default_factory=list)
     map: PointMap = field(init=False)
 
     def __post_init__(self) -> None:
-        used = torch.zeros(len(self.index.views), dtype=torch.bool)
-        used[self.order] = True
-        self.map = self.index.map.select(used[self.index.map.view])
+        self.map = point_map(self.index.views, self.index.points, self.order)
 
-    def add(self, more: Hypotheses, most: int, modes: int, promising: float = PROMISING) -> None:
+    def add(
+        self,
+        more: Hypotheses,
+        most: int,
+        modes: int,
+        promising: float = PROMISING,
+        rival: float = 0.0,
+    ) -> None:
         """Refine the new among the promising of more hypotheses, at most so many; polish the best
-        modes of all.
+        modes of all, those that explain a share `rival` of the best one's.
         """
         scores, known = self._scores(more), poses_of(self.refined)
         best = max([float(v.max()) for v in (scores, self._scores(known)) if len(v)], default=0.0)
@@ -141,17 +100,23 @@ class Search:
                 new.append(i)
         new = more.select(new)
         if len(new):
-            self.refined += guided_refinement(self.map, self.query, new.R_cam_from_world, new.c_world)
-        poses = poses_of(self.refined)
+            self.refined += guided_refinement(
+                self.map, self.query, new.R_cam_from_world, new.c_world
+            )
+        poses, self.skipped = poses_of(self.refined), []
         scores = self._scores(poses)
         for i in _distinct(poses, scores, self.index.same_m, modes):
             near = _near(poses, poses.R_cam_from_world[i], poses.c_world[i], self.index.same_m)
             start = max(torch.nonzero(near)[:, 0].tolist(), key=lambda j: self.refined[j].found)
-            if start not in self.tried and float(scores[i]) >= RIVAL * float(scores.max()):
-                self.tried.add(start)
-                R, c = poses.R_cam_from_world[start], poses.c_world[start]
-                of = (self.query, self.index.views, self.order, self.map, self.evidence)
-                self.polished += filter(None, [polish(*of, R, c)])
+            if start in self.tried:
+                continue
+            if float(scores[i]) < rival * float(scores.max()):
+                self.skipped.append(self.refined[start])
+                continue
+            self.tried.add(start)
+            R, c = poses.R_cam_from_world[start], poses.c_world[start]
+            of = (self.query, self.index.views, self.order, self.map, self.evidence)
+            self.polished += filter(None, [polish(*of, R, c)])
 
     def shifted(self) -> Hypotheses:
         """What the offsets between refined hypotheses lead to."""
@@ -170,8 +135,8 @@ class Search:
         """
         if not self.polished:
             return None
-        # What was refined only may not be the answer, but is a rival.
-        poses = poses_of([*self.polished, *self.refined])
+        # What was not polished is not the answer, but a rival.
+        poses = poses_of([*self.polished, *self.skipped])
         explained = epipolar_scores(
             self.evidence, poses.R_cam_from_world, poses.c_world, polished=True
         )
@@ -200,19 +165,19 @@ class Search:
         return epipolar_scores(self.evidence, poses.R_cam_from_world, poses.c_world)
 
 
-def matched(query: View, index: Index, order: list[int]) -> Evidence:
+def matched(query: View, index: Map, order: list[int]) -> Evidence:
     """The evidence of a query's matches with the index views in `order`."""
     matches = {i: mutual_matches(query.features, index.views[i].features) for i in order}
     return gather_evidence(query, index.views, index.points, matches)
 
 
 def quick_search(
-    query: View, index: Index, order: list[int], generator: torch.Generator
+    query: View, index: Map, order: list[int], generator: torch.Generator
 ) -> tuple[Search, Answer | None]:
     """The first search for a query among some index views, which mostly is enough, and its answer."""
     evidence = matched(query, index, order)
     search = Search(query, index, order, evidence)
-    search.add(pooled_hypotheses(evidence, generator), QUICK_REFINED, QUICK_POLISHED)
+    search.add(pooled_hypotheses(evidence, generator), QUICK_REFINED, QUICK_POLISHED, rival=RIVAL)
     return search, search.best()
 
 

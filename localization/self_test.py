@@ -6,14 +6,14 @@ beside the standard deviations that are claimed for them.
 """
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 
 from localization.absolute_pose import angle_deg
+from localization.map import SAME_MODE_DEG, Map, SelfTest
 from localization.matching import View
-from localization.refinement import point_map
-from localization.search import QUICK_IMAGES, SAME_MODE_DEG, Index, quick_search
+from localization.search import QUICK_IMAGES, quick_search
 from localization.threads import in_threads
 
 # Index images tested, and the keypoints of each that are matched: it must cost little.
@@ -26,26 +26,7 @@ UNTRUSTED = 0.4
 MAX_FACTOR = 10.0
 
 
-@dataclass(frozen=True)
-class SelfTest:
-    """Errors in meters and degrees of the index images tested, largest claim first; how many were
-    found, what answers deserve at most, and by how much their standard deviations are too small."""
-
-    errors: list[tuple[float, float]]
-    found: int
-    trust: float = 1.0
-    factor_m: float = 1.0
-    factor_deg: float = 1.0
-
-    def describe(self) -> str:
-        """One line for the screen."""
-        if not self.errors:
-            return "too few index images to test themselves"
-        meters, degrees = (sorted(column)[len(column) // 2] for column in zip(*self.errors))
-        return f"index images find themselves to {meters:.4f} m, {degrees:.2f} deg: {self.found} of {len(self.errors)}"
-
-
-def self_test(index: Index, seed: int) -> SelfTest:
+def self_test(index: Map, seed: int) -> SelfTest:
     """Locate some views of the index without what it knows of them, by the quick stage of the
     search.
     """
@@ -68,7 +49,7 @@ def self_test(index: Index, seed: int) -> SelfTest:
     return SelfTest([t[:2] for t in tests], len(found), trust, *factors)
 
 
-def _located(index: Index, number: int, seed: int) -> tuple[float, float, float, float]:
+def _located(index: Map, number: int, seed: int) -> tuple[float, float, float, float]:
     """Error in meters and degrees and the standard deviations claimed, infinite where there is no
     answer.
     """
@@ -77,7 +58,7 @@ def _located(index: Index, number: int, seed: int) -> tuple[float, float, float,
     others.sort(key=lambda i: float((index.views[i].c_world - view.c_world).norm()))
     points = [p.without(number) for p in index.points]
     points[number] = replace(points[number], valid=torch.zeros_like(points[number].valid))
-    index = replace(index, points=points, map=point_map(index.views, points))
+    index = replace(index, points=points)
     step = max(1, len(view.features) // KEYPOINTS)
     query = View(view.features.select(slice(None, None, step)), view.camera)
     generator = torch.Generator().manual_seed(seed)

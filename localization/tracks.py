@@ -142,7 +142,6 @@ def _guided(query: View, column: Tensor, points: PointMap, R: Tensor, c: Tensor)
     A candidate must be its point's best and not much less alike than the keypoint's best.
     """
     visible = visible_points(points, query, R, c)
-    visible = visible.select(column[visible.view] >= 0)
     near = near_candidates(
         visible, query, project_query(query, R, c, visible.position)[0], GUIDED_PX
     )
@@ -152,9 +151,10 @@ def _guided(query: View, column: Tensor, points: PointMap, R: Tensor, c: Tensor)
     near = near.select(
         (near.similarity >= best_of_keypoint - GUIDED_DROP) & (near.similarity == best_of_point)
     )
-    slot = near.keypoint * len(column) + visible.view[near.point]
+    columns = int(column.max()) + 1
+    slot = near.keypoint * columns + column[visible.view[near.point]]
     return visible, near.select(
-        near.similarity == near.best_of(slot, len(query.features.xy_px) * len(column))
+        near.similarity == near.best_of(slot, len(query.features.xy_px) * columns)
     )
 
 

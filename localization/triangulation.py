@@ -154,7 +154,12 @@ def consensus_points(
     proposed = seen & (angle >= MIN_ANGLE_DEG) & (depth > 0)
     candidate = anchor.c_world + depth.clamp_min(0)[..., None] * ray[:, None]
 
-    supports = agreeing(others.select((slice(None), None)), candidate[:, :, None], xy_px[:, None], CONSENSUS_PX) & seen[:, None]
+    supports = (
+        agreeing(
+            others.select((slice(None), None)), candidate[:, :, None], xy_px[:, None], CONSENSUS_PX
+        )
+        & seen[:, None]
+    )
     support = supports.sum(-1) + angle / 1000
     best = torch.where(proposed, support, torch.full_like(support, -1.0)).argmax(dim=1)
     rows = torch.arange(len(ray))
@@ -215,8 +220,8 @@ def triangulate_views(
     """
     cameras = cameras_of(views)
     wanted = sorted(range(len(views)) if wanted is None else wanted)
-    pairs = near_pairs(torch.stack([v.R_world_from_cam for v in views]), cameras.c_world, PARTNERS)
-    pairs = [(i, j) for i, j in pairs if i in wanted or j in wanted]
+    R = torch.stack([v.R_world_from_cam for v in views])
+    pairs = near_pairs(R, cameras.c_world, PARTNERS, wanted)
     found = {i: {} for i in range(len(views))}
     all_matches = in_threads(
         lambda pair: guided_matches(views[pair[0]], views[pair[1]]), pairs, progress
@@ -244,7 +249,9 @@ def _points_of_view(views: list[View], cameras: Cameras, i: int, matched: dict) 
         return points
     keypoint = torch.cat([own for own, _ in matched.values()])
     number = torch.cat([torch.full_like(own, j) for j, (own, _) in matched.items()])
-    xy_px = torch.cat([views[j].features.xy_px[other] for j, (_, other) in matched.items()]).double()
+    xy_px = torch.cat(
+        [views[j].features.xy_px[other] for j, (_, other) in matched.items()]
+    ).double()
     order = keypoint.argsort(stable=True)
     keypoint, number, xy_px = keypoint[order], number[order], xy_px[order]
     matches = torch.bincount(keypoint, minlength=count)
@@ -257,7 +264,10 @@ def _points_of_view(views: list[View], cameras: Cameras, i: int, matched: dict) 
         here = place[keypoint] >= 0
         at = place[keypoint[here]], slot[here]
         seen = torch.zeros(len(rows), most, dtype=torch.bool)
-        xy, numbers = torch.zeros(len(rows), most, 2, dtype=torch.float64), torch.full(seen.shape, i)
+        xy, numbers = (
+            torch.zeros(len(rows), most, 2, dtype=torch.float64),
+            torch.full(seen.shape, i),
+        )
         seen[at], xy[at], numbers[at] = True, xy_px[here], number[here]
         own = views[i].features.xy_px[rows].double()
         found = consensus_points(

@@ -4,7 +4,7 @@ Only three queries are shown with their matches, so matches and points are found
 instead of being carried along for all.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -38,7 +38,7 @@ class PosedFrames:
     paths: Sequence[Path]
     scenes: Sequence[str]
     poses: np.ndarray
-    views: Sequence[View]
+    views: Mapping[int, View]
     queries: Sequence[int]
     index: Sequence[int]
     conventions: dict[str, Convention]

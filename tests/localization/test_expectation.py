@@ -7,7 +7,7 @@ import torch
 
 from localization.absolute_pose import rotation_from_vector
 from localization.expectation import KEYPOINTS, NEAR, UNSEEN, Expectation, nearness
-from localization.localize import localize
+from localization.localize import build_map, localize
 from localization.matching import View, mutual_matches
 from localization.scoring import epipolar_scores, gather_evidence
 from localization.triangulation import triangulate_views
@@ -110,7 +110,7 @@ def gap(corridor, look_at):
 def errors(index: list[View], queries: list[View], seed: int) -> list[float]:
     ranking = [list(range(len(index)))] * len(queries)
     asked = [View(q.features, q.camera) for q in queries]
-    estimates = localize(index, asked, ranking, seed=seed)
+    estimates = localize(build_map(index, seed=seed), asked, ranking, seed=seed)
     return [float((e.c_world - q.c_world).norm()) for e, q in zip(estimates, queries)]
 
 

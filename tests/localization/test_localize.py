@@ -13,17 +13,25 @@ from localization.fallback import Guess
 from localization.features import Features
 from localization.localize import (
     Estimate,
-    Index,
+    Map,
     Search,
     _least_expected_error,
-    localize,
+    build_map,
     share_world,
+)
+from localization.localize import (
+    localize as localize_in,
 )
 from localization.matching import View, mutual_matches
 from localization.scoring import gather_evidence
 from localization.tracks import Polished, Tracks, refine_with_points
 
 CAMERA = Camera(320.0, 320.0, 320.0, 240.0, 640, 480)
+
+
+def localize(index: list[View], queries: list[View], ranking, *, seed: int, **more) -> list[Estimate]:
+    """In a map of the posed views."""
+    return localize_in(build_map(index, seed=seed), queries, ranking, seed=seed, **more)
 
 
 def queries_of(views: list[View]) -> list[View]:
@@ -159,7 +167,7 @@ def test_degenerate_inputs_are_answered(random_world, random_poses, look_at):
 def test_most_tracks_choose_the_pose_within_the_place_that_explains_most(random_world, random_poses):
     world = random_world(25)
     views = [world.view(*pose) for pose in random_poses(7, 26)]
-    index, query = Index.build(views[:6], lambda done, of: None), views[6]
+    index, query = Map.build(views[:6]), views[6]
     matches = {i: mutual_matches(query.features, view.features) for i, view in enumerate(index.views)}
     evidence = gather_evidence(query, index.views, index.points, matches)
 
@@ -261,11 +269,11 @@ def test_the_map_tests_itself(random_world, random_poses):
     for shift, right in ((0, True), (1, False)):
         rows = [index[(i + shift) % 8] for i in range(8)]
         posed = [replace_pose(view, row) for view, row in zip(index, rows)]
-        outcome = []
-        (found,) = localize(posed, queries_of([query]), [list(range(8))], seed=0, tested=outcome.append)
-        assert (outcome[0].found == len(outcome[0].errors) == 3) == right
+        built = build_map(posed, seed=0)
+        (found,) = localize_in(built, queries_of([query]), [list(range(8))], seed=0)
+        assert (built.test.found == len(built.test.errors) == 3) == right
         assert (found.confidence >= 0.5) == right
-        assert f"{outcome[0].found} of 3" in outcome[0].describe()
+        assert f"{built.test.found} of 3" in built.test.describe()
 
 
 def replace_pose(view: View, other: View) -> View:
@@ -276,8 +284,10 @@ def test_progress_is_reported(random_world, random_poses):
     world = random_world(23)
     views = [world.view(*pose) for pose in random_poses(4, 24)]
     calls = []
-    localize(views[:3], queries_of(views[3:]), [[0, 1, 2]], seed=0, progress=lambda *v: calls.append(v))
-    assert ("index", 3, 3) in calls and calls[-1] == ("queries", 1, 1)
+    built = build_map(views[:3], seed=0, progress=lambda *v: calls.append(v))
+    assert calls[-1] == (3, 3)
+    localize_in(built, queries_of(views[3:]), [[0, 1, 2]], seed=0, progress=lambda *v: calls.append(v))
+    assert calls[-1] == ("queries", 1, 1)
 
 
 def test_the_lens_is_refined_with_the_pose_and_its_sigmas_are_honest(random_world, random_poses):

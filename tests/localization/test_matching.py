@@ -10,7 +10,6 @@ from localization.features import Features
 from localization.matching import (
     View,
     epipolar_pairs,
-    essential_matrix,
     guided_matches,
     in_band,
     mutual_matches,
@@ -46,6 +45,17 @@ def test_mutual_matches_by_hand():
     np.testing.assert_allclose(matches.ratio, half[0] / half[1], rtol=1e-3)
 
 
+def test_of_equal_descriptors_one_is_matched(random_world, random_poses):
+    """Pixel-identical tiles: no keypoint has two matches in an image."""
+    world = random_world(1)
+    world.descriptors[10:20] = world.descriptors[10]
+    a, b = (world.view(*pose, noise_px=0.0, clutter=0, spread=0.0) for pose in random_poses(2, 1))
+    for matches in (mutual_matches(a.features, b.features), guided_matches(a, b)):
+        assert len(matches) > 50
+        for side in (matches.a, matches.b):
+            assert len(side.unique()) == len(side)
+
+
 def test_mutual_matches_find_the_points(random_world, random_poses):
     world = random_world(0)
     a, b = (world.view(*pose) for pose in random_poses(2, 1))
@@ -69,15 +79,21 @@ def test_few_keypoints(n_a, n_b):
     assert torch.isfinite(matches.ratio).all()
 
 
-def test_essential_matrix_is_pycolmaps(random_world, random_poses):
+def test_in_band_is_pycolmaps_sampson_test(random_world, random_poses):
+    """Pixels from the line in one image and the other, by pycolmap's essential matrix."""
     world = random_world(2)
     a, b = (world.view(*pose) for pose in random_poses(2, 3))
     R, c = b.R_world_from_cam.T @ a.R_world_from_cam, b.R_world_from_cam.T @ (a.c_world - b.c_world)
     pose = pycolmap.Rigid3d(pycolmap.Rotation3d(R.numpy()), c.numpy())
-    theirs = torch.tensor(pycolmap.essential_matrix_from_pose(pose))
-    ours = essential_matrix(a, b)
-    theirs = theirs / theirs.norm() * (theirs * ours).sum().sign()
-    torch.testing.assert_close(ours / ours.norm(), theirs)
+    E = torch.tensor(pycolmap.essential_matrix_from_pose(pose))
+    x_a, x_b = rays(a.camera, a.features.xy_px), rays(b.camera, b.features.xy_px)
+    residual = (x_a @ E.T @ x_b.T).abs() * a.camera.fx
+    lines_b, lines_a = (x_a @ E.T)[:, :2].norm(dim=1), (x_b @ E)[:, :2].norm(dim=1)
+    away = torch.maximum(residual / lines_b[:, None], residual / lines_a)
+    mask = allowed(a, b)
+    assert mask.sum() > 100 and away[mask].max() < 3.001
+    common = [(i, int((b.seen == p).nonzero()[0])) for i, p in enumerate(a.seen) if p in b.seen]
+    assert all(mask[i, j] == (away[i, j] <= 3) for i, j in common)
 
 
 def every_pair(a: View, b: View) -> tuple[torch.Tensor, torch.Tensor]:
@@ -161,6 +177,10 @@ def test_near_pairs(look_at):
     assert 1 in gaps and max(gaps) > 40  # neighbors, and wide baselines too
     R[50:] = torch.stack([look_at(v, v - torch.tensor([0.0, 1.0, 0.0])) for v in c[50:]])
     assert all((i < 50) == (j < 50) for i, j in near_pairs(R, c, 20))
+    assert {0 in pair for pair in near_pairs(R[:6], c[:6], 20, [0])} == {True}
+    place = c[:1] + 1e-3 * torch.arange(300)[:, None] * torch.tensor([1.0, 0.0, 0.0])
+    here = near_pairs(R[:1].expand(300, 3, 3), place.double(), 20)
+    assert max(torch.bincount(torch.tensor(here).flatten())) <= 40  # no hub, whoever asks
     assert near_pairs(R[:1], c[:1], 20) == [] and near_pairs(R[:0], c[:0], 20) == []
 
 
@@ -170,5 +190,7 @@ def test_rays_of_matches_meet(random_world, random_poses):
     a, b = (world.view(*pose, noise_px=0.0, clutter=0) for pose in random_poses(2, 9))
     m = guided_matches(a, b)
     x_a, x_b = rays(a.camera, a.features.xy_px[m.a]), rays(b.camera, b.features.xy_px[m.b])
-    residual = ((x_b @ essential_matrix(a, b)) * x_a).sum(1)[right_matches(a, b, m)]
+    d_a, d_b = x_a @ a.R_world_from_cam.T, x_b @ b.R_world_from_cam.T
+    residual = torch.linalg.cross(d_a, d_b) @ (b.c_world - a.c_world)
+    residual = residual[right_matches(a, b, m)]
     assert len(residual) > 50 and residual.abs().max() < 1e-5

@@ -1,10 +1,14 @@
 """Several scenes at once: cameras, worlds, and which queries are localized with which index images."""
 
 import numpy as np
+import pytest
+import torch
 
+from localization.atlas import Atlas, build_atlas, kept, key_of
 from localization.cameras import TARTANAIR, Camera, poses_to_file
 from localization.matching import View
-from localization.scenes import calibrate_scenes, localize_scenes, worlds_of
+from localization.scenes import calibrate_scenes, worlds_of
+from model import InputError
 
 CAMERA = Camera(320.0, 320.0, 320.0, 240.0, 640, 480)
 
@@ -22,22 +26,61 @@ def frames_of(
     return views, scene_of, np.array(rows)
 
 
-def test_each_query_is_found_in_its_own_scene(random_world, random_poses):
+def test_each_query_is_found_in_its_own_scene_and_again_in_the_kept_map(random_world, random_poses, tmp_path):
     poses = {"a": random_poses(9, 1), "b": random_poses(8, 2)}
     views, scene_of, rows = frames_of({"a": random_world(1), "b": random_world(2)}, poses)
     queries, index = [0, 9], [*range(1, 9), *range(10, 17)]
     truth = [views[q].c_world for q in queries]
     for view in views:
         view.R_world_from_cam = view.c_world = None
-    found = calibrate_scenes(views, scene_of, rows, index, {"a": CAMERA, "b": CAMERA}, {"a": None, "b": None})
-    assert {scene: c.convention for scene, c in found.items()} == {"a": TARTANAIR, "b": TARTANAIR}
-    assert views[0].c_world is None and views[1].c_world is not None
-    descriptors = np.eye(17)
-    estimates = localize_scenes(
-        views, scene_of, queries, index, descriptors, top_k=30, seed=0, progress=lambda *_: None, tested=lambda *_: None
+    atlas = build_atlas(
+        [f"{n}.png" for n in range(17)],
+        scene_of,
+        rows,
+        views,
+        np.eye(17),
+        index,
+        {"a": CAMERA, "b": CAMERA},
+        {"a": None, "b": None},
+        seed=0,
     )
-    for query, c in zip(queries, truth, strict=True):
-        assert float((estimates[query].c_world - c).norm()) < 0.02
+    assert {scene: c.convention for scene, c in atlas.calibrations.items()} == {"a": TARTANAIR, "b": TARTANAIR}
+    assert views[0].c_world is None and views[1].c_world is not None
+    assert [world.scenes for world in atlas.worlds] == [["a"], ["b"]]
+    asked = [views[q] for q in queries]
+    estimates = atlas.localize(asked, ["a", "b"], np.eye(17)[queries], top_k=30, seed=0)
+    for estimate, c in zip(estimates, truth, strict=True):
+        assert float((estimate.c_world - c).norm()) < 0.02
+    assert atlas.localize(asked[:1], ["c"], np.eye(17)[:1], top_k=30, seed=0) == [None]
+
+    file = tmp_path / "a.map"
+    atlas.key = "mine"
+    atlas.keep(file)
+    again = kept(file, "mine", named=True).localize(asked, ["a", "b"], np.eye(17)[queries], top_k=30, seed=0)
+    for one, other in zip(estimates, again, strict=True):
+        assert torch.equal(one.c_world, other.c_world) and one.confidence == other.confidence
+    with pytest.raises(InputError, match="other images or settings"):
+        kept(file, "another", named=True)
+    assert kept(tmp_path / "none.map", "mine", named=True) is None
+
+
+def test_other_files_are_no_maps(tmp_path):
+    file = tmp_path / "a.map"
+    for write in (lambda: file.write_bytes(b"PK"), lambda: torch.save({"a": torch.zeros(2)}, file)):
+        write()
+        with pytest.raises(InputError, match="no map"):
+            Atlas.load(file)
+        assert kept(file, "key", named=False) is None
+
+
+def test_the_key_of_a_map_is_that_of_its_inputs(tmp_path):
+    image = tmp_path / "0.png"
+    image.write_bytes(b"pixels")
+    key = key_of("settings", [(image, "a", 0)], [])
+    assert key == key_of("settings", [(image, "a", 0)], []) != key_of("others", [(image, "a", 0)], [])
+    image.write_bytes(b"other pixels")
+    assert key_of("settings", [(image, "a", 0)], []) != key
+    assert key_of("settings", [(tmp_path / "gone.png", "a", 0)], []) == ""
 
 
 def test_scenes_of_one_world_are_joined_and_others_are_not(random_world, random_poses, capsys):
@@ -47,18 +90,6 @@ def test_scenes_of_one_world_are_joined_and_others_are_not(random_world, random_
     worlds = worlds_of(views, scene_of, range(12), np.ones((12, 1)))
     assert sorted(map(sorted, worlds)) == [["a", "c"], ["b"]]
     assert "a and c share one world" in capsys.readouterr().out
-    no_index_in_b = [row for row in range(12) if scene_of[row] != "b"]
-    estimates = localize_scenes(
-        views,
-        scene_of,
-        [5],
-        no_index_in_b,
-        np.ones((12, 1)),
-        top_k=30,
-        seed=0,
-        progress=lambda *_: None, tested=lambda *_: None,
-    )
-    assert estimates == {}
 
 
 def test_rows_of_a_pose_file_are_put_in_the_order_that_fits(random_world, random_poses):

@@ -15,7 +15,7 @@ import multiprocessing
 import torch
 from localization.features import Features
 from localization.cameras import Camera, project
-from localization.localize import localize
+from localization.localize import build_map, localize
 from localization.matching import View
 
 def main():
@@ -31,7 +31,7 @@ def main():
         views.append(View(features, camera, torch.eye(3, dtype=torch.float64), center))
     queries = [View(view.features, camera) for view in views[18:]]
     order = [list(range(18))] * 2
-    found = localize(views[:18], queries, order, seed=0)
+    found = localize(build_map(views[:18], seed=0), queries, order, seed=0)
     assert not multiprocessing.active_children()
     print(max(float((e.c_world - v.c_world).norm()) for e, v in zip(found, views[18:])) < 0.01)
 
