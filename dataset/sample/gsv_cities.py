@@ -2,8 +2,9 @@
 
     <rendered sample>/gsv_cities/{Dataframes/<City>.csv,Images/<City>/*.jpg}
 
-A place is what is seen in one direction from one spot of a street, photographed on several days from
-a little beside. None of these streets is in the other data sets of the sample.
+A place is what is seen in one direction from one spot, photographed on several days from a little
+beside. As in GSV-Cities places are far apart, each in a street of its own: another direction from the
+same spot would be a negative that looks alike. No street is in the other data sets of the sample.
 """
 
 import csv
@@ -34,11 +35,10 @@ QUERY_DAYS = 0.6  # share of photographs taken on days like those of the sample'
 
 @dataclass(frozen=True)
 class GsvSize:
-    """Streets of a city, directions of a street, photographs of a place, their pixels."""
+    """Streets of a city, each a place, photographs of a place, their pixels."""
 
-    streets: int = 12
-    directions: int = 5
-    photographs: int = 5
+    streets: int = 40
+    photographs: int = 6
     size_px: tuple[int, int] = (320, 240)
 
 
@@ -61,7 +61,7 @@ def locate_gsv_cities() -> Path:
 def render_gsv_cities(folder: Path, seed: int = 0, size: GsvSize = FULL) -> None:
     """Render CITIES into `folder`, whole or not at all."""
     partial = Path(tempfile.mkdtemp(prefix=f".{FOLDER}.", dir=folder.parent))
-    total = len(CITIES) * size.streets * size.directions * size.photographs
+    total = len(CITIES) * size.streets * size.photographs
     threads = torch.get_num_threads()
     pool = ThreadPoolExecutor(usable_cores(), initializer=torch.set_num_threads, initargs=(1,))
     try:
@@ -89,33 +89,31 @@ def render_gsv_cities(folder: Path, seed: int = 0, size: GsvSize = FULL) -> None
 def _render_street(
     folder: Path, city: int, number: int, seed: int, size: GsvSize, tick: Callable[[], object]
 ) -> list[dict]:
-    """Render one street's places; their rows of the csv."""
+    """Render one place; its rows of the csv."""
     rng = np.random.default_rng([seed, 7, city, number])
     street = build_street(np.random.default_rng([seed, 8, city, number]))
-    spot, rows = rng.uniform(0, 24), []
-    headings = rng.uniform(0, 360) + np.arange(size.directions) * 360 / size.directions
+    spot, heading, rows = rng.uniform(0, 24), rng.uniform(0, 360), []
     for day in range(size.photographs):
         x, y = spot + rng.uniform(-ASIDE_M, ASIDE_M), rng.uniform(-ASIDE_M, ASIDE_M)
-        turned = headings + rng.uniform(-ASIDE_DEG, ASIDE_DEG, size.directions)
-        views = tuple((yaw, rng.choice(PITCHES_DEG)) for yaw in turned)
+        yaw = heading + rng.uniform(-ASIDE_DEG, ASIDE_DEG)
         utm = (x + STREET_SPACING_M * number, y)
         position = (x, y, -rng.uniform(2.2, 2.6))
-        panorama = Panorama("", number, bool(rng.random() < QUERY_DAYS), position, utm, views)
-        pictures = photograph(street, panorama, size.size_px, rng)
+        view, is_query = (yaw, rng.choice(PITCHES_DEG)), bool(rng.random() < QUERY_DAYS)
+        panorama = Panorama("", number, is_query, position, utm, (view,))
+        (picture,) = photograph(street, panorama, size.size_px, rng)
         lat, lon = (o + m * d for o, m, d in zip(ORIGIN_DEG, utm[::-1], DEGREES_A_M))
-        for direction, picture in enumerate(pictures):
-            row = {
-                "place_id": str(size.directions * number + direction),
-                "year": str(2010 + day),
-                "month": str(rng.integers(1, 13)),
-                "northdeg": str(round(turned[direction]) % 360),
-                "city_id": CITIES[city],
-                "lat": f"{lat:.6f}",
-                "lon": f"{lon + city:.6f}",
-                "panoid": f"{city}{number:02d}{day}",
-            }
-            name, _ = image_name(row, folder, day)
-            picture.save(folder / "Images" / CITIES[city] / name, quality=88)
-            rows.append(row)
-            tick()
+        row = {
+            "place_id": str(number),
+            "year": str(2010 + day),
+            "month": str(rng.integers(1, 13)),
+            "northdeg": str(round(yaw) % 360),
+            "city_id": CITIES[city],
+            "lat": f"{lat:.6f}",
+            "lon": f"{lon + city:.6f}",
+            "panoid": f"{city}{number:02d}{day}",
+        }
+        name, _ = image_name(row, folder, day)
+        picture.save(folder / "Images" / CITIES[city] / name, quality=88)
+        rows.append(row)
+        tick()
     return rows
