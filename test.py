@@ -207,7 +207,7 @@ def answer(
     }  # fmt: skip
 
 
-def tell_poses(rows: list[dict], conventions: dict[str, Convention], file: Path) -> None:
+def tell_poses(rows: list[dict], conventions: dict[str, Convention], file: Path, with_found: bool) -> None:
     """Print the poses of new images and write them to `file`."""
     for row in rows:
         print(
@@ -218,7 +218,7 @@ def tell_poses(rows: list[dict], conventions: dict[str, Convention], file: Path)
             + ("" if row["found"] else ": not found, less than --min-confidence")
             + (f"\n  taken with a lens of its own: {row['lens']}" if row["lens"] else "")
         )
-    handin.write_text(file, poses_tsv(rows))
+    handin.write_text(file, poses_tsv(rows, with_found))
     print(f"Written: {file}")
 
 
@@ -398,11 +398,11 @@ def run(args: argparse.Namespace) -> None:
     maps = [([index[k] for k in world.rows], world.map.views, world.map.points) for world in atlas.worlds]
     if args.query:
         with always_printed():
-            tell_poses(rows, conventions, args.output / "query_poses.tsv")
+            tell_poses(rows, conventions, args.output / "query_poses.tsv", args.min_confidence > 0)
             export(args, posed, rows, maps, camera_dir)
         return
     handin.write_text(args.output / "result_pose_eval.txt", pose_text(rows, len(index)))
-    handin.write_text(args.output / "estimated_poses.tsv", poses_tsv(rows))
+    handin.write_text(args.output / "estimated_poses.tsv", poses_tsv(rows, args.min_confidence > 0))
     ours = np.array([[row["error_m"], row["error_deg"]] for row in rows])
     retrieval = np.array([[row["retrieval_m"], row["retrieval_deg"]] for row in rows])
     methods = {}

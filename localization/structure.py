@@ -108,7 +108,7 @@ def _seen_again(
     views: list[View], points: list[Points], first: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Pairs of keypoints that show one point, counted over all views, and their similarity (m,)."""
-    everything = point_map(views, points)
+    everything = point_map(views, points, range(len(views)))
     own = torch.cat([torch.nonzero(p.valid)[:, 0] + start for p, start in zip(points, first)])
     width = max([p.seen_in.shape[1] for p in points], default=1)
     pad = torch.nn.functional.pad

@@ -136,10 +136,10 @@ def evaluate(
         names = {key: [str(path) for path in value] for key, value in paths.items()}
         write_whole(args.save_descriptors, lambda part: np.savez(part, **arrays, **names))
     k = min(len(split.index), max(*args.recall_values, RERANKED, args.num_preds_to_save))
+    usual = {0: "own size", 1: "shorter side resized", 2: args.test_method}[len(args.resize)]
     rankings, by_distance = {}, not (pipeline.unit_norm or args.pca_dim)
     for variant, q, d in zip(pipeline.variants, queries, index):
         how = (k, args.test_method, device, args.majority_weight, by_distance)
-        usual = args.test_method if len(args.resize) == 2 else "own size"
         similarity, rankings[variant or usual] = rank(q, d, *how)
     ranking = list(rankings.values())[-1]
     described = queries[-1].mean(axis=1)

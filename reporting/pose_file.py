@@ -31,9 +31,7 @@ ENTRY = (
     ("", ""),
 )
 KEYS = ("path", "best_match", "embed_dist", "error_m", "error_deg")  # of an entry
-TSV_HEADER = (
-    "path\ttx\tty\ttz\tq1\tq2\tq3\tq4\tmethod\tinliers\tsigma_m\tsigma_deg\tconfidence\tfound"
-)
+TSV_HEADER = "path\ttx\tty\ttz\tq1\tq2\tq3\tq4\tmethod\tinliers\tsigma_m\tsigma_deg\tconfidence"
 
 
 def pose_text(rows: Sequence[dict], index_count: int) -> str:
@@ -79,15 +77,18 @@ def read_pose_text(text: str) -> list[dict]:
     return rows
 
 
-def poses_tsv(rows: Sequence[dict]) -> str:
-    """estimated_poses.tsv: path, 7 numbers in the scene's own convention, how they were found, and
-    `found` or, of a query too unsure for --min-confidence, `not found`."""
-    lines = [TSV_HEADER]
+def poses_tsv(rows: Sequence[dict], with_found: bool = False) -> str:
+    """estimated_poses.tsv: path, 7 numbers in the scene's own convention, how they were found.
+
+    with_found: and a column that says `found` or, of a query too unsure for --min-confidence,
+    `not found`.
+    """
+    lines = [TSV_HEADER + "\tfound" * with_found]
     for row in rows:
         cells = [one_line(row["path"]), *(f"{value:.9f}" for value in row["pose"])]
         cells += [row["method"], str(row["inliers"]), f"{row['sigma_m']:.5f}"]
         cells += [f"{row['sigma_deg']:.5f}", f"{row['confidence']:.4f}"]
-        cells.append("found" if row["found"] else "not found")
+        cells += ["found" if row["found"] else "not found"] * with_found
         lines.append("\t".join(cells))
     return "\n".join(lines) + "\n"
 

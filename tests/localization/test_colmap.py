@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from PIL import Image
 from scipy.spatial.transform import Rotation
 
+from localization.atlas import build_atlas
 from localization.cameras import Camera, poses_from_file, poses_to_file, project
 from localization.pose_files import COLMAP, read_scene
-from localization.scenes import calibrate_scenes, localize_scenes
 from model import WARNINGS, InputError
 
 PINHOLE = ("PINHOLE", 640, 480, [500, 510, 320.5, 240.5])
@@ -249,21 +249,24 @@ def test_queries_are_located_among_images_of_several_cameras(random_world, rando
     queries, index = [0, 1], list(range(2, 9))
     for view in views:
         view.R_world_from_cam = view.c_world = None
-    found = calibrate_scenes(views, ["a"] * 9, rows, index, {"a": narrow}, {"a": COLMAP}, lenses)
+    atlas = build_atlas(
+        [f"{n}.png" for n in range(9)],
+        ["a"] * 9,
+        rows,
+        views,
+        np.ones((9, 1)),
+        index,
+        {"a": narrow},
+        {"a": COLMAP},
+        lenses,
+        seed=0,
+    )
+    found = atlas.calibrations
     assert found["a"].trusted and found["a"].explained > 0.9
     assert [view.camera for view in views] == lenses and views[0].lens_is_sure
     for view, xy in zip(views, before):
         assert float((view.features.xy_px - xy).abs().max()) < 0.01
-    estimates = localize_scenes(
-        views,
-        ["a"] * 9,
-        queries,
-        index,
-        np.ones((9, 1)),
-        top_k=30,
-        seed=0,
-        progress=lambda *_: None,
-        tested=lambda *_: None,
-    )
-    for query in queries:
-        assert float((estimates[query].c_world - truth[query]).norm()) < 0.02
+    asked = [views[query] for query in queries]
+    estimates = atlas.localize(asked, ["a"] * 2, np.ones((2, 1)), top_k=30, seed=0)
+    for query, estimate in zip(queries, estimates):
+        assert float((estimate.c_world - truth[query]).norm()) < 0.02

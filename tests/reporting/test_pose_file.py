@@ -63,6 +63,8 @@ def test_a_path_that_would_break_the_lines_is_escaped(path):
     (entry,) = pose_file.read_pose_text(text)
     assert "\\" in entry["path"] and entry["path"].endswith(".png")
     header, line, end = pose_file.poses_tsv([row]).split("\n")
+    assert header.count("\t") == line.count("\t") == 12 and end == ""
+    header, line, end = pose_file.poses_tsv([row], with_found=True).split("\n")
     assert header.count("\t") == line.count("\t") == 13 and end == ""
     assert header.endswith("\tfound") and line.endswith("\t0.5000\tnot found")
 
