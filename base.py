@@ -42,7 +42,7 @@ from model import (
     warn,
 )
 from recognition.aggregation import AGGREGATIONS, L2_PLACES
-from recognition.backbones import BACKBONES, calibrate
+from recognition.backbones import BACKBONES, backbone_name, calibrate
 from recognition.recipes import build_model
 from reporting import check, figures, handin, report
 from reporting.screen import always_printed, on_screen, phase, print_recall_table, versions
@@ -103,7 +103,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--image-size", type=_image_size, metavar="N",
         help=f"pixels a side (default: {IMAGE_SIZE}, or that of --init)",
     )  # fmt: skip
-    option("--backbone", choices=BACKBONES, default=ASSIGNED["backbone"], help="default: the assignment's vgg16")
+    option("--backbone", type=backbone_name, choices=BACKBONES, default=ASSIGNED["backbone"], help="default: the assignment's vgg16")
     option(
         "--aggregation", choices=AGGREGATIONS, default=ASSIGNED["aggregation"], help="default: the assignment's netvlad"
     )

@@ -36,7 +36,8 @@ from localization.localize import Estimate, View
 from localization.pose_files import SceneFiles, read_scene
 from localization.scenes import reorder_rows
 from localization.structure import structure_of
-from model import WARNINGS, InputError, choose_device, load_checkpoint, progress, refuse, warn
+from model import WARNINGS, InputError, choose_device, progress, refuse, warn
+from recognition.eval_command import load_any
 from reporting import check, handin, report
 from reporting.export import check_exports, write_exports
 from reporting.pose_file import ASSIGNED_SCENES, pose_text, poses_tsv, summarize
@@ -231,7 +232,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     option("--seed", type=int, default=42, help="of the split into queries and index (default: 42)")
     option(
         "--checkpoint", type=Path, default=Path("output/checkpoints/netvlad_final.pth"),
-        help="state dict that base.py wrote (default: %(default)s)",
+        help="of base.py, or of train.py (default: %(default)s)",
     )  # fmt: skip
     option("--output", type=Path, default=Path("output"), help="default: %(default)s")
     option("--map", type=Path, metavar="FILE", help="keep the map of the index images in FILE; with --query, find the images in the map that is there")
@@ -270,7 +271,8 @@ def look_at(
     paths: list[Path], model: torch.nn.Module, device: torch.device, folder: Path | None, seconds: dict, show: Callable
 ) -> tuple[list[View], np.ndarray, dict[int, InputError]]:
     """Views and descriptors of the images that can be read, and what is wrong with each other one."""
-    files = ImageFiles(paths, spare_unreadable=True, size=model.image_size)
+    how = {"size": model.image_size, "transform": getattr(model, "transform", None)}
+    files = ImageFiles(paths, spare_unreadable=True, **how)
     with phase("descriptors", seconds):
         descriptors, _, _ = compute_embeddings(model, files, device)
     readable = files.readable()
@@ -324,7 +326,7 @@ def run(args: argparse.Namespace) -> None:
     check_options(args)
     device = choose_device(args.device)
     checkpoint = handin.file_sha256(args.checkpoint) if args.checkpoint.is_file() else ""
-    model = load_checkpoint(args.checkpoint)
+    model = load_any(args.checkpoint)
     atlas, is_sample = None, False
     if args.query and args.map and args.map.exists():
         atlas, camera_dir = Atlas.load(args.map), args.map

@@ -66,6 +66,12 @@ BACKBONES["dino"] = BACKBONES["dinov2_vitb14"]  # SuperVLAD's name for it
 LAYER_SCALE = 0.1  # torchvision's 1e-6 would make random blocks the identity
 
 
+def backbone_name(text: str) -> str:
+    """The name of a backbone, written in small or large letters; `text` itself if there is none."""
+    alike = [name for name in BACKBONES if name.lower() == text.lower()]
+    return text if text in BACKBONES or not alike else alike[0]
+
+
 def build_trunk(name: str, weights: str | None = None) -> tuple[nn.Sequential, str]:
     """The trunk of a backbone, and where its weights are from in words.
 

@@ -307,14 +307,15 @@ def ready_to_search(model: nn.Module, resize: Sequence[int]) -> nn.Module:
 def recall_of_lists(args: argparse.Namespace) -> None:
     """Recall@1/5/10 of a checkpoint on the assignment's lists of one split."""
     root, _ = locate_lists(args.dataset, split_files(args.split))
-    model, device = load_any(args.checkpoint), choose_device(args.device)
-    split = lists.read_split(root, args.split, size=model.image_size)
+    split = lists.read_split(root, args.split)
     if split is None:
         raise InputError(f"there is no {args.split} list: choose --split val.")
-    if hasattr(model, "transform"):
-        split.queries.transform = split.index.transform = model.transform
     for line in lists.data_warnings({args.split: split}):
         warn(line)
+    model, device = load_any(args.checkpoint), choose_device(args.device)
+    for part in (split.queries, split.index):
+        part.transform = getattr(model, "transform", eval.transform_to(model.image_size))
+        part.at_least = model.image_size
     where = (split.utm_query, split.utm_index, split.threshold)
     eval.evaluate_recall(model, split.queries, split.index, *where, device)
 

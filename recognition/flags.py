@@ -6,7 +6,7 @@ from pathlib import Path
 
 from model import PRECISIONS
 from recognition.aggregation import AGGREGATION_SETTINGS, AGGREGATIONS, L2_PLACES
-from recognition.backbones import BACKBONES
+from recognition.backbones import BACKBONES, backbone_name
 from recognition.inference import METHODS
 from recognition.optimization import OPTIMIZERS, SCHEDULERS
 from recognition.recipes import RECIPES
@@ -80,7 +80,7 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     """The architecture."""
     option = parser.add_argument_group("model").add_argument
     option("--recipe", choices=RECIPES, help="default: the one whose flags are given, or netvlad")
-    option("--backbone", choices=BACKBONES, help="default: the recipe's")
+    option("--backbone", type=backbone_name, choices=BACKBONES, help="default: the recipe's")
     option("--aggregation", choices=AGGREGATIONS, help="default: the recipe's")
     option("--fc_output_dim", type=positive, help="a linear layer to so many numbers at the end")
     option("--l2", choices=L2_PLACES, default=L2_PLACES[0], help="of GeM (default: before_pool)")

@@ -130,7 +130,7 @@ def test_another_image_size_is_kept_with_the_checkpoint_and_a_training_goes_on_f
 
 
 def test_parts_of_other_systems_are_trained_on_the_assignment_s_lists(tmp_path):
-    words = ["--backbone", "resnet18conv4", "--aggregation", "gem", "--weights", "none"]
+    words = ["--backbone", "resnet18", "--aggregation", "gem", "--weights", "none"]
     assert run_small(tmp_path, *words, "--image-size", 64, "--output", tmp_path / "a") == 0
     state = torch.load(tmp_path / "a" / CHECKPOINT, weights_only=True)
     assert state["aggregation.p"].shape == (1,) and "netvlad.centers" not in state
