@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dataset.classes import Grid
+from eval import recall_gain
 from model import InputError, refuse, warn
 from reporting import compare, labels
 from reporting.handin import code_files, write_text, write_whole
@@ -129,7 +130,7 @@ def conclusion(rows: Sequence[compare.Row]) -> str:
             before = first["hits"].get(name)
             if before is None or len(before) != len(hits):
                 continue
-            mean, low, high = compare.gain(hits, before)
+            mean, low, high = recall_gain(hits, before)
             kind = "Better" if low > 0 else "Worse" if high < 0 else "same"
             found[kind].append(f"{row['run']} ({row['test']}) on {name}: {100 * mean:+.1f} points")
     parts = [
