@@ -24,7 +24,7 @@ from dataset.lists import (
     data_warnings,
     read_split,
 )
-from eval import Recall, measure_recall, print_recall
+from eval import print_recall
 from model import (
     CALIBRATION_IMAGES,
     IMAGE_SIZE,
@@ -41,10 +41,11 @@ from model import (
     refuse,
     warn,
 )
-from recognition.aggregation import AGGREGATIONS, L2_PLACES
+from recognition.aggregation import AGGREGATIONS
 from recognition.backbones import BACKBONES, backbone_name, calibrate
 from recognition.recipes import build_model
 from reporting import check, figures, handin, report
+from reporting.recall import Recall, measure_recall
 from reporting.screen import always_printed, on_screen, phase, print_recall_table, versions
 from train import MARGIN, RankingLoss, train, validate
 from training.distributed import (
@@ -85,7 +86,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     option("--lr", type=_above_zero, default=1e-4, help="of Adam (default: %(default)s)")
     option("--batch-size", type=_positive, default=8, help="tuples a step (default: 8)")
     option("--margin", type=_above_zero, default=MARGIN, help="of the loss (default: %(default)s)")
-    option("--clusters", type=_positive, help=f"of NetVLAD (default: {CLUSTERS}, or those of --init)")
+    option(
+        "--clusters", type=_positive, help=f"of NetVLAD (default: {CLUSTERS}, or those of --init)"
+    )
     option("--mining", choices=["hard", "random"], default="hard", help="negatives (default: hard)")
     option(
         "--train-from",
@@ -98,14 +101,25 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         help="of VGG16: imagenet (downloaded), none (random, calibrated), or a file (default: "
         "imagenet, and none where it cannot be had)",
     )
-    option("--init", type=Path, metavar="CHECKPOINT", help="go on from this trained model, on new data")
+    option(
+        "--init", type=Path, metavar="CHECKPOINT", help="go on from this trained model, on new data"
+    )
     option(
         "--image-size", type=_image_size, metavar="N",
         help=f"pixels a side (default: {IMAGE_SIZE}, or that of --init)",
     )  # fmt: skip
-    option("--backbone", type=backbone_name, choices=BACKBONES, default=ASSIGNED["backbone"], help="default: the assignment's vgg16")
     option(
-        "--aggregation", choices=AGGREGATIONS, default=ASSIGNED["aggregation"], help="default: the assignment's netvlad"
+        "--backbone",
+        type=backbone_name,
+        choices=BACKBONES,
+        default=ASSIGNED["backbone"],
+        help="default: the assignment's vgg16",
+    )
+    option(
+        "--aggregation",
+        choices=AGGREGATIONS,
+        default=ASSIGNED["aggregation"],
+        help="default: the assignment's netvlad",
     )
     option("--seed", type=_count, default=42, help="of everything random (default: %(default)s)")
     option("--precision", default="auto", choices=PRECISIONS, help="auto: bf16 where it is fast")
@@ -122,10 +136,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     if args.init:
         for flag, value in {"--weights": args.weights, **not_assigned(args)}.items():
             if value:
-                raise InputError(f"{flag} {value} and --init {args.init}: the checkpoint has its own.")
+                raise InputError(
+                    f"{flag} {value} and --init {args.init}: the checkpoint has its own."
+                )
     if not_assigned(args) and args.train_from != "conv5":
         raise InputError("--train-from names parts of vgg16 with netvlad: leave it out.")
-    args.image_size = args.image_size or (described_settings(args.init) if args.init else {}).get("image_size", IMAGE_SIZE)
+    args.image_size = args.image_size or (described_settings(args.init) if args.init else {}).get(
+        "image_size", IMAGE_SIZE
+    )
     return args
 
 
@@ -149,7 +167,9 @@ def _positive(text: str) -> int:
 
 def _image_size(text: str) -> int:
     if (number := int(text)) < SMALLEST:
-        raise argparse.ArgumentTypeError(f"{text} is less than {SMALLEST}: nothing would be left of it")
+        raise argparse.ArgumentTypeError(
+            f"{text} is less than {SMALLEST}: nothing would be left of it"
+        )
     return number
 
 
@@ -162,6 +182,8 @@ def _above_zero(text: str) -> float:
 def build(args: argparse.Namespace) -> DescriptorModel:
     """The model a run begins with, or the untrained one of the run that is resumed."""
     saved, weights, clusters = args.saved, args.weights, args.clusters or CLUSTERS
+    if saved and "netvlad.centers" in saved["model"]:
+        clusters = len(saved["model"]["netvlad.centers"])  # those of --init, maybe
     names = {"backbone": args.backbone, "aggregation": args.aggregation}
     if args.init and not saved:
         model = take_up(args.init, args.clusters)
@@ -174,7 +196,7 @@ def build(args: argparse.Namespace) -> DescriptorModel:
         if weights == "imagenet" and not saved:
             model.load_imagenet()
     else:
-        settings = {**names, "netvlad_clusters": clusters, "fc_output_dim": None, "l2": L2_PLACES[0]}
+        settings = {**names, "netvlad_clusters": clusters}
         size = (args.image_size, args.image_size)
         model = build_model(settings, "random" if saved else weights, size)
     if names == ASSIGNED:
@@ -256,7 +278,10 @@ def run(args: argparse.Namespace) -> None:
             if not args.saved:
                 refuse_to_overwrite(args)
         root, is_sample = locate(args.dataset, LISTS)
-    read = {name: read_split(root, name, args.limit, args.image_size) for name in ("train", "val", "test")}
+    read = {
+        name: read_split(root, name, args.limit, args.image_size)
+        for name in ("train", "val", "test")
+    }
     splits = {name: data for name, data in read.items() if data}
     remarks = data_warnings(splits)
     for line in remarks:
@@ -288,8 +313,11 @@ def run(args: argparse.Namespace) -> None:
     )
     announce(args, inputs, tuples, store)
     initialize(model, data, inputs["train"], args.seed, seconds, save if first else _nothing)
+    if first and not args.saved:  # nothing may have been left to initialize
+        save()
     share_weights(model, device)
-    print(f"VGG16 weights: {model.weights_origin}.")
+    trunk = "VGG16" if args.backbone == ASSIGNED["backbone"] else args.backbone
+    print(f"{trunk} weights: {model.weights_origin}.")
     models = [copy.deepcopy(model), model] if args.epochs else [model]
 
     def judge(model: DescriptorModel) -> tuple[torch.Tensor, dict[str, float]]:
@@ -354,7 +382,9 @@ def run(args: argparse.Namespace) -> None:
             "pretrained": not model.weights_origin.startswith("random"),
         },
         "settings": settings_of(args),
-        "clusters": len(model.netvlad.centers) if isinstance(model, NetVLADModel) else args.clusters,
+        "clusters": len(model.netvlad.centers)
+        if isinstance(model, NetVLADModel)
+        else args.clusters,
         "seed": args.seed,
         "device": str(device),
         "split": sizes,

@@ -18,7 +18,6 @@ import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -43,8 +42,6 @@ from model import (
 
 SEARCH_CELLS = 2**25  # most entries of a queries x database matrix held at a time
 SEARCH_BLOCK = 2**26  # most numbers of the database that are read at a time
-BOOTSTRAP_DRAWS = 1000
-RECALL_VALUES = tuple(range(1, 21))
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 UNREAD_SUFFIXES = (".gif", ".heic", ".heif", ".avif", ".jp2", ".pgm", ".ppm", ".exr", ".dng")
 FULL_SCALES = (1, 255, 1023, 4095, 16383, 65535)  # of floats; of 8, 10, 12, 14 and 16 bits
@@ -57,6 +54,11 @@ def transform_to(size: int) -> Callable[[Image.Image], torch.Tensor]:
 
 
 TRANSFORM = transform_to(IMAGE_SIZE)
+
+
+def transform_of(model: nn.Module) -> Callable[[Image.Image], torch.Tensor]:
+    """What makes of an RGB image the input of a model: its own `transform`, or squares of its size."""
+    return getattr(model, "transform", None) or transform_to(model.image_size)
 
 
 def load_image(path: Path | str, at_least: int | None = None) -> Image.Image:
@@ -238,93 +240,12 @@ def first_hits(ranking: np.ndarray, positives: Sequence[np.ndarray]) -> np.ndarr
     return np.where(right.any(axis=1), right.argmax(axis=1), ranking.shape[1])
 
 
-def recall_interval(
-    hits: np.ndarray, recall_values: Sequence[int], seed: int = 0
-) -> tuple[list[float], list[float]]:
-    """95 % bootstrap interval (percentiles, queries redrawn) of recall at each K from `first_hits`."""
-    answered = hits[:, None] < np.asarray(recall_values)
-    weights = np.random.default_rng(seed).multinomial(
-        len(hits), np.full(len(hits), 1 / len(hits)), BOOTSTRAP_DRAWS
-    )
-    low, high = np.percentile(weights @ answered / len(hits), [2.5, 97.5], axis=0)
-    return low.tolist(), high.tolist()
-
-
-def recall_gain(
-    hits: np.ndarray, before: np.ndarray, k: int = 1, seed: int = 0
-) -> tuple[float, float, float]:
-    """Recall at K less that `before`, of first hits of the same queries, and its 95 % interval.
-
-    A paired bootstrap: queries are redrawn, each with both of its answers.
-    """
-    difference = (hits < k).astype(float) - (before < k)
-    n = len(difference)
-    weights = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), BOOTSTRAP_DRAWS)
-    low, high = np.percentile(weights @ difference / n, [2.5, 97.5])
-    return float(difference.mean()), float(low), float(high)
-
-
-def chance_recall(
-    positives: Sequence[np.ndarray], database_size: int, recall_values: Sequence[int]
-) -> list[float]:
-    """Expected recall at each K of a random ranking: 1 - C(D - P, K) / C(D, K), mean over queries."""
-    counts = np.array([len(p) for p in positives])
-    drawn = np.arange(min(max(recall_values), database_size))
-    miss = np.clip(database_size - counts[:, None] - drawn, 0, None) / (database_size - drawn)
-    recall = 1 - miss.cumprod(axis=1).mean(axis=0)
-    return [float(recall[min(k, database_size) - 1]) for k in recall_values]
-
-
 def print_recall(hits: np.ndarray, recall_values: Sequence[int]) -> dict[int, int]:
     """Print the assignment's line for each K; K -> number of queries answered."""
     answered = {k: int((hits < k).sum()) for k in recall_values}
     for k, count in answered.items():
         print(f"Recall@{k}: {count}/{len(hits)} = {100 * count / len(hits):.2f}%")
     return answered
-
-
-@dataclass(frozen=True)
-class Recall:
-    """Recall of a model on one split. section: curves for metrics.json, lists over K = 1 … 20 in 0..1.
-
-    similarity, ranking: (nq, 20) of the last model; hits: (nq,) rank of the first positive, 0 = best.
-    """
-
-    section: dict
-    similarity: np.ndarray
-    ranking: np.ndarray
-    hits: np.ndarray
-    positives: list[np.ndarray]
-
-
-def measure_recall(
-    embedded: Sequence[tuple[np.ndarray, np.ndarray]],
-    utm_query: np.ndarray,
-    utm_index: np.ndarray,
-    threshold: float,
-    device: torch.device,
-    seed: int = 0,
-) -> Recall:
-    """Recall@1..20 of the last model ("trained") beside the first ("untrained") and chance.
-
-    embedded: the descriptors (nq, D), (nd, D) of queries and index images by each model.
-    """
-    positives = positives_within(utm_query, utm_index, threshold)
-    found = [search(q, d, RECALL_VALUES[-1], device) for q, d in embedded]
-    hits = [first_hits(ranking, positives) for _, ranking in found]
-    curves = [[float((h < k).mean()) for k in RECALL_VALUES] for h in hits]
-    low, high = recall_interval(hits[-1], RECALL_VALUES, seed)
-    section = {
-        "queries": len(utm_query),
-        "index": len(utm_index),
-        "k": list(RECALL_VALUES),
-        "trained": curves[-1],
-        "untrained": curves[0],
-        "low": low,
-        "high": high,
-        "chance": chance_recall(positives, len(utm_index), RECALL_VALUES),
-    }
-    return Recall(section, *found[-1], hits[-1], positives)
 
 
 def evaluate_recall(
@@ -351,21 +272,17 @@ def evaluate_recall(
 
 
 class ImageFiles(Dataset):
-    """Image files: item (image (3, size, size) as the network wants it, index, path).
+    """Image files: item (image as `model` wants it, index, path).
 
+    model: its `image_size` is the side of the square images it is given, or if it has a `transform`,
+    what this shrinks an image to at least.
     spare_unreadable: a file that cannot be read gives a black image; its row is in `unreadable`.
-    transform: of an RGB image, which it shrinks to not less than `size`, if it is not to be square.
     """
 
     def __init__(
-        self,
-        paths: Sequence[Path],
-        spare_unreadable: bool = False,
-        size: int = IMAGE_SIZE,
-        transform: Callable[[Image.Image], torch.Tensor] | None = None,
+        self, paths: Sequence[Path], model: nn.Module, spare_unreadable: bool = False
     ) -> None:
-        self.paths, self.size = paths, size
-        self.transform = transform or transform_to(size)
+        self.paths, self.size, self.transform = paths, model.image_size, transform_of(model)
         self.spare_unreadable = spare_unreadable
         self.unreadable: dict[int, InputError] = {}
 
@@ -437,9 +354,8 @@ def search_folder(args: argparse.Namespace, load: Callable[[], nn.Module]) -> No
         raise InputError(f"--picture {args.picture} has no ending of an image: name a .png file.")
     index = find_images(args.index, args.query)
     model, device = load(), choose_device(args.device)
-    images = {"size": model.image_size, "transform": getattr(model, "transform", None)}
-    queries, _, _ = compute_embeddings(model, ImageFiles(args.query, **images), device)
-    files = ImageFiles(index, spare_unreadable=True, **images)
+    queries, _, _ = compute_embeddings(model, ImageFiles(args.query, model), device)
+    files = ImageFiles(index, model, spare_unreadable=True)
     database, _, _ = compute_embeddings(model, files, device)
     rows = files.readable()
     index, database = [index[row] for row in rows], database[rows]
@@ -447,7 +363,8 @@ def search_folder(args: argparse.Namespace, load: Callable[[], nn.Module]) -> No
         raise InputError(f"no image of {args.index} can be read: name another --index.")
     by_distance = not getattr(model, "unit_norm", True)
     similarity, ranking = search(queries, database, args.top_k, device, by_distance)
-    print(f"{len(args.query)} queries, {len(index)} images in {args.index}; cosine similarity, best first.")
+    measure = "1 - squared distance / 2" if by_distance else "cosine similarity"
+    print(f"{len(args.query)} queries, {len(index)} images in {args.index}; {measure}, best first.")
     for query, values, rows in zip(args.query, similarity, ranking):
         print(query)
         for rank, (value, row) in enumerate(zip(values, rows), start=1):

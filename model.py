@@ -253,20 +253,9 @@ def _random_trunk() -> nn.Sequential:
 def _read_state_dict(path: Path) -> dict[str, Tensor]:
     """The tensors of a state-dict file, alone or among what a training saved. Nothing in it is run.
 
-    `module.` of nn.DataParallel is dropped from their names. InputError if there are none, the file is
-    damaged, or a value is not finite.
+    InputError if there are none, the file is damaged, or a value is not finite.
     """
-    try:
-        with open(path, "rb") as file:
-            head = file.read(64)
-    except FileNotFoundError:
-        raise InputError(f"{path} does not exist: run base.py first or name another file.") from None
-    except OSError as error:
-        raise InputError(f"{path} cannot be read ({error.strerror}): name another file.") from None
-    if not head:
-        raise InputError(f"{path} is empty: copy or download it again.")
-    if head.startswith(b"version https://git-lfs"):
-        raise InputError(f"{path} is a Git LFS pointer, no weights: fetch them with git lfs pull.")
+    refuse_what_holds_nothing(path)
     try:
         with _numbers_of_numpy():
             state = torch.load(path, map_location="cpu", weights_only=True)
@@ -281,6 +270,30 @@ def _read_state_dict(path: Path) -> dict[str, Tensor]:
             f"{path} cannot be read as a PyTorch state dict (damaged, cut short or another kind of "
             f"file; {type(error).__name__}): make it anew with base.py or name another file."
         ) from error
+    return tensors_in(state, path)
+
+
+def refuse_what_holds_nothing(path: Path) -> None:
+    """InputError for a file of weights that is not there, empty, or a pointer of Git LFS."""
+    try:
+        with open(path, "rb") as file:
+            head = file.read(64)
+    except FileNotFoundError:
+        raise InputError(f"{path} does not exist: run base.py first or name another file.") from None
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror}): name another file.") from None
+    if not head:
+        raise InputError(f"{path} is empty: copy or download it again.")
+    if head.startswith(b"version https://git-lfs"):
+        raise InputError(f"{path} is a Git LFS pointer, no weights: fetch them with git lfs pull.")
+
+
+def tensors_in(state: object, path: Path) -> dict[str, Tensor]:
+    """The tensors of what a file holds: a state dict, or one among what a training saved.
+
+    `module.` of nn.DataParallel is dropped from their names. InputError if there are none, or a value
+    is not finite.
+    """
     for key in ("state_dict", "model_state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]

@@ -267,12 +267,27 @@ def check_options(args: argparse.Namespace) -> None:
     handin.check_output(args.output)
 
 
+def shipped_map(args: argparse.Namespace, checkpoint: str) -> Atlas | None:
+    """The map in --map FILE that --query is to be found in without the scenes' images, if any.
+
+    InputError if it was made with another network, or if an option asks for what it has of its own.
+    """
+    if not (args.query and args.map and args.map.exists()) or args.camera:
+        return None
+    for option, value in (("--scenes", args.scenes), ("--convention", args.convention), ("--intrinsics", args.intrinsics)):
+        if value:
+            raise InputError(f"{args.map} has what {option} says of its own: leave it out, or name the images with --camera.")
+    atlas = Atlas.load(args.map)
+    if atlas.checkpoint != checkpoint:
+        raise InputError(f"{args.map} was made with another network: give its checkpoint (--checkpoint).")
+    return atlas
+
+
 def look_at(
     paths: list[Path], model: torch.nn.Module, device: torch.device, folder: Path | None, seconds: dict, show: Callable
 ) -> tuple[list[View], np.ndarray, dict[int, InputError]]:
     """Views and descriptors of the images that can be read, and what is wrong with each other one."""
-    how = {"size": model.image_size, "transform": getattr(model, "transform", None)}
-    files = ImageFiles(paths, spare_unreadable=True, **how)
+    files = ImageFiles(paths, model, spare_unreadable=True)
     with phase("descriptors", seconds):
         descriptors, _, _ = compute_embeddings(model, files, device)
     readable = files.readable()
@@ -327,12 +342,9 @@ def run(args: argparse.Namespace) -> None:
     device = choose_device(args.device)
     checkpoint = handin.file_sha256(args.checkpoint) if args.checkpoint.is_file() else ""
     model = load_any(args.checkpoint)
-    atlas, is_sample = None, False
-    if args.query and args.map and args.map.exists():
-        atlas, camera_dir = Atlas.load(args.map), args.map
-        if atlas.checkpoint != checkpoint:
-            raise InputError(f"{args.map} was made with another network: give its checkpoint (--checkpoint).")
-        frames = IndoorDataset.of_map(atlas)
+    atlas, is_sample = shipped_map(args, checkpoint), False
+    if atlas:
+        camera_dir, frames = args.map, IndoorDataset.of_map(atlas)
     else:
         root, is_sample = (None, False) if args.camera else locate(None, CAMERA)
         camera_dir = args.camera or root / "camera"

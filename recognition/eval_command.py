@@ -21,7 +21,7 @@ import eval
 from dataset import lists, split_files
 from dataset import locate as locate_lists
 from dataset.folders import FolderImages, FolderSplit, read_split
-from eval import first_hits, recall_gain, recall_interval
+from eval import first_hits
 from model import (
     WARNINGS,
     DescriptorModel,
@@ -61,6 +61,7 @@ from recognition.reranking import (
 from reporting import figures
 from reporting.handin import file_sha256, write_whole
 from reporting.predictions import save_predictions
+from reporting.recall import recall_gain, recall_interval
 from reporting.screen import on_screen
 from training.inputs import Store
 
@@ -314,7 +315,7 @@ def recall_of_lists(args: argparse.Namespace) -> None:
         warn(line)
     model, device = load_any(args.checkpoint), choose_device(args.device)
     for part in (split.queries, split.index):
-        part.transform = getattr(model, "transform", eval.transform_to(model.image_size))
+        part.transform = eval.transform_of(model)
         part.at_least = model.image_size
     where = (split.utm_query, split.utm_index, split.threshold)
     eval.evaluate_recall(model, split.queries, split.index, *where, device)

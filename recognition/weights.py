@@ -10,10 +10,9 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor, nn
 
-from model import DAMAGED, DescriptorModel, InputError
+from model import DAMAGED, DescriptorModel, InputError, refuse_what_holds_nothing, tensors_in
 
 HEADS = ("fc.", "classifier.")  # of a classification network: not needed
-WRAPPERS = ("model_state_dict", "state_dict")  # keys under which a file may hold its tensors
 
 
 # ---------------------------------------------------------------- files
@@ -67,6 +66,7 @@ def read_file(path: Path) -> dict:
 
     InputError if the file is not there, damaged or holds something else.
     """
+    refuse_what_holds_nothing(path)
     try:
         try:
             found = torch.load(path, map_location="cpu", weights_only=True)
@@ -74,8 +74,6 @@ def read_file(path: Path) -> dict:
             found = torch.load(
                 path, map_location="cpu", weights_only=False, pickle_module=TENSORS_ONLY
             )
-    except FileNotFoundError:
-        raise InputError(f"{path} does not exist: name another file.") from None
     except (*DAMAGED, AttributeError, TypeError, IndexError) as error:
         raise InputError(
             f"{path} cannot be read as PyTorch weights (damaged, cut short or another kind of file; "
@@ -87,16 +85,8 @@ def read_file(path: Path) -> dict:
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """The tensors of a file: a plain state dict, or one under one of WRAPPERS.
-
-    A `module.` that nn.DataParallel put before the keys is dropped. InputError if there are none.
-    """
-    found = read_file(path)
-    for key in WRAPPERS:
-        found = found[key] if isinstance(found, dict) and key in found else found
-    if not isinstance(found, dict) or not all(isinstance(v, Tensor) for v in found.values()):
-        raise InputError(f"{path} holds no weights: name a file of torch.save(model.state_dict()).")
-    return {key.removeprefix("module."): value for key, value in found.items()}
+    """The tensors of a file, as model.tensors_in finds them. InputError if there are none."""
+    return tensors_in(read_file(path), path)
 
 
 def load_fitting(module: nn.Module, state: Mapping[str, Tensor], source: object) -> None:

@@ -18,10 +18,10 @@ from pathlib import Path
 
 import numpy as np
 
-from eval import recall_gain
 from model import InputError, refuse, warn
 from reporting import canvas
 from reporting.handin import write_text
+from reporting.recall import recall_gain
 
 SHOWN_K = (1, 5)
 # Settings that change no result, or that the row's name tells.

@@ -21,7 +21,13 @@ import torch
 from model import InputError, warn
 
 SCRIPTS = ("base.py", "model.py", "train.py", "eval.py", "test.py")
-OTHER_FILES = ("requirements.txt", "LICENSE", "reporting/method.md", "reporting/project.md", "reporting/fonts/LICENSE")
+OTHER_FILES = (
+    "requirements.txt",
+    "LICENSE",
+    "reporting/method.md",
+    "reporting/project.md",
+    "reporting/fonts/LICENSE",
+)
 # Whose code is handed in; not what lies deeper, where data may be.
 FOLDERS = "dataset dataset/sample localization recognition reporting reporting/fonts training"
 CODE_SUFFIXES = {".py", ".ttf", ".html"}

@@ -12,10 +12,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dataset.classes import Grid
-from eval import recall_gain
 from model import InputError, refuse, warn
 from reporting import compare, labels
 from reporting.handin import code_files, write_text, write_whole
+from reporting.recall import recall_gain
 from reporting.web_page import as_html
 
 PROJECT = Path(__file__).resolve().parent.parent

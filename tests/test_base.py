@@ -120,6 +120,7 @@ def test_another_image_size_is_kept_with_the_checkpoint_and_a_training_goes_on_f
     assert load_checkpoint(tmp_path / "b" / CHECKPOINT).image_size == 64
     metrics = json.loads((tmp_path / "b/metrics.json").read_text())["base"]
     assert metrics["clusters"] == 4 and metrics["settings"]["image_size"] == 64
+    assert run_small(tmp_path, "--resume", "--output", tmp_path / "b") == 0  # of 4 clusters, not 16
     for more, words in {
         ("--clusters", 8): "has 4 clusters",
         ("--weights", "none"): "has its own",

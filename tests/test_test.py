@@ -203,6 +203,33 @@ def test_poses_of_new_images_in_a_posed_scene(room_and_photos, checkpoint, tmp_p
     assert len(said.out.splitlines()) == 3 * len(photos) + 2 and said.out.endswith(f"Exported: {tmp_path / 'model'}\n")
 
 
+def test_a_map_is_enough_without_the_images_and_known_from_others(
+    room_and_photos, checkpoint, tmp_path, capsys
+):
+    camera, photos, _ = room_and_photos
+    words = ["--map", tmp_path / "room.map", "--query", photos[0], "--checkpoint", checkpoint, "--no-cache"]
+
+    def run(output: str, *more: object) -> int:
+        return task4.main([str(w) for w in (*words, "--output", tmp_path / output, "--quiet", *more)])
+
+    assert run("with", "--camera", camera, "--scenes", "room") == 0
+    assert run("alone") == 0
+    assert run("again", "--camera", camera, "--scenes", "room") == 0
+    made, alone, again = (
+        (tmp_path / name / "query_poses.tsv").read_bytes() for name in ("with", "alone", "again")
+    )
+    assert made == alone == again
+    capsys.readouterr()
+    write_scene(tmp_path / "camera", "other", 7, seed=2)
+    refused = {
+        ("--camera", tmp_path / "camera"): "is a map of other images or settings",
+        ("--intrinsics", 400, 400, 320, 240): "has what --intrinsics says of its own",
+    }
+    for more, says in refused.items():
+        assert run("refused", *more) == 2
+        assert says in capsys.readouterr().err
+
+
 def test_an_index_image_that_cannot_be_read_is_left_out_and_said(checkpoint, tmp_path, capsys):
     write_scene(tmp_path / "camera", "room", 7, seed=1)
     _, index = task4.split_frames(np.zeros((7, 7)), 42)

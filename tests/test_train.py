@@ -231,7 +231,9 @@ def train_by_asgd(steps: list, judged: list, **options) -> tuple[dict, list[dict
 
     def judge(model):
         judged.append([p.detach().clone() for p in weights])
-        return torch.tensor([float(len(judged) + options.get("judged_before", 0))]), {"r": len(judged)}
+        return torch.tensor([float(len(judged) + options.get("judged_before", 0))]), {
+            "r": len(judged)
+        }
 
     how = {"optimizer": watched, "judge": judge, "epochs": 2, "lr": 0.5}
     more = {k: v for k, v in options.items() if k != "judged_before"}

@@ -86,7 +86,9 @@ def refuse_to_overwrite(args: argparse.Namespace) -> None:
 def _was_trial(checkpoint: Path) -> bool:
     """Whether a checkpoint's description says that it comes of --limit or of no epoch."""
     settings = described_settings(checkpoint)
-    return bool(settings) and bool(settings.get("limit") or not settings.get("epochs"))
+    return settings.keys() >= {"limit", "epochs"} and (
+        bool(settings["limit"]) or not settings["epochs"]
+    )
 
 
 def saver(

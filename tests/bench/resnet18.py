@@ -15,8 +15,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from eval import ImageFiles, compute_embeddings
-from recognition.inference import transform_for
+from eval import compute_embeddings
+from recognition.inference import Plain, transform_for
 from recognition.recipes import build_model
 
 BATCH, SIZE = 16, (480, 640)
@@ -33,7 +33,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
     paths = sorted(args.folder.rglob("*.jpg"))[: args.images]
-    files = ImageFiles(paths, size=max(SIZE), transform=transform_for("hard_resize", SIZE))
+    files = Plain(paths, transform_for("hard_resize", SIZE), max(SIZE))
     model = build_model(SETTINGS).to(memory_format=torch.channels_last).eval()
     images = torch.zeros(BATCH, 3, *SIZE).contiguous(memory_format=torch.channels_last)
 

@@ -107,10 +107,17 @@ def test_weights_of_other_files_fit_or_the_first_key_that_does_not_is_named(tmp_
         load_fitting(whole, whole.state_dict() | {"conv1.weight": torch.zeros(1, 3, 7, 7)}, "it")
     with pytest.raises(InputError, match="there is no place for its more"):
         load_fitting(whole, whole.state_dict() | {"more": torch.zeros(1)}, "it")
-    for broken in (b"cut", b""):
+    for broken, says in {
+        b"cut": "cannot be read as PyTorch weights",
+        b"": "is empty: copy or download it again",
+        b"version https://git-lfs.github.com/spec/v1": "is a Git LFS pointer",
+    }.items():
         file.write_bytes(broken)
-        with pytest.raises(InputError, match="cannot be read as PyTorch weights"):
+        with pytest.raises(InputError, match=says):
             read_weights(file)
+    torch.save({"conv1.weight": torch.tensor([1.0, float("nan")])}, file)
+    with pytest.raises(InputError, match=r"not finite \(conv1\.weight\)"):
+        read_weights(file)
 
 
 def test_calibration_gives_batchnorms_the_statistics_of_the_images():

@@ -292,7 +292,7 @@ def test_what_is_no_file_of_weights_is_refused_and_nothing_in_it_runs(tmp_path):
     with pytest.raises(InputError, match="does not exist"):
         read_weights(file)
     torch.save({"own": Settings(), "w": torch.ones(2)}, file)
-    with pytest.raises(InputError, match="holds no weights"):
+    with pytest.raises(InputError, match="holds no plain state dict"):
         read_weights(file)
     torch.save([torch.ones(2)], file)
     with pytest.raises(InputError, match="holds no weights"):

@@ -107,7 +107,9 @@ def test_both_forms_say_the_same_and_no_markup_gets_lost(output):
     page = Page((output / "report/report.html").read_text(encoding="utf-8"))
     for sentence in (ODD, f"base.py: {ODD}"):
         assert sentence in page.texts["li"]
-    unsure = "Of 1 queries 1 count as not found: their confidence is below 0.7. The figures are of all."
+    unsure = (
+        "Of 1 queries 1 count as not found: their confidence is below 0.7. The figures are of all."
+    )
     assert unsure in page.texts["p"]
     assert f"Place recognition: {ODD}, in {ODD}." in page.texts["p"]
     for row in (
