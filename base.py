@@ -9,7 +9,6 @@ torchrun --nproc_per_node=2 base.py              # data-parallel, on GPUs or pro
 
 import argparse
 import copy
-import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -43,6 +42,7 @@ from model import (
 )
 from recognition.aggregation import AGGREGATIONS
 from recognition.backbones import BACKBONES, backbone_name, calibrate
+from recognition.flags import above_zero, positive
 from recognition.recipes import build_model
 from reporting import check, figures, handin, report
 from reporting.recall import Recall, measure_recall
@@ -83,11 +83,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     option("--dataset", type=Path, help="folder of the lists (default: dataset/, or the sample)")
     option("--output", type=Path, default=Path("output"), help="default: %(default)s")
     option("--epochs", type=_count, default=5, help="0 evaluates the untrained model (default: 5)")
-    option("--lr", type=_above_zero, default=1e-4, help="of Adam (default: %(default)s)")
-    option("--batch-size", type=_positive, default=8, help="tuples a step (default: 8)")
-    option("--margin", type=_above_zero, default=MARGIN, help="of the loss (default: %(default)s)")
+    option("--lr", type=above_zero, default=1e-4, help="of Adam (default: %(default)s)")
+    option("--batch-size", type=positive, default=8, help="tuples a step (default: 8)")
+    option("--margin", type=above_zero, default=MARGIN, help="of the loss (default: %(default)s)")
     option(
-        "--clusters", type=_positive, help=f"of NetVLAD (default: {CLUSTERS}, or those of --init)"
+        "--clusters", type=positive, help=f"of NetVLAD (default: {CLUSTERS}, or those of --init)"
     )
     option("--mining", choices=["hard", "random"], default="hard", help="negatives (default: hard)")
     option(
@@ -127,7 +127,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--device", default="auto", help="cpu, cuda, cuda:N or mps (default: cuda if there is one)"
     )
     option("--quiet", action="store_true", help="print results and warnings only")
-    option("--limit", type=_positive, help="use this many queries of each list, to try things out")
+    option("--limit", type=positive, help="use this many queries of each list, to try things out")
     option("--resume", action="store_true", help="go on with the run that stopped in --output")
     parser.set_defaults(saved=None)
     args = parser.parse_args(argv)
@@ -159,23 +159,11 @@ def _count(text: str) -> int:
     return number
 
 
-def _positive(text: str) -> int:
-    if (number := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is less than 1")
-    return number
-
-
 def _image_size(text: str) -> int:
     if (number := int(text)) < SMALLEST:
         raise argparse.ArgumentTypeError(
             f"{text} is less than {SMALLEST}: nothing would be left of it"
         )
-    return number
-
-
-def _above_zero(text: str) -> float:
-    if not 0 < (number := float(text)) < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} is not above 0")
     return number
 
 

@@ -155,15 +155,16 @@ def build_atlas(
     for row, view in zip(known, own_views):
         views[row] = view
     index[:] = [row for row in index if np.isfinite(poses[row]).all()]
-    of_index = [views[row] for row in index], [scene_of[row] for row in index], descriptors[index]
+    its_views, its_scenes = [views[row] for row in index], [scene_of[row] for row in index]
     worlds = []
-    for scenes in worlds_of(*of_index[:2], range(len(index)), of_index[2]):
-        rows = [k for k, row in enumerate(index) if scene_of[row] in scenes]
+    for scenes in worlds_of(its_views, its_scenes, range(len(index)), descriptors[index]):
+        rows = [k for k, scene in enumerate(its_scenes) if scene in scenes]
         show = partial(progress, f"{' '.join(scenes)}: map")
-        built = build_map([of_index[0][k] for k in rows], seed=seed, progress=show)
+        built = build_map([its_views[k] for k in rows], seed=seed, progress=show)
         worlds.append(World(scenes, rows, built))
     names = [str(paths[row]) for row in index]
-    return Atlas(names, of_index[1], poses[index], of_index[2], of_index[0], calibrations, worlds)
+    tables = poses[index], descriptors[index]
+    return Atlas(names, its_scenes, *tables, its_views, calibrations, worlds)
 
 
 def key_of(said: object, images: Sequence[tuple[Path, str, int]], code: Sequence[Path]) -> str:

@@ -15,7 +15,7 @@ from dataset.lists import draw_random
 from eval import read_batches
 from model import DescriptorModel, InputError
 from recognition.augmentation import Augmentation, augment_normalized
-from training.distributed import from_first, rank_and_world
+from training.distributed import from_first, rank_and_world, share_buffers
 from training.inputs import Inputs
 from training.mining import Tuples
 
@@ -94,9 +94,7 @@ class BenchmarkTuples:
             self.mirrored = self.flip and bool(torch.rand((), generator=self.drawn) < 0.5)
             rank, world = rank_and_world()
             yield self.fetch(self.in_step(step)[rank::world])
-        # Batch normalizations saw other images in each process.
-        for buffer in model.buffers() if rank_and_world()[1] > 1 else ():
-            buffer.copy_(from_first(buffer, self.inputs.device))
+        share_buffers(model, self.inputs.device)
 
     def size(self, step: int) -> int:
         """Tuples that all processes together train on in `step`."""

@@ -13,7 +13,7 @@ from eval import read_batches
 from model import IMAGENET_MEAN, IMAGENET_STD, DescriptorModel
 from recognition.augmentation import Augmentation
 from recognition.classification import ClassObjective
-from training.distributed import from_first, rank_and_world
+from training.distributed import rank_and_world, share_buffers
 
 
 def square(size: int):
@@ -70,9 +70,7 @@ class ClassBatches:
             self.objective.share = (number - 1 + self.share(step)) / self.epochs
             labels = self.drawn(step)[1][rank::world]
             yield self._batch(items, labels, step, rank)
-        # Batch normalizations saw other images in each process.
-        for buffer in model.buffers() if world > 1 else ():
-            buffer.copy_(from_first(buffer, self.device))
+        share_buffers(model, self.device)
 
     def size(self, _step: int) -> int:
         """Images that all processes together train on in a step."""
@@ -131,5 +129,4 @@ class ClassBatches:
 
     def _augmented(self, images: Tensor, generator: torch.Generator) -> Tensor:
         images = self.augmentation(images.float() / 255, generator)
-        mean, std = (images.new_tensor(v)[:, None, None] for v in (IMAGENET_MEAN, IMAGENET_STD))
-        return (images - mean) / std
+        return tvf.normalize(images, IMAGENET_MEAN, IMAGENET_STD)

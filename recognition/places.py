@@ -11,7 +11,7 @@ from dataset.gsv_cities import GsvCities
 from eval import load_image, read_batches
 from model import IMAGENET_MEAN, IMAGENET_STD, DescriptorModel, InputError, warn
 from recognition.randaugment import rand_augment
-from training.distributed import from_first, rank_and_world
+from training.distributed import rank_and_world, share_buffers
 
 
 class PlaceBatches:
@@ -70,9 +70,7 @@ class PlaceBatches:
             images, labels = zip(*items)
             key = torch.tensor(self._number(0, step))
             yield [torch.stack(images), torch.tensor(labels), key]
-        # Batch normalizations saw other images in each process.
-        for buffer in model.buffers() if world > 1 else ():
-            buffer.copy_(from_first(buffer, self.device))
+        share_buffers(model, self.device)
 
     def size(self, step: int) -> int:
         """Images that all processes together train on in `step`."""

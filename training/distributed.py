@@ -129,6 +129,12 @@ def share_weights(model: nn.Module, device: torch.device) -> None:
         model.load_state_dict({k: from_first(v, device) for k, v in model.state_dict().items()})
 
 
+def share_buffers(model: nn.Module, device: torch.device) -> None:
+    """Give the model the buffers that the first process has: batch normalizations of each saw other images."""
+    for buffer in model.buffers() if rank_and_world()[1] > 1 else ():
+        buffer.copy_(from_first(buffer, device))
+
+
 def sum_over_processes(parameters: Sequence[Tensor], counts: Tensor) -> Tensor:
     """Sum gradients over the processes, in place, in one message with counts (n,); -> their sums."""
     if rank_and_world()[1] == 1:
