@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from localization.matching import View, mutual_matches
+from localization.matching import QUICK_IMAGES, View, mutual_matches
 from localization.scoring import epipolar_scores, gather_evidence
 from localization.threads import in_threads
 from localization.triangulation import Points
@@ -25,8 +25,6 @@ VIEWS, TURN_DEG = 3, 45.0
 UNSEEN_DEG, UNSEEN = 60.0, 0.4
 # Keypoints of an index view that are matched, at most: its share is a mean over them.
 KEYPOINTS = 250
-# Index views that an index view, taken out, is matched with: as a query is at first.
-OTHERS = 12
 
 
 def nearness(away_m: Tensor, near_m: float) -> Tensor:
@@ -56,7 +54,7 @@ class Expectation:
             view = views[number]
             away_m = _away(R, c, view.R_world_from_cam, view.c_world, TURN_DEG)
             away_m[number] = torch.inf
-            others = [i for i in away_m.argsort(stable=True).tolist() if i != number][:OTHERS]
+            others = [i for i in away_m.argsort(stable=True).tolist() if i != number][:QUICK_IMAGES]
             near = float(nearness(away_m[others].min(), near_m)) if others else 0.0
             if near == 0:
                 return 0.0

@@ -23,10 +23,9 @@ from localization.features import Features
 from localization.hypotheses import image_hypotheses, pooled_hypotheses
 from localization.lens import with_own_lens
 from localization.map import Map
-from localization.matching import View, in_band, mutual_matches
+from localization.matching import QUICK_IMAGES, View, in_band, mutual_matches
 from localization.search import (
     POLISHED,
-    QUICK_IMAGES,
     REFINED,
     SHIFTED_PROMISING,
     SURE,
@@ -40,7 +39,7 @@ from localization.threads import in_threads
 
 __all__ = ["Estimate", "Map", "View", "build_map", "localize", "share_world"]
 
-# When no more queries are sure, of those at least this confident the surest, this share of them at a time.
+# When no more queries are sure, of those at least this confident the surest, this share at a time.
 NEARLY_SURE, NEARLY_SHARE = 0.2, 0.25
 # As helpers of a query serve those whose most similar index views are its own: so many, of so many
 # compared.

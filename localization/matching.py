@@ -20,6 +20,9 @@ SECOND_NEIGHBOR_PX = 5.0
 EPIPOLAR_BAND_PX = 3.0
 GUIDED_RATIO = 0.9
 GUIDED_SIMILARITY = 0.7
+# Index images, the most alike, that a query is matched with first: the rest only where that left
+# doubt.
+QUICK_IMAGES = 12
 # Second neighbors looked through for one that lies elsewhere.
 _NEIGHBORS = 4
 # Half-planes through both cameras are compared up to this sine of their angle: beside an epipole,

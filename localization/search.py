@@ -28,9 +28,6 @@ PROMISING, SHIFTED_PROMISING = 0.4, 0.25
 RIVAL = 0.5
 # An answer this confident needs no further search; it serves as an index view for others.
 SURE = 0.5
-# Index images, the most alike, that a query is matched with first: the rest only where that left
-# doubt.
-QUICK_IMAGES = 12
 # Inliers at which chance is out by 63 %.
 TYPICAL_INLIERS = 30
 

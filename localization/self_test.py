@@ -12,8 +12,8 @@ import torch
 
 from localization.absolute_pose import angle_deg
 from localization.map import SAME_MODE_DEG, Map, SelfTest
-from localization.matching import View
-from localization.search import QUICK_IMAGES, quick_search
+from localization.matching import QUICK_IMAGES, View
+from localization.search import quick_search
 from localization.threads import in_threads
 
 # Index images tested, and the keypoints of each that are matched: it must cost little.

@@ -24,7 +24,7 @@ EPOCH_COLUMNS = (  # key of an epoch, name, decimals
     ("val_R@1", "R@1, val lists", 3),
     ("seconds", "seconds", 1),
 )
-NO_SETTINGS = {"query", "quiet", "export"}  # options that change no result
+NO_SETTINGS = {"query", "quiet", "export", "map"}  # options that change no result
 
 
 def write_report(output: Path) -> None:
