@@ -25,7 +25,7 @@ from recognition import benchmark
 from recognition.flags import above_zero, positive
 from recognition.inference import transform_for
 from recognition.job import Job, Judge, Where, report_split, val_judge
-from recognition.multi_similarity import BASE, BETA, MultiSimilarity
+from recognition.multi_similarity import BASE, MultiSimilarity
 from recognition.places import PlaceBatches
 from recognition.recipes import RECIPES
 from recognition.supervlad import ENCODER_MODES
@@ -54,9 +54,8 @@ SAMPLE_SETTINGS = {
     "epochs_num": 8,
     "patience": 8,
     "optim": "adam",
-    "lr": 1e-3,
-    "ms_beta": 20.0,
-    "ms_base": 0.5,
+    "lr": 2e-4,
+    "ms_base": "mean",
     "scheduler": "cosine",
     "warmup_epochs": 1.0,
 }
@@ -92,8 +91,10 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
     option("--train_resize", type=positive, nargs=2, default=[224, 224], metavar=("H", "W"))
     option("--mixed_precision", action="store_true", help="bf16 where it is fast, as by default")
     option("--no_augmentation", action="store_true", help="leave RandAugment out")
-    option("--ms_beta", type=above_zero, default=BETA, help="loss: sharpness at negatives (50)")
-    option("--ms_base", type=float, default=BASE, help="loss: similarity that is neutral (0)")
+    option(
+        "--ms_base", type=mean_or_number, default=BASE,
+        help="loss: neutral similarity (0), or mean: that of the first batch's different places",
+    )  # fmt: skip
     option("--lr_encoder", type=above_zero, default=1e-4, help="cross-image encoder's peak rate")
     option(
         "--encoder_once", action="store_true", help="train it in the first step only, as published"
@@ -102,6 +103,11 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
         "--kmeans_images", choices=["train", "eval"], default="train",
         help="clusters begin with GSV-Cities' images, or as published --dataset_name's train split's",
     )  # fmt: skip
+
+
+def mean_or_number(text: str) -> float | str:
+    """A number or "mean"."""
+    return text if text == "mean" else float(text)
 
 
 def settle(args: argparse.Namespace) -> None:
@@ -198,7 +204,9 @@ def prepare(
         model.aggregation.encoder_mode = args.encoder_mode
     return Job(
         batches,
-        MultiSimilarity(args.micro_batch, args.encoder_once, args.ms_beta, args.ms_base),
+        MultiSimilarity(
+            args.micro_batch, args.encoder_once, None if args.ms_base == "mean" else args.ms_base
+        ),
         sum_of_recalls(val_judge(data.val, val, [*args.recall_values, 5], 1)),
         start=start,
         images=[len(data.train), len(data.train.city_of)],

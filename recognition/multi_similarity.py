@@ -1,6 +1,7 @@
 """Multi-similarity loss and miner (Wang et al., CVPR 2019) on batches of places x images."""
 
 import contextlib
+import math
 from collections.abc import Iterator
 
 import torch
@@ -16,7 +17,11 @@ ALPHA, BETA, BASE, EPSILON = 1.0, 50.0, 0.0, 0.1
 
 
 def multi_similarity(
-    similarity: Tensor, same: Tensor, itself: Tensor, beta: float = BETA, base: float = BASE
+    similarity: Tensor,
+    same: Tensor,
+    itself: Tensor,
+    beta: float = BETA,
+    base: Tensor | float = BASE,
 ) -> Tensor:
     """Loss (n,) of each anchor over the pairs that the miner keeps.
 
@@ -42,7 +47,11 @@ def multi_similarity(
 class MultiSimilarity(nn.Module):
     """An objective for train() on batches (images (n, 3, H, W), labels (n,), key) of this process.
 
-    Similarities are to the images of all processes. micro_batch: images whose activations are held at
+    Similarities are to the images of all processes. base: the similarity that is neutral; None: the mean
+    of different places in the first batch. With one that descriptors are far above, the loss is lowered
+    by taking all images apart, and places are not learned (measured on the sample, where random weights
+    give 0.92: R@1 on val falls from 37 to 31 % with base 0.5, and rises to 57 % with the mean).
+    micro_batch: images whose activations are held at
     a time, at the price of a second pass; the gradient is the same. encoder_once: whether a cross-image
     encoder is trained in the first step only, as in SuperVLAD's published program. The key seeds what
     is random in the network (dropout), so that processes agree and a run can be taken up.
@@ -52,12 +61,11 @@ class MultiSimilarity(nn.Module):
         self,
         micro_batch: int | None = None,
         encoder_once: bool = False,
-        beta: float = BETA,
-        base: float = BASE,
+        base: float | None = BASE,
     ) -> None:
         super().__init__()
-        self.micro_batch, self.encoder_once = micro_batch, encoder_once
-        self.beta, self.base = beta, base
+        self.micro_batch, self.encoder_once, self.measures = micro_batch, encoder_once, base is None
+        self.register_buffer("base", torch.tensor(math.nan if base is None else base))
         self.register_buffer("steps", torch.zeros(()))
 
     def forward(self, model: DescriptorModel, batch: list[Tensor], device: torch.device) -> Tensor:
@@ -79,7 +87,15 @@ class MultiSimilarity(nn.Module):
         itself = numbers[:, None] == torch.arange(len(everyone), device=device)
         same = labels[:, None] == all_labels
         similarity = everyone[first : first + len(own)] @ everyone.T
-        return multi_similarity(similarity, same, itself, self.beta, self.base)
+        if self.measures and self.steps == 1:
+            with torch.no_grad():
+                apart = all_labels[:, None] != all_labels
+                self.base.copy_((everyone @ everyone.T)[apart].mean())
+        return multi_similarity(similarity, same, itself, base=self.base)
+
+    def shown(self) -> dict[str, float]:
+        """The base of the loss, if it was measured."""
+        return {"loss's base": float(self.base)} if self.measures else {}
 
     def describe(self, model: DescriptorModel, images: Tensor, device: torch.device) -> Tensor:
         """Descriptors (n, D), float32."""

@@ -29,7 +29,9 @@ FOLDER = "gsv_cities"  # in the rendered sample
 CITIES = ("Aville", "Beton")
 ORIGIN_DEG = (40.44, -79.99)  # latitude, longitude
 DEGREES_A_M = (1 / 111_320, 1 / 84_730)
-ASIDE_M, ASIDE_DEG = 1.5, 8.0  # how far photographs of a place are from its spot and direction
+# How far photographs of a place are from its spot, along and across the street, and its direction: as
+# the sample's queries are from its index.
+ASIDE_M, ASIDE_DEG = (5.0, 1.5), 15.0
 QUERY_DAYS = 0.6  # share of photographs taken on days like those of the sample's queries
 
 
@@ -92,13 +94,13 @@ def _render_street(
     """Render one place; its rows of the csv."""
     rng = np.random.default_rng([seed, 7, city, number])
     street = build_street(np.random.default_rng([seed, 8, city, number]))
-    spot, heading, rows = rng.uniform(0, 24), rng.uniform(0, 360), []
+    spot, heading, rows = rng.uniform(0, 24), 72 * rng.integers(5), []
     for day in range(size.photographs):
-        x, y = spot + rng.uniform(-ASIDE_M, ASIDE_M), rng.uniform(-ASIDE_M, ASIDE_M)
+        x, y = (spot, 0) + np.multiply(ASIDE_M, rng.uniform(-1, 1, 2))
         yaw = heading + rng.uniform(-ASIDE_DEG, ASIDE_DEG)
         utm = (x + STREET_SPACING_M * number, y)
         position = (x, y, -rng.uniform(2.2, 2.6))
-        view, is_query = (yaw, rng.choice(PITCHES_DEG)), bool(rng.random() < QUERY_DAYS)
+        view, is_query = (yaw, rng.uniform(*PITCHES_DEG)), bool(rng.random() < QUERY_DAYS)
         panorama = Panorama("", number, is_query, position, utm, (view,))
         (picture,) = photograph(street, panorama, size.size_px, rng)
         lat, lon = (o + m * d for o, m, d in zip(ORIGIN_DEG, utm[::-1], DEGREES_A_M))
