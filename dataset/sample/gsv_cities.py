@@ -4,7 +4,9 @@
 
 A place is what is seen in one direction from one spot, photographed on several days from a little
 beside. As in GSV-Cities places are far apart, each in a street of its own: another direction from the
-same spot would be a negative that looks alike. No street is in the other data sets of the sample.
+same spot would be a negative that looks alike. Directions are those of the sample's panoramas: were
+each place seen in one of its own, that would tell places apart, as it does not among the streets of
+the other data sets, none of which is here.
 """
 
 import csv
@@ -21,7 +23,7 @@ import torch
 
 from dataset import SAMPLE
 from dataset.gsv_cities import COLUMNS, image_name
-from dataset.sample import is_rendered, render_sample
+from dataset.sample import Size, is_rendered, render_sample
 from dataset.sample.town import PITCHES_DEG, STREET_SPACING_M, Panorama, build_street, photograph
 from model import progress, usable_cores
 
@@ -39,7 +41,7 @@ QUERY_DAYS = 0.6  # share of photographs taken on days like those of the sample'
 class GsvSize:
     """Streets of a city, each a place, photographs of a place, their pixels."""
 
-    streets: int = 40
+    streets: int = 60
     photographs: int = 6
     size_px: tuple[int, int] = (320, 240)
 
@@ -54,7 +56,7 @@ def locate_gsv_cities() -> Path:
         print(f"The built-in SAMPLE is rendered to {SAMPLE} now, about a minute.")
         render_sample(SAMPLE)
     if not folder.is_dir():
-        print(f"Its two cities to train on are rendered to {folder} now, half a minute.")
+        print(f"Its two cities to train on are rendered to {folder} now, about a minute.")
         seed = json.loads((SAMPLE / "sample.json").read_text())["seed"]
         render_gsv_cities(folder, seed)
     return folder
@@ -94,7 +96,7 @@ def _render_street(
     """Render one place; its rows of the csv."""
     rng = np.random.default_rng([seed, 7, city, number])
     street = build_street(np.random.default_rng([seed, 8, city, number]))
-    spot, heading, rows = rng.uniform(0, 24), 72 * rng.integers(5), []
+    spot, heading, rows = rng.uniform(0, 24), 360 / Size.yaws * rng.integers(Size.yaws), []
     for day in range(size.photographs):
         x, y = (spot, 0) + np.multiply(ASIDE_M, rng.uniform(-1, 1, 2))
         yaw = heading + rng.uniform(-ASIDE_DEG, ASIDE_DEG)

@@ -23,5 +23,14 @@ def test_places_are_seen_on_several_days_and_the_same_again(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "two"]
 
 
+def test_places_are_seen_in_the_directions_of_the_samples_panoramas(tmp_path):
+    render_gsv_cities(tmp_path / "cities", size=GsvSize(streets=3, photographs=3, size_px=(8, 6)))
+    data = GsvCities(tmp_path / "cities", 3)
+    north = np.array([int(name.split("_")[4]) for name in data.names])
+    beside = (north + 36) % 72 - 36
+    assert np.abs(beside).max() <= 15 and beside.std() > 5
+    assert len(set((north + 36) // 72 % 5)) > 1
+
+
 def test_the_sample_has_enough_places():
     assert 2 * FULL.streets >= 40 and FULL.photographs >= 4

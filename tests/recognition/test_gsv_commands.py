@@ -23,7 +23,7 @@ PRINTED = [
 TRAINED = [
     "--foundation_model_path=dinov2_vitb14_pretrain.pth", "--patience=3", "--lr=0.00005",
     "--epochs_num=2", "--train_batch_size=5", "--freeze_te", "3", "--train_resize", "42", "56",
-    "--resize", "56", "70", "--precision=float32",
+    "--resize", "56", "70", "--precision=float32", "--ms_base=mean",
 ]  # fmt: skip
 
 

@@ -11,7 +11,7 @@ from pytorch_metric_learning.losses import MultiSimilarityLoss
 from pytorch_metric_learning.miners import MultiSimilarityMiner
 
 from model import WARNINGS
-from recognition.multi_similarity import MultiSimilarity, multi_similarity
+from recognition.multi_similarity import BETA, MultiSimilarity, multi_similarity
 from tests.recognition.pairs import CPU, gradients, images_of, network
 
 
@@ -101,6 +101,21 @@ def test_the_encoder_has_gradients_in_each_step_or_only_in_the_first(once):
     assert objective.steps == 3  # saved, so that a run that goes on has no other first step
 
 
+def test_the_base_is_the_mean_of_different_places_in_the_first_batch():
+    model, objective = network(encoder=False), MultiSimilarity(base=None)
+    model.trunk[3].p = 0.0
+    for places in (range(3), range(1, 5)):
+        images, labels = images_of(places)
+        found = objective(model, [images, labels, torch.tensor(7)], CPU)
+        x = model(images)
+        if places[0] == 0:
+            pairs = [(i, j) for i in range(len(x)) for j in range(len(x)) if labels[i] != labels[j]]
+            mean = sum((x[i] @ x[j]).item() for i, j in pairs) / len(pairs)
+        torch.testing.assert_close(found, losses(x @ x.T, labels, BETA, mean))
+    assert objective.shown() == {"loss's base": pytest.approx(mean, abs=1e-5)}
+    assert MultiSimilarity().shown() == {}
+
+
 PROCESS = """
 import sys, torch
 import torch.distributed as dist
@@ -112,11 +127,12 @@ dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, 
 model = network()
 model.trunk[3].p = 0.0
 images, labels = images_of((range(3), range(3, 5))[rank])
-losses = MultiSimilarity(4)(model, [images, labels, torch.tensor(7)], CPU)
+objective = MultiSimilarity(4, base=None)
+losses = objective(model, [images, labels, torch.tensor(7)], CPU)
 (losses.sum() / 15).backward()
 own = [p for p in model.parameters() if p.requires_grad]
 total = sum_over_processes(own, losses.detach().sum()[None])
-torch.save([total, gradients(model)], f"{folder}/{rank}.pth")
+torch.save([torch.stack([total[0], objective.base]), gradients(model)], f"{folder}/{rank}.pth")
 """
 
 
@@ -131,9 +147,10 @@ def test_two_processes_have_the_loss_and_gradient_of_one(tmp_path, monkeypatch):
     model.trunk[3].p = 0.0
     one, other = images_of(range(3)), images_of(range(3, 5))
     batch = [torch.cat(parts) for parts in zip(one, other)]
-    loss = MultiSimilarity()(model, [*batch, torch.tensor(7)], CPU)
+    objective = MultiSimilarity(base=None)
+    loss = objective(model, [*batch, torch.tensor(7)], CPU)
     loss.mean().backward()
-    total, theirs = results[0]
-    assert total.item() == pytest.approx(loss.sum().item(), rel=1e-5)
+    numbers, theirs = results[0]
+    torch.testing.assert_close(numbers, torch.stack([loss.sum().detach(), objective.base]))
     assert theirs.keys() == gradients(model).keys() and len(theirs) > 20
     torch.testing.assert_close(theirs, gradients(model), atol=1e-6, rtol=1e-4)
