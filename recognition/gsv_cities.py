@@ -44,9 +44,9 @@ FLAGS = {
 }
 LAST = "last_model.pth"
 SCORED = "val R@1 + R@5"
-# On the built-in sample: ends in minutes on two cores. Descriptors of random weights are all alike (cosine
-# 0.92), far above 0, the published base of the loss. Random filters do not see through RandAugment's
-# changes of color, by which houses are told there.
+# On the built-in sample: ends in minutes on two cores. Descriptors of random weights are all alike
+# (cosine 0.9), far above 0, the published base of the loss. With RandAugment, which changes the
+# colors by which houses are told there, R@1 on val rises by 3 instead of 33 points (seed 0).
 SAMPLE_SETTINGS = {
     "backbone": "resnet18conv4",
     "resize": [168, 224],

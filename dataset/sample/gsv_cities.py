@@ -3,10 +3,10 @@
     <rendered sample>/gsv_cities/{Dataframes/<City>.csv,Images/<City>/*.jpg}
 
 A place is what is seen in one direction from one spot, photographed on several days from a little
-beside. As in GSV-Cities places are far apart, each in a street of its own: another direction from the
-same spot would be a negative that looks alike. Directions are those of the sample's panoramas: were
-each place seen in one of its own, that would tell places apart, as it does not among the streets of
-the other data sets, none of which is here.
+beside. As in GSV-Cities places are far apart, each in a street of its own: another direction from
+the same spot would be a negative that looks alike. Directions are those of the sample's panoramas:
+were each place seen in one of its own, that would tell places apart, as it does not among the
+streets of the other data sets, none of which is here.
 """
 
 import csv
@@ -31,8 +31,8 @@ FOLDER = "gsv_cities"  # in the rendered sample
 CITIES = ("Aville", "Beton")
 ORIGIN_DEG = (40.44, -79.99)  # latitude, longitude
 DEGREES_A_M = (1 / 111_320, 1 / 84_730)
-# How far photographs of a place are from its spot, along and across the street, and its direction: as
-# the sample's queries are from its index.
+# How far photographs of a place are from its spot, along and across the street, and from its
+# direction: as the sample's queries are from its index.
 ASIDE_M, ASIDE_DEG = (5.0, 1.5), 15.0
 QUERY_DAYS = 0.6  # share of photographs taken on days like those of the sample's queries
 

@@ -1,11 +1,11 @@
-"""DINOv2 ViT-B/14 + SuperVLAD at 224 x 224: images a second and a step of training, beside bare loops.
+"""DINOv2 ViT-B/14 + SuperVLAD at 224 x 224: images a second, a step of training, beside bare loops.
 
     python tests/bench/vit.py [--batch 16] [--rounds 3]
 
-Run by hand on a quiet machine. Contestants take turns on the same images; the best round of each counts.
-To reach: 90 % of the images a second that the network's matrix products alone allow in bf16 (each
-product of its own shape and weights, one after another); a step of training 1.5 x as fast as float32
-autograd which records nothing of the frozen blocks either.
+Run by hand on a quiet machine. Contestants take turns on the same images; the best round of each
+counts. To reach: 90 % of the images a second that the network's matrix products alone allow in bf16
+(each product of its own shape and weights, one after another); a step of training 1.5 x as fast as
+float32 autograd which records nothing of the frozen blocks either.
 """
 
 import argparse
