@@ -77,4 +77,5 @@ def print_recall_table(recall: dict[str, dict]) -> None:
             values = "".join(f"{100 * curves[kind][k - 1]:8.1f}" for k in (1, 5, 10))
             print(f"{name:4s} {kind:9s}{values}")
         gain, low, high = (100 * value for value in curves["gain"])
-        print(f"{name:4s} gain     {gain:+8.1f}   (95 %, paired bootstrap: {low:+.1f} to {high:+.1f})")
+        interval = f"(95 %, paired bootstrap: {low:+.1f} to {high:+.1f})"
+        print(f"{name:4s} gain     {gain:+8.1f}   {interval}")
