@@ -53,3 +53,16 @@ def test_what_was_not_learned_stays_the_same_bits():
     before = model[0].weight.clone()
     keep_best_share(model, untrained, Ranking([p * 0 for p in model.parameters()]))
     assert torch.equal(model[0].weight, before)
+
+
+def test_without_a_sure_gain_all_that_was_learned_stays():
+    """Of four held-out queries one ranks much better part of the way, the others a little worse."""
+    model, untrained = networks()
+    with torch.no_grad():
+        for parameter in [*model.parameters(), *untrained.parameters()]:
+            parameter.zero_()
+        for parameter in model.parameters():
+            parameter += 1
+    shares = [torch.full_like(p, s) for p, s in zip(model.parameters(), (0.5, 0.94, 0.94, 0.94))]
+    assert "weights 100% is gone" in keep_best_share(model, untrained, Ranking(shares))
+    assert all(bool((p == 1).all()) for p in model.parameters())
