@@ -59,6 +59,7 @@ from training.distributed import (
 )
 from training.inputs import Inputs, Store
 from training.mining import POSITIVE_RADIUS, HeldOutTuples, TupleLoader
+from training.mixing import keep_best_share
 from training.places import split_by_place
 from training.resume import (
     how_to_resume,
@@ -330,6 +331,8 @@ def run(args: argparse.Namespace) -> None:
             save=save if first else None,
             sum_over_processes=sum_over_processes,
         )
+        if args.epochs:
+            print(keep_best_share(model, models[0], tuples))
         test_loss = validate(model, test, device, objective=objective)
     print(f"Test loss {test_loss:.4f}")
     checkpoint = args.output / handin.CHECKPOINT

@@ -52,7 +52,8 @@ def chance_recall(
 
 @dataclass(frozen=True)
 class Recall:
-    """Recall of a model on one split. section: curves for metrics.json, lists over K = 1 … 20 in 0..1.
+    """Recall of a model on one split. section: curves for metrics.json, lists over K = 1 … 20 in 0..1,
+    and `gain`, of R@1 by training, with the low and high end of its interval.
 
     similarity, ranking: (nq, 20) of the last model; hits: (nq,) rank of the first positive, 0 = best.
     """
@@ -90,5 +91,6 @@ def measure_recall(
         "low": low,
         "high": high,
         "chance": chance_recall(positives, len(utm_index), RECALL_VALUES),
+        "gain": recall_gain(hits[-1], hits[0], seed=seed),
     }
     return Recall(section, *found[-1], hits[-1], positives)

@@ -67,9 +67,15 @@ def versions() -> dict[str, str]:
 
 
 def print_recall_table(recall: dict[str, dict]) -> None:
-    """Recall at 1, 5 and 10 in %, a line for each list and model. recall: as in metrics.json."""
+    """Recall at 1, 5 and 10 in %, a line for each list and model, and what training gained.
+
+    recall: as in metrics.json.
+    """
     print(f"\n{'':14s}{'R@1':>8s}{'R@5':>8s}{'R@10':>8s}   (%)")
     for name, curves in recall.items():
         for kind in ("trained", "untrained", "chance"):
             values = "".join(f"{100 * curves[kind][k - 1]:8.1f}" for k in (1, 5, 10))
             print(f"{name:4s} {kind:9s}{values}")
+        gain, low, high = (100 * value for value in curves["gain"])
+        interval = f"(95 %, paired bootstrap: {low:+.1f} to {high:+.1f})"
+        print(f"{name:4s} gain     {gain:+8.1f}   {interval}")

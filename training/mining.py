@@ -141,7 +141,7 @@ class TupleLoader:
                 queries = order[self.mined :][:REFRESH_QUERIES]
                 self.window += self.draw(model, queries, [number, self.mined])
                 self.mined += len(queries)
-                self.index_descriptors = None  # training is about to change the model
+                self.forget_descriptors()  # training is about to change the model
                 model.train()
             if self.waiting(step) <= 0:
                 return
@@ -226,11 +226,15 @@ class TupleLoader:
     def use_mirrored(self, mirrored: bool) -> None:
         """Take inputs of the images, or of their mirror images, from now on."""
         if mirrored != self.mirrored:
-            self.index_descriptors = None
+            self.forget_descriptors()
         self.mirrored = mirrored
 
+    def forget_descriptors(self) -> None:
+        """To be called where the model has changed, or is about to."""
+        self.index_descriptors = None
+
     def describe_index(self, model: DescriptorModel) -> np.ndarray:
-        """Descriptors of all index images, kept until the model changes."""
+        """Descriptors of all index images, kept until `forget_descriptors`."""
         if self.index_descriptors is None:
             rows = np.arange(self.first_index, len(self.utm))
             self.index_descriptors = self.describe(model, rows, "index images")

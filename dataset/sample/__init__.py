@@ -35,7 +35,7 @@ class Size:
     """How much is rendered: streets of each split, panoramas of a street (queries, index), yaws of
     a panorama, pixels; scenes, their frames and pixels."""
 
-    streets: tuple[int, int, int] = (10, 10, 6)
+    streets: tuple[int, int, int] = (20, 10, 6)
     panoramas: tuple[int, int] = (2, 2)
     yaws: int = 5
     town_px: tuple[int, int] = (320, 240)

@@ -102,7 +102,7 @@ def test_streets_are_places_of_their_own():
                 assert distances(index, np.concatenate(utm[other])).min() > 500
         for split_seed in range(5):
             parts, dropped = split_by_place(*utm["train"], town.POS_DIST_THR_M, split_seed)
-            assert [len(rows) for rows in parts.values()] == [80, 10, 10] and dropped == 0
+            assert [len(rows) for rows in parts.values()] == [160, 20, 20] and dropped == 0
 
 
 def test_queries_are_of_darker_days_than_the_index():

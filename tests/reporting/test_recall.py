@@ -4,8 +4,10 @@ import itertools
 
 import numpy as np
 import pytest
+import torch
 
-from reporting.recall import chance_recall, recall_gain, recall_interval
+from reporting.recall import chance_recall, measure_recall, recall_gain, recall_interval
+from reporting.screen import print_recall_table
 
 
 def test_gain_is_paired():
@@ -35,3 +37,17 @@ def test_bootstrap_interval_is_the_binomial_one_for_many_queries():
     assert low[0] == pytest.approx(0.7 - half_width, abs=0.006)
     assert high[0] == pytest.approx(0.7 + half_width, abs=0.006)
     assert (low[1], high[1]) == (1, 1)
+
+
+def test_what_training_gained_is_measured_and_printed(capsys):
+    """Four places: untrained, three queries find the next place; trained, two of them their own."""
+    places, at = np.eye(4, dtype=np.float32), np.arange(4)[:, None] * [100.0, 0.0]
+    embedded = [(places[found], places) for found in ([0, 2, 3, 0], [0, 1, 2, 0])]
+    section = measure_recall(embedded, at, at, 25.0, torch.device("cpu")).section
+    assert (section["untrained"][0], section["trained"][0]) == (0.25, 0.75)
+    gain, low, high = section["gain"]
+    assert gain == 0.5 and 0 <= low < 0.5 < high <= 1
+    print_recall_table({"val": section})
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if " gain " in line]
+    assert line.split()[:3] == ["val", "gain", "+50.0"]
+    assert line.endswith(f"{100 * low:+.1f} to {100 * high:+.1f})")
