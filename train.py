@@ -13,6 +13,7 @@ systems of recognition/ on folders of named images: python train.py --dataset_na
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -31,6 +32,7 @@ from model import (
     half_type,
     initialize_netvlad,
     progress,
+    refuse,
     warn,
 )
 
@@ -483,6 +485,9 @@ def _images(loader: Iterable) -> Iterator[Tensor]:
 
 
 if __name__ == "__main__":
+    if importlib.util.find_spec("recognition") is None:
+        alone = InputError("to train other systems it needs the program's recognition/ beside it.")
+        raise SystemExit(refuse("train.py", alone))
     from recognition.train_command import main  # only here: this file works without recognition/
 
     raise SystemExit(main())
