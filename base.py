@@ -123,7 +123,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         help="default: the assignment's netvlad",
     )
     option("--seed", type=_count, default=42, help="of everything random (default: %(default)s)")
-    option("--precision", default="auto", choices=PRECISIONS, help="auto: bf16 where it is fast")
+    option(
+        "--precision",
+        default="auto",
+        choices=PRECISIONS,
+        help="auto: bf16 where it is fast; fp16: float16 on GPUs without bf16",
+    )
     option(
         "--device", default="auto", help="cpu, cuda, cuda:N or mps (default: cuda if there is one)"
     )

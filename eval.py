@@ -265,7 +265,13 @@ def evaluate_recall(
     """
     queries, _, _ = compute_embeddings(model, query_ds, device)
     database, _, _ = compute_embeddings(model, db_ds, device)
-    by_distance = not getattr(model, "unit_norm", True)
+    unit_norm = getattr(getattr(model, "module", model), "unit_norm", None)
+    if unit_norm is None:  # not one of ours: the cosine divides by the lengths
+        queries, database = (
+            rows / np.linalg.norm(rows, axis=1, keepdims=True).clip(1e-12)
+            for rows in (queries, database)
+        )
+    by_distance = unit_norm is False
     _, ranking = search(queries, database, max(recall_values), device, by_distance)
     positives = positives_within(np.asarray(utmQ), np.asarray(utmDb), float(posDistThr))
     return print_recall(first_hits(ranking, positives), recall_values)

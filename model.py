@@ -33,7 +33,7 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 IMAGE_SIZE = 224  # pixels a side of the network's square input, unless a run chose another
 IMAGE_CHANNELS = 3
 TRUNK_CHANNELS = 512
-PRECISIONS = ("auto", "bf16", "float32")
+PRECISIONS = ("auto", "bf16", "fp16", "float32")
 # Index in `trunk` of the first trained module, by the name used on the command line.
 TRAIN_FROM = {"conv1": 0, "conv2": 5, "conv3": 10, "conv4": 17, "conv5": 24, "netvlad": 29}
 IMAGENET_FILE = "vgg16-397923af.pth"
@@ -552,17 +552,26 @@ def computes_in_bf16(device: torch.device | str) -> bool:
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
 
+def half_type(device: torch.device | str, precision: str = "auto") -> torch.dtype | None:
+    """What is computed in: bfloat16 where the hardware has it, unless precision is "float32"; else None.
+
+    "fp16" asks for float16 on GPUs without bfloat16, which emulated would be slower than float32. On
+    processors "bf16" asks for it in any case. Devices other than cpu and cuda compute in float32.
+    """
+    kind = torch.device(device).type
+    if kind not in ("cpu", "cuda") or precision == "float32":
+        return None
+    if computes_in_bf16(device) or (precision == "bf16" and kind == "cpu"):
+        return torch.bfloat16
+    return torch.float16 if precision == "fp16" and kind == "cuda" else None
+
+
 def half_precision(
     device: torch.device | str, precision: str = "auto"
 ) -> contextlib.AbstractContextManager:
-    """Autocast to bfloat16 where the hardware computes in it, unless precision is "float32".
-
-    On processors "bf16" asks for it in any case; emulated on a GPU it would be slower than float32.
-    Devices other than cpu and cuda compute in float32: some versions of PyTorch refuse to enter it.
-    """
+    """Autocast to `half_type`; not entered for devices for which some versions of PyTorch refuse it."""
     kind = torch.device(device).type
     if kind not in ("cpu", "cuda"):
         return contextlib.nullcontext()
-    wanted = precision == "bf16" and kind == "cpu"
-    enabled = precision != "float32" and (wanted or computes_in_bf16(device))
-    return torch.autocast(kind, torch.bfloat16, enabled=enabled)
+    half = half_type(device, precision)
+    return torch.autocast(kind, half or torch.bfloat16, enabled=half is not None)

@@ -12,15 +12,15 @@ result_pose_eval.txt.
 import argparse
 import sys
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset
 
 from dataset import CAMERA, locate
+from dataset.frames import IndoorDataset
 from eval import ImageFiles, compute_embeddings, load_image, search
 from localization.atlas import Atlas, build_atlas, kept, key_of
 from localization.cameras import (
@@ -33,115 +33,20 @@ from localization.cameras import (
 )
 from localization.feature_cache import features_of_files
 from localization.localize import Estimate, View
-from localization.pose_files import SceneFiles, read_scene
 from localization.scenes import reorder_rows
 from localization.structure import structure_of
 from model import WARNINGS, InputError, choose_device, progress, refuse, warn
 from recognition.eval_command import load_any
 from reporting import check, handin, report
 from reporting.export import check_exports, write_exports
-from reporting.pose_file import ASSIGNED_SCENES, pose_text, poses_tsv, summarize
+from reporting.pose_file import pose_text, poses_tsv, summarize_rows
 from reporting.poses import PosedFrames, write_pose_pictures
 from reporting.scene_view import write_scene_views
-from reporting.screen import always_printed, on_screen, phase, versions
+from reporting.screen import always_printed, on_screen, phase, print_method_table, versions
 
 QUERY_SHARE = 0.2
 HERE = Path(__file__).resolve().parent
 CACHE = HERE / ".cache"
-
-
-class IndoorDataset(Dataset):
-    """Posed frames of scenes: item (image, pose float32 (7,), path, scene, frame index).
-
-    base_dir: holds `<scene>/images/*.png` and `<scene>/pose.txt`, a line an image in sorted order;
-    the shorter of the two rules. What else is read: localization/pose_files.py. scenes: their names;
-    None takes the assignment's four, or all that are there if one of them is missing. transform:
-    applied to the RGB image; None leaves it a PIL image. `poses` holds the 7 numbers in float64, NaN
-    where they were removed, `files` what each scene's files say besides.
-    Raises InputError for a scene that is not there, has no image or no readable pose.txt.
-    """
-
-    def __init__(
-        self, base_dir: Path | str, transform: Callable | None = None,
-        scenes: list[str] | None = None,
-    ) -> None:  # fmt: skip
-        base_dir = Path(base_dir)
-        self.scenes = list(scenes) if scenes else find_scenes(base_dir)
-        self.transform = transform
-        self.frames: list[tuple[Path, str, int]] = []
-        self.files: dict[str, SceneFiles] = {}
-        poses = []
-        for scene in self.scenes:
-            folder = base_dir / scene / "images"
-            if not folder.is_dir():
-                there = ", ".join(_scenes_in(base_dir)) or "none"
-                raise InputError(f"{folder} is not there: the scenes under {base_dir} are: {there}.")
-            self.files[scene] = files = read_scene(base_dir / scene)
-            self.frames += [(path, scene, i) for i, path in enumerate(files.paths)]
-            poses.append(files.poses)
-        self.poses = np.concatenate(poses)
-
-    @classmethod
-    def of_map(cls, atlas: Atlas) -> "IndoorDataset":
-        """The index images of a map, whose files need not be there."""
-        frames = cls.__new__(cls)
-        frames.scenes, frames.transform, frames.files = list(atlas.calibrations), None, {}
-        frames.frames = [(Path(p), s, i) for i, (p, s) in enumerate(zip(atlas.paths, atlas.scene_of))]
-        frames.poses = atlas.poses.copy()
-        return frames
-
-    def __len__(self) -> int:
-        return len(self.frames)
-
-    def __getitem__(self, i: int) -> tuple:
-        path, scene, frame = self.frames[i]
-        image = load_image(path)
-        image = self.transform(image) if self.transform else image
-        return image, torch.tensor(self.poses[i], dtype=torch.float32), str(path), scene, frame
-
-    def lens_of(self, row: int) -> Camera | None:
-        """The camera of a frame whose scene tells several."""
-        path, scene, _ = self.frames[row]
-        return self.files[scene].lenses.get(path) if scene in self.files else None
-
-    def keep(self, rows: list[int], *parts: list[int]) -> list[list[int]]:
-        """Reduce the data set to these rows; -> the new rows of each of `parts`, as far as they are kept."""
-        self.frames, self.poses = [self.frames[row] for row in rows], self.poses[rows]
-        new = {row: i for i, row in enumerate(rows)}
-        return [[new[row] for row in part if row in new] for part in parts]
-
-    def add_queries(self, paths: list[Path]) -> list[int]:
-        """Append new images, whose scene and pose are unknown; -> their rows."""
-        first = len(self.frames)
-        self.frames += [(path, "", i) for i, path in enumerate(paths)]
-        self.poses = np.concatenate([self.poses, np.full((len(paths), 7), np.nan)])
-        return list(range(first, len(self.frames)))
-
-    def place_queries(self, queries: list[int], index: list[int], best: np.ndarray) -> None:
-        """Give new images the scenes of their most similar index images, best (queries, 1)."""
-        for row, (match,) in zip(queries, best):
-            path, _, number = self.frames[row]
-            self.frames[row] = (path, self.frames[index[match]][1], number)
-
-
-def _scenes_in(base_dir: Path) -> list[str]:
-    return sorted(p.name for p in base_dir.iterdir() if (p / "images").is_dir()) if base_dir.is_dir() else []
-
-
-def find_scenes(base_dir: Path) -> list[str]:
-    """The assignment's four scenes if all are there, else all found, saying so. InputError if none."""
-    found = _scenes_in(base_dir)
-    if set(ASSIGNED_SCENES) <= set(found):
-        return list(ASSIGNED_SCENES)
-    if not found:
-        deeper = next(base_dir.glob("*/*/images"), None)
-        hint = f", but there is {deeper.parent}: name {deeper.parents[1]}" if deeper else ""
-        if (base_dir / "images").is_dir():
-            here = base_dir.resolve()
-            hint = f", but is one itself: give --camera {here.parent} --scenes {here.name}"
-        raise InputError(f"{base_dir} holds no scene (<scene>/images/, <scene>/pose.txt){hint}.")
-    print(f"Scenes: not all of {' '.join(ASSIGNED_SCENES)} are in {base_dir}; taking {' '.join(found)}.")
-    return found
 
 
 def pose_error(pose_a: np.ndarray, pose_b: np.ndarray) -> tuple[float, float]:
@@ -335,41 +240,65 @@ def find_poses(
     return estimates
 
 
-def run(args: argparse.Namespace) -> None:
-    """All of task 4; raises InputError for bad input."""
-    seconds: dict[str, float] = {}
-    check_options(args)
-    device = choose_device(args.device)
-    checkpoint = handin.file_sha256(args.checkpoint) if args.checkpoint.is_file() else ""
-    model = load_any(args.checkpoint)
+@dataclass
+class Task:
+    """The frames, the rows of them that are queries and index images, and the map if there is one yet.
+
+    root: the scenes' folder, or the map's file. file, key: where the map is kept, and what it depends on.
+    """
+
+    frames: IndoorDataset
+    queries: list[int]
+    index: list[int]
+    atlas: Atlas | None
+    root: Path
+    is_sample: bool
+    file: Path | None
+    key: str = ""
+
+
+def read_task(args: argparse.Namespace, checkpoint: str) -> Task:
+    """The frames of the scenes or of a map, which of them are queries, and the map if it was made before."""
     atlas, is_sample = shipped_map(args, checkpoint), False
     if atlas:
-        camera_dir, frames = args.map, IndoorDataset.of_map(atlas)
+        root, frames = args.map, IndoorDataset.of_map(atlas)
     else:
-        root, is_sample = (None, False) if args.camera else locate(None, CAMERA)
-        camera_dir = args.camera or root / "camera"
-        frames = IndoorDataset(camera_dir, scenes=args.scenes)
+        place, is_sample = (None, False) if args.camera else locate(None, CAMERA)
+        root = args.camera or place / "camera"
+        frames = IndoorDataset(root, scenes=args.scenes)
+    queries: list[int] = []
     if args.query:
         index = np.flatnonzero(~np.isnan(frames.poses).any(axis=1)).tolist()
         if not index:
             raise InputError(f"no frame of {' '.join(frames.scenes)} has a pose: name scenes with known poses.")
     else:
         queries, index = split_frames(frames.poses, args.seed)
-    file = args.map
+    task = Task(frames, queries, index, atlas, root, is_sample, args.map)
     if atlas is None:
-        said = (args.convention, args.intrinsics, args.seed, checkpoint, frames.files, frames.poses.tolist())
-        key = key_of(said, [frames.frames[row] for row in index], [HERE / "model.py", HERE / "eval.py"])
-        file = file or (CACHE / f"{key}.pt" if key and not args.no_cache else None)
-        atlas = kept(file, key, bool(args.map))
-        if atlas:
-            reorder_rows(frames.poses, [scene for _, scene, _ in frames.frames], atlas.calibrations)
-            index = [row for row in index if np.isfinite(frames.poses[row]).all()]
+        take_up_map(task, args, checkpoint)
     if args.query:
-        queries = frames.add_queries(args.query)
-    print(f"{len(frames)} frames of {' '.join(frames.scenes)}: {len(queries)} queries, {len(index)} index images.")
+        task.queries = frames.add_queries(args.query)
+    return task
 
-    check_exports(args.export, frames.scenes, [frame[:2] for frame in frames.frames], camera_dir)
-    handin.claim_output(args.output)
+
+def take_up_map(task: Task, args: argparse.Namespace, checkpoint: str) -> None:
+    """Give the task the map that was kept of these very index images, if there is one."""
+    frames = task.frames
+    said = (args.convention, args.intrinsics, args.seed, checkpoint, frames.files, frames.poses.tolist())
+    task.key = key_of(said, [frames.frames[row] for row in task.index], [HERE / "model.py", HERE / "eval.py"])
+    task.file = task.file or (CACHE / f"{task.key}.pt" if task.key and not args.no_cache else None)
+    task.atlas = kept(task.file, task.key, bool(args.map))
+    if task.atlas:
+        reorder_rows(frames.poses, [scene for _, scene, _ in frames.frames], task.atlas.calibrations)
+        task.index = [row for row in task.index if np.isfinite(frames.poses[row]).all()]
+
+
+def localize(
+    task: Task, args: argparse.Namespace, model: torch.nn.Module, device: torch.device, checkpoint: str,
+    seconds: dict[str, float],
+) -> tuple[list[dict], list[View]]:  # fmt: skip
+    """What is known of each query (`answer`), and its view; makes the map unless there is one."""
+    frames = task.frames
     with progress(unit="image") as bar:
 
         def show(name: str, done: int, of: int) -> None:
@@ -377,73 +306,94 @@ def run(args: argparse.Namespace) -> None:
             bar.n, bar.total = done, of
             bar.refresh()
 
-        looked = queries if atlas else list(range(len(frames)))
+        looked = task.queries if task.atlas else list(range(len(frames)))
         paths, folder = [frames.frames[row][0] for row in looked], None if args.no_cache else CACHE
         views, descriptors, unreadable = look_at(paths, model, device, folder, seconds, show)
-        for k in sorted(k for k in unreadable if looked[k] in set(queries)):
+        for k in sorted(k for k in unreadable if looked[k] in set(task.queries)):
             raise unreadable[k]
-        if atlas is None:
-            queries, index = frames.keep([row for row in looked if row not in unreadable], queries, index)
-            if not index:
+        if task.atlas is None:
+            readable = [row for row in looked if row not in unreadable]
+            task.queries, task.index = frames.keep(readable, task.queries, task.index)
+            if not task.index:
                 raise InputError(f"no index image of {' '.join(frames.scenes)} can be read: replace them.")
             with phase("map", seconds):
-                atlas = make_atlas(frames, index, views, descriptors, args, show)
-            atlas.key, atlas.checkpoint = key, checkpoint
-            if file and key and not unreadable:
-                atlas.keep(file)
-            views, descriptors = [views[row] for row in queries], descriptors[queries]
-        similarity, best = search(descriptors, atlas.descriptors, 1)
+                task.atlas = make_atlas(frames, task.index, views, descriptors, args, show)
+            task.atlas.key, task.atlas.checkpoint = task.key, checkpoint
+            if task.file and task.key and not unreadable:
+                task.atlas.keep(task.file)
+            views, descriptors = [views[row] for row in task.queries], descriptors[task.queries]
+        similarity, best = search(descriptors, task.atlas.descriptors, 1)
         if args.query:
-            frames.place_queries(queries, index, best)
-        atlas.tell()
+            frames.place_queries(task.queries, task.index, best)
+        task.atlas.tell()
         with phase("poses", seconds):
-            estimates = find_poses(atlas, frames, queries, views, descriptors, args, show)
-
-    conventions = {scene: c.convention for scene, c in atlas.calibrations.items()}
-    rows = [
-        answer(frames, query, index[b], float(s), estimate, conventions)
-        for query, b, s, estimate in zip(queries, best[:, 0], similarity[:, 0], estimates)
+            estimates = find_poses(task.atlas, frames, task.queries, views, descriptors, args, show)
+    conventions = conventions_of(task.atlas)
+    answers = [
+        answer(frames, query, task.index[b], float(s), estimate, conventions)
+        for query, b, s, estimate in zip(task.queries, best[:, 0], similarity[:, 0], estimates)
     ]
-    for row in rows:
-        row["found"] = row["confidence"] >= args.min_confidence
+    return [{**row, "found": row["confidence"] >= args.min_confidence} for row in answers], views
+
+
+def conventions_of(atlas: Atlas) -> dict[str, Convention]:
+    """How the poses of each scene are written."""
+    return {scene: calibration.convention for scene, calibration in atlas.calibrations.items()}
+
+
+def run(args: argparse.Namespace) -> None:
+    """All of task 4; raises InputError for bad input."""
+    seconds: dict[str, float] = {}
+    check_options(args)
+    device = choose_device(args.device)
+    checkpoint = handin.file_sha256(args.checkpoint) if args.checkpoint.is_file() else ""
+    model = load_any(args.checkpoint)
+    task = read_task(args, checkpoint)
+    frames, counts = task.frames, f"{len(task.queries)} queries, {len(task.index)} index images"
+    print(f"{len(frames)} frames of {' '.join(frames.scenes)}: {counts}.")
+    check_exports(args.export, frames.scenes, [frame[:2] for frame in frames.frames], task.root)
+    handin.claim_output(args.output)
+
+    rows, views = localize(task, args, model, device, checkpoint, seconds)
+    queries, index, atlas = task.queries, task.index, task.atlas
     paths, scenes, _ = zip(*frames.frames)
-    all_views = dict(zip([*index, *queries], [*atlas.views, *views]))
-    posed = PosedFrames(paths, scenes, frames.poses, all_views, queries, index, conventions)
+    views = dict(zip([*index, *queries], [*atlas.views, *views]))
+    posed = PosedFrames(paths, scenes, frames.poses, views, queries, index, conventions_of(atlas))
     maps = [([index[k] for k in world.rows], world.map.views, world.map.points) for world in atlas.worlds]
     if args.query:
         with always_printed():
-            tell_poses(rows, conventions, args.output / "query_poses.tsv", args.min_confidence > 0)
-            export(args, posed, rows, maps, camera_dir)
+            tell_poses(rows, posed.conventions, args.output / "query_poses.tsv", args.min_confidence > 0)
+            export(args, posed, rows, maps, task.root)
         return
     handin.write_text(args.output / "result_pose_eval.txt", pose_text(rows, len(index)))
     handin.write_text(args.output / "estimated_poses.tsv", poses_tsv(rows, args.min_confidence > 0))
-    ours = np.array([[row["error_m"], row["error_deg"]] for row in rows])
-    retrieval = np.array([[row["retrieval_m"], row["retrieval_deg"]] for row in rows])
-    methods = {}
-    for method in sorted({row["method"] for row in rows}):
-        part = ours[[row["method"] == method for row in rows]]
-        methods[method] = {"count": len(part), **{k: v for k, v in summarize(part).items() if k.startswith("median")}}
     with phase("pictures", seconds):
         pictures = write_pose_pictures(args.output, posed, rows)
         scene_views = handin.draw_or_warn(
             "report/scene_*.html", lambda: write_scene_views(args.output, posed, rows, structure_of(maps))
         )
     section = {
-        "data": {"name": "built-in sample" if is_sample else str(camera_dir), "root": str(camera_dir), "is_sample": is_sample},
+        "data": {"name": "built-in sample" if task.is_sample else str(task.root), "root": str(task.root), "is_sample": task.is_sample},
         "seed": args.seed, "scenes": frames.scenes, "queries": len(queries), "index": len(index),
         "not_found": sum(not row["found"] for row in rows),
-        **summarize(ours), "retrieval": summarize(retrieval), "methods": methods,
+        **summarize_rows(rows),
         "cameras": {scene: c.as_dict() for scene, c in atlas.calibrations.items()},
         "self_test": {" ".join(world.scenes): vars(world.map.test) for world in atlas.worlds},
         "per_query": rows, "pictures": pictures, "views": scene_views or [], "phases": seconds, "device": str(device), "versions": versions(),
         "settings": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()},
         "warnings": WARNINGS,
     }  # fmt: skip
-    mean_m, mean_deg = (float(np.nanmean(column)) if np.isfinite(column).any() else float("nan") for column in ours.T)
     with always_printed():
         finish(args, section)
-        export(args, posed, rows, maps, camera_dir)
+        export(args, posed, rows, maps, task.root)
+        mean_m, mean_deg = (known_mean([row[kind] for row in rows]) for kind in ("error_m", "error_deg"))
         print(f"Mean Pose Error: {mean_m:.4f}\nMean Rotation Error: {mean_deg:.2f} deg")
+
+
+def known_mean(values: list[float]) -> float:
+    """The mean without NaN; NaN if all are."""
+    known = [value for value in values if np.isfinite(value)]
+    return float(np.mean(known)) if known else float("nan")
 
 
 def export(args: argparse.Namespace, posed: PosedFrames, rows: list[dict], maps: list, root: Path) -> None:
@@ -457,10 +407,7 @@ def finish(args: argparse.Namespace, section: dict) -> None:
     handin.update_metrics(args.output, "test", section, handin.file_sha256(args.checkpoint))
     handin.copy_code(HERE, args.output)
     handin.draw_or_warn("the report", lambda: report.write_report(args.output))
-    print(f"\n{'method':32s}{'queries':>8s}{'median m':>10s}{'median deg':>12s}")
-    table = {**section["methods"], "all": {"count": section["queries"], **section}, "top-1 retrieval alone": {"count": section["queries"], **section["retrieval"]}}
-    for name, line in table.items():
-        print(f"{name:32s}{line['count']:8d}{line.get('median_m', np.nan):10.4f}{line.get('median_deg', np.nan):12.3f}")
+    print_method_table(section)
     if section["not_found"]:
         print(f"Not found, with a confidence below {args.min_confidence:g}: {section['not_found']} of {section['queries']} queries.")
     for line in check.missing(args.output):

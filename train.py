@@ -13,6 +13,7 @@ systems of recognition/ on folders of named images: python train.py --dataset_na
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -28,8 +29,10 @@ from model import (
     DescriptorModel,
     InputError,
     calibrate_trunk,
+    half_type,
     initialize_netvlad,
     progress,
+    refuse,
     warn,
 )
 
@@ -167,12 +170,15 @@ def train(
     trained, optimizer = trained_parts(model, objective, lr, optimizer)
     theirs = {f"objective.{k}": b for k, b in objective.named_buffers()}
     changed = {**trained, **_changed_buffers(model), **theirs}
+    scaler = loss_scaler(device, half_type(device, model.precision))
     takes_up = hasattr(train_loader, "epoch")
     run = {"epoch": 1, "step": 0, "totals": dict.fromkeys(TOTALS, 0.0), "history": [], "best": {}}
     if state:
         run = {key: state[key] for key in run}
         set_weights(changed, state["weights"])
         optimizer.load_state_dict(state["optimizer"])
+        if state.get("scaler"):  # not where the run began on a device that needed none
+            scaler.load_state_dict(state["scaler"])
         train_loader.load_state_dict(state["loader"])
     unsettled: list[tuple[int, Tensor]] = []  # steps whose counts are still on the device
     clock = time.perf_counter()
@@ -195,7 +201,8 @@ def train(
         run["totals"]["seconds"] += now - clock
         clock = now
         if save:
-            parts = {"optimizer": optimizer.state_dict(), "loader": train_loader.state_dict()}
+            stateful = {"optimizer": optimizer, "loader": train_loader, "scaler": scaler}
+            parts = {name: part.state_dict() for name, part in stateful.items()}
             averaged = averages(optimizer)
             mean = {name: averaged.get(p, p) for name, p in changed.items()} if averaged else {}
             save({**run, **parts, "weights": weights_of(changed), "averaged": weights_of(mean)})
@@ -231,12 +238,14 @@ def train(
                 losses = torch.zeros(0, 1, device=device)
                 if len(batch):
                     losses = objective(model, batch, device)
-                    (losses.sum() * len(losses) / (items * losses.numel())).backward()
+                    mean = losses.sum() * len(losses) / (items * losses.numel())
+                    scaler.scale(mean).backward()
                 active = [p for p in trained.values() if p.requires_grad]
                 counts = sum_over_processes(active, _counts(losses.detach()))
                 unsettled.append((run["step"], counts))
                 centralize_gradients(model.trunk.parameters())
-                optimizer.step()
+                scaler.step(optimizer)
+                scaler.update()
             run["step"] += 1
             if device.type == "cpu" or len(unsettled) >= SETTLE_STEPS:
                 settle()
@@ -299,6 +308,14 @@ def trained_parts(
             group = {"params": [], "lr": peak, "peak": peak, "apart": apart}
             groups.setdefault((peak, apart), group)["params"].append(parameter)
     return trained, optimizer(list(groups.values()))
+
+
+def loss_scaler(device: torch.device, half: torch.dtype | None) -> torch.cuda.amp.GradScaler:
+    """Multiplies the loss where float16 is computed in, in which small gradients would become 0."""
+    enabled = half is torch.float16
+    if hasattr(torch.amp, "GradScaler"):  # torch 2.3 and later
+        return torch.amp.GradScaler(device.type, enabled=enabled)
+    return torch.cuda.amp.GradScaler(enabled=enabled)
 
 
 def _changed_buffers(model: DescriptorModel) -> dict[str, Tensor]:
@@ -468,6 +485,9 @@ def _images(loader: Iterable) -> Iterator[Tensor]:
 
 
 if __name__ == "__main__":
+    if importlib.util.find_spec("recognition") is None:
+        alone = InputError("to train other systems it needs the program's recognition/ beside it.")
+        raise SystemExit(refuse("train.py", alone))
     from recognition.train_command import main  # only here: this file works without recognition/
 
     raise SystemExit(main())

@@ -10,7 +10,7 @@ for what is wrong.
 
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,6 +18,7 @@ import numpy as np
 from PIL import ExifTags, Image
 from torch.utils.data import Dataset
 
+from dataset.text import read_lines
 from eval import IMAGE_SUFFIXES, load_image, positives_within
 from model import InputError, warn
 
@@ -71,6 +72,7 @@ def _number(text: str, path: Path, what: str) -> float:
 class FolderImages(Dataset):
     """Named images in a folder and below, sorted: item (image, index, path).
 
+    A file <folder>_images_paths.txt, a relative path a line, says which: large sets take long to look through.
     utm: (n, 2) meters, images of different zones far apart. transform: of an RGB image.
     at_least: pixels a side below which `transform` shrinks the image.
     Raises InputError for names without a position, or with one in degrees.
@@ -83,7 +85,7 @@ class FolderImages(Dataset):
         at_least: int | None = None,
     ) -> None:
         self.transform, self.at_least = transform, at_least
-        found = [path for folder in folders for path in folder.rglob("*")]
+        found = [path for folder in folders for path in _files_in(folder)]
         self.paths = sorted(
             path
             for path in found
@@ -109,6 +111,21 @@ class FolderImages(Dataset):
     def __getitem__(self, i: int) -> tuple:
         image = load_image(self.paths[i], self.at_least)
         return self.transform(image) if self.transform else image, i, str(self.paths[i])
+
+
+def _files_in(folder: Path) -> Iterable[Path]:
+    """Files in a folder and below, or those that <folder>_images_paths.txt lists."""
+    listed = folder.absolute().with_name(f"{folder.absolute().name}_images_paths.txt")
+    if not listed.is_file():
+        return folder.rglob("*")
+    paths = [folder / line.strip() for line in read_lines(listed, "the list") if line.strip()]
+    if paths and not paths[0].is_file():
+        raise InputError(
+            f"{listed} lists {paths[0]}, which is not there: write it anew, or remove it, and the "
+            "folder itself is looked through."
+        )
+    print(f"{folder}: the {len(paths)} images that {listed.name} lists.")
+    return paths
 
 
 def same_size(paths: Sequence[Path]) -> bool:

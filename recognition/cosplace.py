@@ -32,7 +32,7 @@ from model import (
 from recognition.augmentation import Augmentation
 from recognition.class_batches import ClassBatches, square
 from recognition.classification import LOSS_FUNCTIONS, Adversary, ClassObjective
-from recognition.flags import above_zero, positive
+from recognition.flags import above_zero, half_precision_flag, positive
 from recognition.inference import Plain
 from recognition.job import Job, Judge, Where, framing, judged, report_split, val_judge
 from training.inputs import Inputs, Store
@@ -91,7 +91,7 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
     option("--batch_size", type=positive, default=32, help="images a step (32)")
     option("--iterations_per_epoch", type=positive, default=10000, help="default: 10000")
     option("--train_all_layers", action="store_true", help="freeze nothing")
-    option("--use_amp16", action="store_true", help="bf16 where the hardware has it, as by default")
+    half_precision_flag(option, "--use_amp16")
     option("--augmentation_device", choices=["cuda", "cpu"], help="default: where it is trained")
     option = parser.add_argument_group("objective").add_argument
     option("--loss_function", choices=LOSS_FUNCTIONS, default="cosface", help="default: cosface")

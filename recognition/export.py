@@ -1,6 +1,7 @@
 """A model as an ONNX file, by PyTorch's own exporter, for programs without PyTorch."""
 
 from importlib.util import find_spec
+from inspect import signature
 from pathlib import Path
 
 import torch
@@ -17,18 +18,18 @@ def export_onnx(model: DescriptorModel, size: tuple[int, int], file: Path) -> No
 
     The batch may be of any length. InputError if a package lacks or PyTorch is too old.
     """
+    if file.suffix != ".onnx":
+        raise InputError(f"--export {file} must end in .onnx: name it so.")
     lacking = [name for name in NEEDED if find_spec(name) is None]
     if lacking:
         raise InputError(
             f"--export needs the package {lacking[0]}, which is not installed: pip install "
             f"{' '.join(NEEDED)}."
         )
-    if not hasattr(torch.onnx, "ONNXProgram"):
+    if "dynamic_shapes" not in signature(torch.onnx.export).parameters:
         raise InputError(
             f"--export needs PyTorch 2.5 or newer, not {torch.__version__}: update it."
         )
-    if file.suffix != ".onnx":
-        raise InputError(f"--export {file} must end in .onnx: name it so.")
     model = model.cpu().eval()
     precision, model.precision = model.precision, "float32"
     images = torch.zeros(2, 3, *size)  # of one image the exporter would think that it is always one

@@ -1,7 +1,7 @@
 """Flags that the recipes share, and the types of their values."""
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from model import PRECISIONS
@@ -65,6 +65,14 @@ def with_recipe(
     return parser.parse_args(argv)
 
 
+def half_precision_flag(option: Callable, flag: str) -> None:
+    """The name that a published program has for --precision fp16."""
+    option(
+        flag, dest="precision", action="store_const", const="fp16", default=argparse.SUPPRESS,
+        help="as --precision fp16",
+    )  # fmt: skip
+
+
 def add_run_flags(parser: argparse.ArgumentParser) -> None:
     """Where the run goes, on what it runs."""
     option = parser.add_argument_group("run").add_argument
@@ -72,7 +80,12 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
     option(
         "--device", default="auto", help="cpu, cuda, cuda:N or mps (default: cuda if there is one)"
     )
-    option("--precision", default="auto", choices=PRECISIONS, help="auto: bf16 where it is fast")
+    option(
+        "--precision",
+        default="auto",
+        choices=PRECISIONS,
+        help="auto: bf16 where it is fast; fp16: float16 on GPUs without bf16",
+    )
     option("--seed", type=int, default=0, help="of everything random (default: 0)")
 
 

@@ -22,7 +22,7 @@ from dataset.gsv_cities import NAMES, GsvCities, find_gsv_cities
 from dataset.sample.gsv_cities import locate_gsv_cities
 from model import DescriptorModel, InputError, warn
 from recognition import benchmark
-from recognition.flags import above_zero, positive
+from recognition.flags import above_zero, half_precision_flag, positive
 from recognition.inference import transform_for
 from recognition.job import Job, Judge, Where, report_split, val_judge
 from recognition.multi_similarity import BASE, MultiSimilarity
@@ -91,7 +91,7 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
     option("--images_per_place", type=positive, default=4, metavar="K", help="default: 4")
     option("--micro_batch", type=positive, metavar="N", help="images in memory at a time")
     option("--train_resize", type=positive, nargs=2, default=[224, 224], metavar=("H", "W"))
-    option("--mixed_precision", action="store_true", help="bf16 where it is fast, as by default")
+    half_precision_flag(option, "--mixed_precision")
     option("--no_augmentation", action="store_true", help="leave RandAugment out")
     option(
         "--ms_base", type=mean_or_number, default=BASE,

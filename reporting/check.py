@@ -22,9 +22,10 @@ from pathlib import Path
 import torch
 from PIL import Image
 
+from dataset.frames import ASSIGNED_SCENES
 from model import DAMAGED, InputError, NetVLADModel, refuse
 from reporting import handin
-from reporting.pose_file import ASSIGNED_SCENES, pose_text, read_pose_text
+from reporting.pose_file import pose_text, read_pose_text
 from reporting.screen import on_screen
 
 PROJECT = Path(__file__).resolve().parents[1]

@@ -29,7 +29,7 @@ LEFT_OUT = {
     "save_dir", "device", "resume", "datasets_folder", "dataset_name", "infer_batch_size",
     "recall_values", "num_preds_to_save", "save_only_wrong_preds", "save_descriptors",
     "night_queries", "rerank", "dataset_folder", "train_set_folder", "val_set_folder",
-    "test_set_folder", "resume_model", "augmentation_device", "use_amp16",
+    "test_set_folder", "resume_model", "augmentation_device",
 }  # fmt: skip
 Row = dict[str, object]  # name, settings, recall (data set -> {K: share}), hits, seconds, …
 

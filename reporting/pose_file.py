@@ -12,7 +12,6 @@ import numpy as np
 
 from model import InputError
 
-ASSIGNED_SCENES = ("P001", "P002", "P003", "P004")
 LIMITS = {"5cm/5deg": (0.05, 5.0), "25cm/2deg": (0.25, 2.0), "50cm/5deg": (0.5, 5.0)}  # m, degrees
 # The grammar: what a line should look like, and the expression that it matches.
 HEAD = (
@@ -120,3 +119,15 @@ def summarize(errors: np.ndarray) -> dict:
         summary |= {f"{kind}_m": float(error_m), f"{kind}_deg": float(error_deg)}
     within = {name: float((known < limit).all(axis=1).mean()) for name, limit in LIMITS.items()}
     return {**summary, "within": within}
+
+
+def summarize_rows(rows: Sequence[dict]) -> dict:
+    """`summarize` of queries, of retrieval alone, and medians by method; rows as "per_query"."""
+    ours = np.array([[row["error_m"], row["error_deg"]] for row in rows])
+    retrieval = np.array([[row["retrieval_m"], row["retrieval_deg"]] for row in rows])
+    methods = {}
+    for method in sorted({row["method"] for row in rows}):
+        part = summarize(ours[[row["method"] == method for row in rows]])
+        medians = {name: value for name, value in part.items() if name.startswith("median")}
+        methods[method] = {"count": sum(row["method"] == method for row in rows), **medians}
+    return {**summarize(ours), "retrieval": summarize(retrieval), "methods": methods}

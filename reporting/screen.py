@@ -1,5 +1,6 @@
 """What the scripts say while they work."""
 
+import math
 import os
 import platform
 import sys
@@ -64,6 +65,17 @@ def versions() -> dict[str, str]:
         machine += f", {torch.cuda.get_device_name()}"
     found = {name: package.__version__ for name, package in packages.items()}
     return {"python": platform.python_version(), **found, "machine": machine}
+
+
+def print_method_table(section: dict) -> None:
+    """Median errors of each method, of all queries and of retrieval alone. section: of metrics.json."""
+    count = {"count": section["queries"]}
+    lines = {**section["methods"], "all": {**count, **section}}
+    lines["top-1 retrieval alone"] = {**count, **section["retrieval"]}
+    print(f"\n{'method':32s}{'queries':>8s}{'median m':>10s}{'median deg':>12s}")
+    for name, line in lines.items():
+        medians = line.get("median_m", math.nan), line.get("median_deg", math.nan)
+        print(f"{name:32s}{line['count']:8d}{medians[0]:10.4f}{medians[1]:12.3f}")
 
 
 def print_recall_table(recall: dict[str, dict]) -> None:

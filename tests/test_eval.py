@@ -253,6 +253,15 @@ def test_bad_input_of_a_search_is_a_sentence(
     assert said.startswith("eval.py: ") and named in said
 
 
+def test_recall_of_a_plain_module_is_by_cosine_whatever_the_lengths_of_its_rows():
+    queries = 0.5 + torch.eye(4, 12).view(4, 3, 2, 2)
+    database = queries * torch.tensor([1.0, 2, 4, 8])[:, None, None, None]
+    items = [[(image, i, str(i)) for i, image in enumerate(part)] for part in (queries, database)]
+    utm = 1000.0 * np.arange(8).reshape(4, 2)
+    for model in (nn.Flatten(), nn.DataParallel(nn.Flatten())):
+        assert evaluation.evaluate_recall(model, *items, utm, utm, 25.0, "cpu", [1]) == {1: 4}
+
+
 def test_a_search_needs_no_other_file_than_model_py(folder, checkpoint, tmp_path):
     alone = tmp_path / "alone"
     alone.mkdir()

@@ -20,6 +20,7 @@ from model import (
     calibrate_trunk,
     choose_device,
     half_precision,
+    half_type,
     initialize_netvlad,
     kmeans,
     load_checkpoint,
@@ -189,14 +190,17 @@ def test_auto_takes_cuda_or_the_processor_never_apples_gpu(monkeypatch):
 
 
 @pytest.mark.parametrize("capability", [(7, 5), (8, 0)])
-def test_gpus_without_bf16_compute_in_float32(capability, monkeypatch):
+def test_gpus_without_bf16_compute_in_float32_or_float16(capability, monkeypatch):
     entered = []
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    monkeypatch.setattr(torch, "autocast", lambda *args, **options: entered.append(options))
-    for precision in ("auto", "bf16", "float32"):
+    monkeypatch.setattr(
+        torch, "autocast", lambda _, kind, enabled: entered.append(kind if enabled else None)
+    )
+    for precision in ("auto", "bf16", "fp16", "float32"):
         half_precision("cuda", precision)
-    has = capability >= (8, 0)
-    assert [options["enabled"] for options in entered] == [has, has, False]
+    old, new = [None, None, torch.float16, None], [*3 * [torch.bfloat16], None]
+    assert entered == (new if capability >= (8, 0) else old)
+    assert half_type("mps", "fp16") is None and half_type("cpu", "fp16") is half_type("cpu")
 
 
 def test_autocast_is_entered_for_processors_and_cuda_only(monkeypatch):

@@ -168,6 +168,53 @@ def test_precisions_agree_and_float32_computes_in_it():
     assert 0.95 < float((seen["float32"] * seen["bf16"]).sum(1).min()) < 1 - 1e-7
 
 
+# ---------------------------------------------------------------- a scaled loss
+
+
+def train_scaled(monkeypatch, half: torch.dtype | None, *, overflow: int = -1, **options) -> list:
+    """The states that two epochs by SGD save; the gradient of step `overflow` is not finite."""
+    monkeypatch.setattr(train_py, "half_type", lambda device, precision: half)  # of an older GPU
+    tuples, model = tuples_of(mining="random")
+    saved, steps = [], []
+
+    def spoiled(gradient):
+        steps.append(gradient)
+        return gradient * float("inf") if len(steps) == overflow + 1 else gradient
+
+    model.trunk[28].bias.register_hook(spoiled)
+    how = {"objective": RankingLoss(1.0), "optimizer": torch.optim.SGD, "lr": 0.1}
+    save = lambda state: saved.append(copy.deepcopy(state))
+    train(model, tuples, [], "cpu", epochs=2, save=save, **how, **options)
+    return saved
+
+
+needs_scaler = pytest.mark.skipif(
+    not hasattr(torch.amp, "GradScaler"), reason="torch 2.2 scales on CUDA GPUs only"
+)
+
+
+@needs_scaler
+def test_a_scaled_loss_leads_to_the_same_weights(monkeypatch):
+    plain, scaled = (train_scaled(monkeypatch, half)[-1] for half in (None, torch.float16))
+    assert plain["scaler"] == {} and scaled["scaler"]["scale"] == 2**16
+    for name, value in plain["weights"].items():  # a power of two changes no digit
+        assert torch.equal(value, scaled["weights"][name])
+
+
+@needs_scaler
+def test_a_step_that_overflows_is_left_out_and_the_scale_halved_also_when_resumed(monkeypatch):
+    monkeypatch.setattr(train_py, "SAVE_SECONDS", 0)
+    whole = train_scaled(monkeypatch, torch.float16, overflow=1)
+    first, second, third = (state["weights"] for state in whole[:3])
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert not torch.equal(second["trunk.28.weight"], third["trunk.28.weight"])
+    assert [state["scaler"]["scale"] for state in whole] == [2**16, *(len(whole) - 1) * [2**15]]
+    (again,) = train_scaled(monkeypatch, torch.float16, state=whole[-2])
+    assert again["scaler"] == whole[-1]["scaler"]
+    for name, value in whole[-1]["weights"].items():
+        assert torch.equal(value, again["weights"][name])
+
+
 # ---------------------------------------------------------------- other objectives
 
 

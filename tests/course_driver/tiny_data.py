@@ -4,6 +4,8 @@ Everything is written from CONTRACT.md: lists of paths that begin with `dataset/
 `utmQ`, `utmDb`, `posDistThr`, and camera scenes of `images/*.png` with a `pose.txt`.
 """
 
+from __future__ import annotations
+
 from pathlib import Path
 
 import numpy as np

@@ -59,7 +59,10 @@ def test_margins_are_those_of_pytorch_metric_learning(kind, theirs):
         value.backward()
     if kind != "sphereface":  # theirs does not normalize the descriptor
         assert torch.allclose(mine.grad[2:], yours.grad[2:], atol=1e-3)
-        assert torch.allclose(layer.weight.grad, other.W.grad.T, atol=2e-3)
+        known = other.W.grad.T.isfinite().all(1)  # theirs may be NaN at those two angles
+        assert set((~known).nonzero().flatten().tolist()) <= set(labels[:2].tolist())
+        assert torch.allclose(layer.weight.grad[known], other.W.grad.T[known], atol=2e-3)
+        assert layer.weight.grad.isfinite().all()
 
 
 # ------------------------------------------------ views and domains

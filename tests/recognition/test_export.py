@@ -1,5 +1,7 @@
 """ONNX files describe as the model does, whatever the length of the batch."""
 
+from inspect import signature
+
 import numpy as np
 import onnxruntime
 import pytest
@@ -30,6 +32,9 @@ def network(aggregation: str) -> DescriptorModel:
     return DescriptorModel(trunk, pool, dim)
 
 
+@pytest.mark.skipif(
+    "dynamic_shapes" not in signature(torch.onnx.export).parameters, reason="needs torch 2.5"
+)
 @pytest.mark.parametrize("aggregation", ["gem", "mixvpr", "supervlad"])
 def test_onnx_finds_the_same_descriptors(aggregation, tmp_path):
     model, file = network(aggregation).eval(), tmp_path / "model.onnx"
@@ -50,6 +55,9 @@ def test_what_export_needs_is_said(tmp_path, monkeypatch):
     model = network("gem")
     with pytest.raises(InputError, match=r"m\.pth must end in \.onnx"):
         export_onnx(model, (42, 56), tmp_path / "m.pth")
+    monkeypatch.setattr(torch.onnx, "export", lambda model, args, f: None)  # as before torch 2.5
+    with pytest.raises(InputError, match="needs PyTorch 2.5 or newer, not"):
+        export_onnx(model, (42, 56), tmp_path / "m.onnx")
     monkeypatch.setattr(export, "find_spec", lambda name: None if name == "onnxscript" else name)
     with pytest.raises(
         InputError, match="needs the package onnxscript, .* pip install onnx onnxscr"

@@ -66,6 +66,24 @@ def test_one_name_in_degrees_among_meters_is_refused_and_named(tmp_path):
         FolderImages([tmp_path])
 
 
+def test_a_list_of_paths_beside_a_folder_says_which_images_it_has(tmp_path, capsys):
+    folder = tmp_path / "database"
+    names = [name(EAST + i, NORTH) for i in range(3)]
+    for file in names:
+        put(folder, "part", file)
+    everything = FolderImages([folder]).paths
+    assert len(everything) == 3 and "lists" not in capsys.readouterr().out
+    listed = tmp_path / "database_images_paths.txt"
+    listed.write_bytes(f"part/{names[2]}\r\n\r\npart/{names[0]}\r\n".encode())
+    images = FolderImages([folder])
+    assert images.paths == [everything[0], everything[2]]
+    assert np.array_equal(images.utm[:, 0], [EAST, EAST + 2])
+    assert "the 2 images that database_images_paths.txt lists" in capsys.readouterr().out
+    listed.write_text(f"{names[0]}\n")
+    with pytest.raises(InputError, match="database_images_paths.txt lists .* which is not there"):
+        FolderImages([folder])
+
+
 def test_small_numbers_of_a_local_system_are_meters(tmp_path):
     for file in ("@0@10@.jpg", "@20@170@.jpg", "@300@4000@.jpg"):
         put(tmp_path, "database", file)

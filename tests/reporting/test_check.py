@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+from dataset.frames import ASSIGNED_SCENES
 from model import NetVLADModel
 from reporting import check, handin, pose_file, report
 
@@ -47,7 +48,7 @@ def complete(tmp_path_factory) -> Path:
     handin.write_text(output / "result_pose_eval.txt", pose_file.pose_text(answers, 7))
     section = {
         "data": data,
-        "scenes": pose_file.ASSIGNED_SCENES,
+        "scenes": ASSIGNED_SCENES,
         "index": 7,
         "per_query": answers,
         "pictures": [{"file": "errors.png", "caption": "Errors."}],
