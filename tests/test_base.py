@@ -36,7 +36,7 @@ def test_killed_then_resumed_ends_with_the_weights_of_an_unbroken_run(tmp_path):
     for split, queries in (("train", 6), ("val", 1)):
         make_lists(tmp_path / "data", queries, 2 * queries, split)
     words = ["--dataset", tmp_path / "data", "--weights", "none", "--epochs", 2, "--batch-size", 2,
-             "--clusters", 4]  # fmt: skip
+             "--clusters", 4, "--image-size", 96]  # fmt: skip
     outputs = tmp_path / "broken", tmp_path / "whole"
     killed = start(*words, "--output", outputs[0])
     wait_for(outputs[0] / "train_log.csv", killed)  # the first epoch is done and saved

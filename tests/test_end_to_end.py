@@ -36,6 +36,7 @@ def both(sample, tmp_path_factory) -> tuple[Path, str, str]:
     output = tmp_path_factory.mktemp("both") / "out"
     said = run(
         "base.py", "--dataset", sample, "--output", output, "--epochs", 1, "--weights", "none",
+        "--image-size", 96,
     )  # fmt: skip
     checkpoint = output / "checkpoints" / "netvlad_final.pth"
     poses = run(

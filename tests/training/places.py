@@ -43,11 +43,12 @@ def places(count: int = 6, size: int = 2, seed: int = 0) -> SimpleNamespace:
 
 
 def a_model(seed: int = 0) -> NetVLADModel:
-    """A small model with clusters."""
+    """A small model with clusters, whose last convolution is trained."""
     torch.manual_seed(seed)
     model = NetVLADModel(4, pretrained=False)
     model.netvlad.initialize(torch.nn.functional.normalize(torch.randn(200, 512), dim=1))
     model.trunk.initialized = True
+    model.freeze_below(28)
     return model
 
 

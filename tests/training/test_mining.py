@@ -114,7 +114,9 @@ def test_steps_are_filled_with_tuples_that_have_something_to_teach(monkeypatch):
     monkeypatch.setattr(mining_py, "REFRESH_QUERIES", 6)
     data = places(12)
     data.outputs[6:12] = data.outputs[12 + 3 * 6 :: 3][:6]  # these queries are their positives
-    tuples, model = tuples_of(data, margin=0.2, batch_size=3)
+    model = a_model()
+    model.freeze_below(24)
+    tuples, model = tuples_of(data, model, margin=0.2, batch_size=3)
     sizes, shares, seen = [], [], []
     for step, batch in enumerate(tuples.epoch(model, 1)):
         assert tuples.size(step) == len(batch[0])
