@@ -150,6 +150,7 @@ def build_atlas(
         cameras,
         conventions,
         [lenses[row] for row in known] if lenses else (),
+        [Path(paths[row]).name for row in known],
     )
     poses[known] = own_poses
     for row, view in zip(known, own_views):
