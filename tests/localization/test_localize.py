@@ -89,6 +89,18 @@ def test_same_seed_same_answer_wherever_a_query_stands(random_world, random_pose
         assert a.confidence == b.confidence
 
 
+def test_an_index_image_is_found_where_it_is(random_world, random_poses):
+    """Even in a map too small for any other answer, and with keypoints a little off, as in a copy."""
+    world = random_world(0)
+    index = [world.view(*pose) for pose in random_poses(2, 1)]
+    features = index[1].features
+    noise = 0.1 * torch.randn(features.xy_px.shape, generator=torch.Generator().manual_seed(0))
+    copy = replace(index[1], features=replace(features, xy_px=features.xy_px + noise))
+    (estimate,) = answers(index, [copy])
+    assert error(estimate, index[1]) == (0.0, pytest.approx(0.0, abs=1e-6))
+    assert estimate.method == "same image" and sensible(estimate) and estimate.confidence == 1.0
+
+
 def test_thresholds_mean_the_same_on_a_large_photo(random_world, random_poses):
     """The same scene photographed with six times the pixels, and six times the noise in them: the same answers."""
     small = random_world(2)
