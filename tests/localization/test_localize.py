@@ -171,7 +171,7 @@ def test_degenerate_inputs_are_answered(random_world, random_poses, look_at):
     for name, (index, asked) in cases.items():
         estimate = answers(index, [asked])[0]
         assert sensible(estimate), name
-        if estimate.method != "pnp":
+        if estimate.method not in ("pnp", "same image"):
             assert estimate.confidence < 0.3, name
     assert answers([a, b, c], []) == []
 
