@@ -12,9 +12,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from localization.absolute_pose import refine_pose
+from localization.absolute_pose import refine_pose, rotation_from_vector
 from localization.cameras import project, rays
 from localization.matching import View, best_of
+from localization.scoring import NOISE_PX, Evidence, epipolar_slopes
 from localization.triangulation import Points
 
 MAX_POINTS = 6000
@@ -24,6 +25,9 @@ GUIDED_RADII_PX = (12.0, 6.0, 4.0)
 GUIDED_STEPS = 6
 GUIDED_SIMILARITY = 0.75
 FOUND_PX = 2.0
+# Limits of the errors of matches without points, steps in each, and the longest in radians and shares
+# of the distance.
+EPIPOLAR_LIMITS_PX, EPIPOLAR_STEPS, LONGEST_STEP = (12.0, 6.0, 3.0), 5, 0.1
 _DRIFT_PX = 8.0
 # Pairs of descriptors compared at once: what stays in the processor's cache is five times as fast.
 _PAIRS = 4096
@@ -205,6 +209,30 @@ def guided_refinement(points: PointMap, query: View, R: Tensor, c: Tensor) -> li
         close = near.select(_errors(query, *pose, visible, near) <= FOUND_PX)
         found.append(Refined(*pose, len(_mutual_best(close, *count).point)))
     return found
+
+
+def epipolar_refinement(
+    evidence: Evidence, R: Tensor, c: Tensor, distance_m: float
+) -> tuple[Tensor, Tensor]:
+    """h poses R (h, 3, 3), c (h, 3) refined on the query's matches alone, without any point, within
+    ever narrower limits; distance_m: about how far away things are.
+
+    Robust steps (biweight) on `epipolar_errors`: what has no point, for few index images show it,
+    tells much of the rotation, and of the position all but its distance along a baseline.
+    """
+    for limit in (*EPIPOLAR_LIMITS_PX, evidence.noise_px.clamp(*NOISE_PX)):
+        for _ in range(EPIPOLAR_STEPS):
+            error, weight, slope = epipolar_slopes(evidence, R, c, distance_m)
+            weighted = slope * (weight * (1 - (error / limit).square()).clamp_min(0))[:, None]
+            normal, gradient = weighted @ slope.transpose(1, 2), (weighted * error[:, None]).sum(2)
+            damping = torch.diag_embed(1e-4 * normal.diagonal(dim1=1, dim2=2) + 1e-12)
+            delta = -torch.linalg.solve_ex(normal + damping, gradient[..., None])[0][..., 0]
+            delta[:, 3:] /= distance_m
+            delta *= (LONGEST_STEP / delta.abs().amax(1, keepdim=True)).clamp_max(1)
+            delta = torch.where(delta.isfinite().all(1, keepdim=True), delta, 0.0)
+            R = rotation_from_vector(delta[:, :3]) @ R
+            c = c + distance_m * delta[:, 3:]
+    return R, c
 
 
 def _nearby(points: PointMap, query: View, R: Tensor, c: Tensor) -> tuple[PointMap, Candidates]:

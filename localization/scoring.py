@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from localization.absolute_pose import rotation_from_vector
 from localization.cameras import Camera, rays
 from localization.matching import Matches, View, best_of
 from localization.triangulation import Points
@@ -28,6 +29,8 @@ NOISE_PX = (0.75, 3.0)
 MIN_COSINE = 0.25
 # Hypothesis x match pairs scored at once.
 _SCORE_CHUNK = 1 << 16
+# Differences for derivatives: in radians, and in shares of the distance of what is seen.
+_DELTA = 3e-4
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,11 @@ class Evidence:
     def xy_norm(self) -> Tensor:
         """Normalized coordinates (m, 2) in the query."""
         return rays(self.camera, self.xy_px)[:, :2]
+
+    def select(self, rows: Tensor) -> "Evidence":
+        """The matches that a mask or an index tensor picks."""
+        one = ("camera", "origin")
+        return replace(self, **{k: v[rows] for k, v in vars(self).items() if k not in one})
 
     def seen_with(self, camera: Camera) -> "Evidence":
         """The same matches, the query taken with another camera."""
@@ -182,3 +190,19 @@ def epipolar_errors(
     front = (along_i * length2_q > product * along_q) & (product * along_i > along_q * length2_i)
     possible = front & (product >= MIN_COSINE * (length2_q * length2_i).sqrt())
     return residual * gradient2.clamp_min(1e-20).rsqrt(), evidence.weight.float() * possible
+
+
+def epipolar_slopes(
+    evidence: Evidence, R_cam_from_world: Tensor, c_world: Tensor, distance_m: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`epipolar_errors` and weights (h, m) of h poses, and the errors' derivatives (h, 6, m) by a
+    rotation vector in camera axes and the center; distance_m: about how far away things are.
+    """
+    step = R_cam_from_world.new_full((6,), _DELTA)
+    step[3:] *= distance_m
+    moves = torch.cat([step.new_zeros(1, 6), torch.diag(step)])
+    R = rotation_from_vector(moves[:, :3]) @ R_cam_from_world[:, None]
+    c = c_world[:, None] + moves[:, 3:]
+    error, weight = epipolar_errors(evidence, R.flatten(0, 1), c.flatten(0, 1))
+    error, weight = (value.unflatten(0, R.shape[:2]).double() for value in (error, weight))
+    return error[:, 0], weight[:, 0], (error[:, 1:] - error[:, :1]) / step[:, None]

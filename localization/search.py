@@ -13,7 +13,13 @@ from localization.fallback import Guess
 from localization.hypotheses import Hypotheses, pooled_hypotheses, shifted_hypotheses
 from localization.map import SAME_MODE_DEG, SAME_PLACE_DEG, Map
 from localization.matching import View, mutual_matches
-from localization.refinement import PointMap, Refined, guided_refinement, point_map
+from localization.refinement import (
+    PointMap,
+    Refined,
+    epipolar_refinement,
+    guided_refinement,
+    point_map,
+)
 from localization.scoring import Evidence, epipolar_scores, gather_evidence
 from localization.tracks import Polished, polish
 
@@ -26,6 +32,8 @@ PROMISING, SHIFTED_PROMISING = 0.4, 0.25
 # A mode that explains less than this share of the best after refinement is not polished at first.
 # Where that leaves doubt it may be the right one yet: aliases beside index views explain more.
 RIVAL = 0.5
+# A pose refined on matches alone is polished instead if it explains so many times as much.
+EXPLAINS_MORE = 1.1
 # An answer this confident needs no further search; it serves as an index view for others.
 SURE = 0.5
 # Inliers at which chance is out by 63 %.
@@ -112,6 +120,11 @@ class Search:
                 continue
             self.tried.add(start)
             R, c = poses.R_cam_from_world[start], poses.c_world[start]
+            moved = epipolar_refinement(self.evidence, R[None], c[None], self.index.typical_m)
+            both = Hypotheses(torch.stack([R, moved[0][0]]), torch.stack([c, moved[1][0]]))
+            before, after = self._scores(both, polished=True).tolist()
+            if after > EXPLAINS_MORE * before:
+                R, c = moved[0][0], moved[1][0]
             of = (self.query, self.index.views, self.order, self.map, self.evidence)
             self.polished += filter(None, [polish(*of, R, c)])
 
@@ -158,8 +171,9 @@ class Search:
         )
         return Answer(estimate, pose)
 
-    def _scores(self, poses: Hypotheses) -> Tensor:
-        return epipolar_scores(self.evidence, poses.R_cam_from_world, poses.c_world)
+    def _scores(self, poses: Hypotheses, polished: bool = False) -> Tensor:
+        of_pose = (poses.R_cam_from_world, poses.c_world)
+        return epipolar_scores(self.evidence, *of_pose, polished=polished)
 
 
 def matched(query: View, index: Map, order: list[int]) -> Evidence:

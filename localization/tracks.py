@@ -21,7 +21,7 @@ from localization.absolute_pose import (
 from localization.cameras import Camera
 from localization.matching import View
 from localization.refinement import PointMap, near_candidates, project_query, visible_points
-from localization.scoring import Evidence, epipolar_gains
+from localization.scoring import Evidence, epipolar_errors, epipolar_gains, epipolar_slopes
 from localization.triangulation import CONSENSUS_PX, Cameras, agreeing, cameras_of, refine_points
 
 TRACK_RATIO = 0.97
@@ -31,6 +31,8 @@ GUIDED_PX, GUIDED_SIMILARITY, GUIDED_DROP = 4.0, 0.85, 0.05
 NOISE_OF_SCALE, GUIDED_NOISE = 0.5, 4.0
 MIN_TRACKS = 6
 ROUNDS = 2
+# The noise of a match without a point, in that of its keypoints.
+SINGLE_NOISE = 1.0
 # Robust threshold in standard deviations.
 THRESHOLD_SIGMA = 2.0
 STEPS = 15
@@ -58,25 +60,29 @@ class Polished:
 @dataclass(frozen=True)
 class Tracks:
     """n query keypoints xy_px (n, 2) with their points: position (n, 3), covariance (n, 3, 3) for 1
-    px of noise in the index images, and the noise_px (n,) there and in the query."""
+    px of noise in the index images, and the noise_px (n,) there and in the query; single: matches of
+    further keypoints, that have no point."""
 
     xy_px: Tensor
     position: Tensor
     covariance: Tensor
     noise_px: Tensor
+    single: Evidence | None = None
 
 
 @dataclass(frozen=True)
 class _Observations:
     """What K query keypoints may have to do with V index views: matched position xy_px (K, V, 2)
     where seen (K, V); candidate point (K, V, 3) where has_point (K, V); by_descriptor (K,): matched
-    without guidance."""
+    without guidance, by the rows (m,) of the evidence, of these keypoints (m,)."""
 
     xy_px: Tensor
     seen: Tensor
     point: Tensor
     has_point: Tensor
     by_descriptor: Tensor
+    rows: Tensor
+    keypoint: Tensor
 
 
 def polish(
@@ -103,7 +109,8 @@ def polish(
             return result
         noise = query.features.scale_px[keypoint].double() * NOISE_OF_SCALE
         noise = torch.where(seen.by_descriptor[keypoint], noise, GUIDED_NOISE * noise)
-        tracks = Tracks(query.features.xy_px[keypoint].double(), position, covariance, noise)
+        xy = query.features.xy_px[keypoint].double()
+        tracks = Tracks(xy, position, covariance, noise, evidence.select(_single(seen, keypoint)))
         result = refine_with_points(query.camera, R, c, tracks)
         R, c = result.R_cam_from_world, result.c_world
     return result
@@ -132,7 +139,12 @@ def _observe(
     seen[k, v], has_point[k, v] = True, evidence.has_point[rows]
     by_descriptor = torch.zeros(keypoints, dtype=torch.bool)
     by_descriptor[k] = True
-    return _Observations(xy, seen, point, has_point, by_descriptor)
+    return _Observations(xy, seen, point, has_point, by_descriptor, rows, k)
+
+
+def _single(seen: _Observations, tracked: Tensor) -> Tensor:
+    """The rows of the evidence that fit and whose keypoints have no track."""
+    return seen.rows[~torch.isin(seen.keypoint, tracked)]
 
 
 def _guided(query: View, column: Tensor, points: PointMap, R: Tensor, c: Tensor) -> tuple:
@@ -192,7 +204,7 @@ def refine_with_points(
     joint least-squares problem (Schur complement, index cameras fixed, linearized at the points)
     leaves each reprojection error weighed by the inverse of noise^2 (I + J covariance J^T), J =
     d(pixel)/d(point): a point from a short baseline counts only across the direction it may slide
-    in. Cauchy loss.
+    in. A match without a point counts across its epipolar line. Cauchy loss.
     """
     focal, center = R.new_tensor([camera.fx, camera.fy]), R.new_tensor([camera.cx, camera.cy])
     size = focal.mean()
@@ -228,15 +240,52 @@ def refine_with_points(
             [by_pose, by_lens[..., :lens]], dim=2
         )
 
+    single, away_m = tracks.single, float((tracks.position - c).norm(dim=1).median())
+
+    def across(R: Tensor, v: Tensor, derived: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """Errors (m,) of the matches without points over their noise, weights, derivatives (m, 6 +
+        lens).
+        """
+        noise = SINGLE_NOISE * single.noise_px.double()
+
+        def errors(v: Tensor) -> tuple[Tensor, ...]:
+            zoomed, moved = focal * v[3].exp(), center + size * v[4:]
+            lens_now = Camera(*zoomed.tolist(), *moved.tolist(), camera.width, camera.height)
+            seen, of_pose = single.seen_with(lens_now), (R[None], v[None, :3])
+            if derived:
+                return epipolar_slopes(seen, *of_pose, away_m)
+            return epipolar_errors(seen, *of_pose)
+
+        error, weight, *slopes = (value[0] for value in errors(v))
+        J = []
+        if derived:
+            J = [*slopes[0]]
+            for k in range(lens):
+                other = v.clone()
+                other[3 + k] += 1e-3
+                J.append((errors(other)[0][0] - error) / 1e-3)
+            J = [torch.stack(J, dim=1) / noise[:, None]]
+        return (error.double() / noise, weight.double(), *J)
+
     def cost_of(R: Tensor, v: Tensor, rows: Tensor) -> Tensor:
         r = (whiten @ residuals(R[0], v[0])[0][..., None])[..., 0]
-        return robust_loss(r.square().sum(1), THRESHOLD_SIGMA)[0].sum()[None]
+        cost = robust_loss(r.square().sum(1), THRESHOLD_SIGMA)[0].sum()
+        if single is not None:
+            r, weight = across(R[0], v[0], False)
+            loss = robust_loss(r.square(), THRESHOLD_SIGMA)[0]
+            cost = cost + (single.weight * torch.where(weight > 0, loss, THRESHOLD_SIGMA**2)).sum()
+        return cost[None]
 
     def normal_equations(R: Tensor, v: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
         r, J = whitened(R[0], v[0])
         weight = robust_loss(r.square().sum(1), THRESHOLD_SIGMA)[1]
         JW = J * weight[:, None, None]
-        return torch.einsum("nki,nkj->ij", JW, J)[None], torch.einsum("nki,nk->i", JW, r)[None]
+        normal, gradient = torch.einsum("nki,nkj->ij", JW, J), torch.einsum("nki,nk->i", JW, r)
+        if single is not None:
+            r, weight, J = across(R[0], v[0], True)
+            JW = J * (weight * robust_loss(r.square(), THRESHOLD_SIGMA)[1])[:, None]
+            normal, gradient = normal + JW.T @ J, gradient + JW.T @ r
+        return normal[None], gradient[None]
 
     def move(R: Tensor, v: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
         delta = torch.nn.functional.pad(delta, (0, 9 - delta.shape[1]))
@@ -248,8 +297,14 @@ def refine_with_points(
     squared = r.square().sum(1)
     inlier = squared < THRESHOLD_SIGMA**2
     information = torch.einsum("nki,nkj->ij", J[inlier], J[inlier])
-    freedom = 2 * inlier.sum() - 6 - lens
-    variance = squared[inlier].sum() / freedom.clamp_min(1)
+    freedom, left, agree = 2 * inlier.sum() - 6 - lens, squared[inlier].sum(), int(inlier.sum())
+    if single is not None:
+        r, weight, J = across(R, v, True)
+        weight = weight * (r.square() < THRESHOLD_SIGMA**2)
+        information = information + (J * weight[:, None]).T @ J
+        freedom, left = freedom + (weight > 0).sum(), left + (weight * r.square()).sum()
+        agree += len(single.keypoint[weight > 0.5].unique())
+    variance = left / freedom.clamp_min(1)
     spread = scaled_inverse(information[None], variance[None], (freedom > 0)[None])[0]
     zoom, shift = float(v[3].exp()), (size * v[4:]).tolist()
     camera = replace(
@@ -261,5 +316,5 @@ def refine_with_points(
     )
     lens_sigma = spread.diagonal()[6:].clamp_min(0).sqrt()
     return Polished(
-        R, v[:3], spread[:6, :6], int(inlier.sum()), camera, lens_sigma, float(cost), tracks
+        R, v[:3], spread[:6, :6], agree, camera, lens_sigma, float(cost), tracks
     )
