@@ -43,9 +43,25 @@ class Hypotheses:
     def __len__(self) -> int:
         return len(self.c_world)
 
+    @classmethod
+    def none(cls) -> "Hypotheses":
+        """No pose."""
+        none = torch.zeros(0, 3, 3, dtype=torch.float64)
+        return cls(none, none[:, 0])
+
+    def pose(self, i: int) -> tuple[Tensor, Tensor]:
+        """R_cam_from_world (3, 3), c_world (3,) of one."""
+        return self.R_cam_from_world[i], self.c_world[i]
+
     def select(self, keep: Tensor | list[int]) -> "Hypotheses":
         """The hypotheses that a mask or an index picks."""
         return Hypotheses(self.R_cam_from_world[keep], self.c_world[keep])
+
+    def and_also(self, more: "Hypotheses") -> "Hypotheses":
+        """These, and more."""
+        return Hypotheses(
+            *(torch.cat(part) for part in zip(vars(self).values(), vars(more).values()))
+        )
 
 
 @dataclass(frozen=True)
@@ -100,8 +116,7 @@ def _found(evidence: Evidence, searches: list[_Search], generator: torch.Generat
     """The modes of every search, refined on its matches."""
     searches = [s for s in searches if len(s.rows) >= MIN_MATCHES]
     seeds = _sampled_modes(evidence, searches, generator)
-    none = torch.zeros(0, 3, 3, dtype=torch.float64)
-    return _refined(evidence, seeds) if seeds else Hypotheses(none, none[:, 0])
+    return _refined(evidence, seeds) if seeds else Hypotheses.none()
 
 
 def _sampled_modes(

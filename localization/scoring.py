@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from localization.absolute_pose import rotation_from_vector
-from localization.cameras import Camera, rays
+from localization.cameras import Camera, project, rays
 from localization.matching import Matches, View, best_of
 from localization.triangulation import Points
 
@@ -192,17 +192,34 @@ def epipolar_errors(
     return residual * gradient2.clamp_min(1e-20).rsqrt(), evidence.weight.float() * possible
 
 
-def epipolar_slopes(
+def match_errors(
+    evidence: Evidence, R_cam_from_world: Tensor, c_world: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Errors (h, 2, m) in pixels and weights (h, m), the latter zero for matches that cannot be.
+
+    A match that has a point errs by the point's reprojection in x and y, another across its epipolar
+    line only.
+    """
+    error, weight = epipolar_errors(evidence, R_cam_from_world, c_world)
+    error, weight = error.double(), weight.double()
+    beside = torch.stack([error, torch.zeros_like(error)], dim=1)
+    local = R_cam_from_world @ (evidence.point - c_world[:, None]).transpose(1, 2)
+    off = (project(evidence.camera, local.transpose(1, 2)) - evidence.xy_px).transpose(1, 2)
+    possible = torch.where(evidence.has_point, evidence.weight * (local[:, 2] > 0), weight)
+    return torch.where(evidence.has_point, off, beside), possible
+
+
+def match_slopes(
     evidence: Evidence, R_cam_from_world: Tensor, c_world: Tensor, distance_m: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`epipolar_errors` and weights (h, m) of h poses, and the errors' derivatives (h, 6, m) by a
-    rotation vector in camera axes and the center; distance_m: about how far away things are.
+    """`match_errors` and weights of h poses, and the errors' derivatives (h, 6, 2, m) by a rotation
+    vector in camera axes and the center; distance_m: about how far away things are.
     """
     step = R_cam_from_world.new_full((6,), _DELTA)
     step[3:] *= distance_m
     moves = torch.cat([step.new_zeros(1, 6), torch.diag(step)])
     R = rotation_from_vector(moves[:, :3]) @ R_cam_from_world[:, None]
     c = c_world[:, None] + moves[:, 3:]
-    error, weight = epipolar_errors(evidence, R.flatten(0, 1), c.flatten(0, 1))
-    error, weight = (value.unflatten(0, R.shape[:2]).double() for value in (error, weight))
-    return error[:, 0], weight[:, 0], (error[:, 1:] - error[:, :1]) / step[:, None]
+    error, weight = match_errors(evidence, R.flatten(0, 1), c.flatten(0, 1))
+    error, weight = (value.unflatten(0, R.shape[:2]) for value in (error, weight))
+    return error[:, 0], weight[:, 0], (error[:, 1:] - error[:, :1]) / step[:, None, None]

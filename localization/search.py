@@ -11,17 +11,12 @@ from localization.absolute_pose import pose_deviation
 from localization.cameras import Camera
 from localization.fallback import Guess
 from localization.hypotheses import Hypotheses, pooled_hypotheses, shifted_hypotheses
+from localization.joint import Polished
 from localization.map import SAME_MODE_DEG, SAME_PLACE_DEG, Map
 from localization.matching import View, mutual_matches
-from localization.refinement import (
-    PointMap,
-    Refined,
-    epipolar_refinement,
-    guided_refinement,
-    point_map,
-)
+from localization.refinement import PointMap, point_map, refine_on_matches
 from localization.scoring import Evidence, epipolar_scores, gather_evidence
-from localization.tracks import Polished, polish
+from localization.tracks import polish
 
 # Hypotheses refined and modes polished, at most: at first, and where that left doubt.
 QUICK_REFINED, QUICK_POLISHED = 3, 2
@@ -32,12 +27,13 @@ PROMISING, SHIFTED_PROMISING = 0.4, 0.25
 # A mode that explains less than this share of the best after refinement is not polished at first.
 # Where that leaves doubt it may be the right one yet: aliases beside index views explain more.
 RIVAL = 0.5
-# A pose refined on matches alone is polished instead if it explains so many times as much.
+# A hypothesis is replaced by what it becomes if that explains so many times as much.
 EXPLAINS_MORE = 1.1
 # An answer this confident needs no further search; it serves as an index view for others.
 SURE = 0.5
 # Inliers at which chance is out by 63 %.
 TYPICAL_INLIERS = 30
+_POSE = ("R_cam_from_world", "c_world")
 
 
 @dataclass(frozen=True)
@@ -67,17 +63,18 @@ class Search:
     """What was found so far of where a query is: refined hypotheses, and the polished poses of the
     best modes.
 
-    order: the index views that count; map: their points.
+    order: the index views that count; map: their points; tried, skipped: numbers of the refined
+    hypotheses that were polished, and of those that promised too little for it.
     """
 
     query: View
     index: Map
     order: list[int]
     evidence: Evidence
-    refined: list[Refined] = field(default_factory=list)
+    refined: Hypotheses = field(default_factory=Hypotheses.none)
     polished: list[Polished] = field(default_factory=list)
     tried: set[int] = field(default_factory=set)
-    skipped: list[Refined] = field(default_factory=list)
+    skipped: list[int] = field(default_factory=list)
     map: PointMap = field(init=False)
 
     def __post_init__(self) -> None:
@@ -94,44 +91,44 @@ class Search:
         """Refine the new among the promising of more hypotheses, at most so many; polish the best
         modes of all, those that explain a share `rival` of the best one's.
         """
-        scores, known = self._scores(more), poses_of(self.refined)
-        best = max([float(v.max()) for v in (scores, self._scores(known)) if len(v)], default=0.0)
-        new = []
-        for i in _distinct(more, scores, self.index.same_m, most):
-            R, c = more.R_cam_from_world[i], more.c_world[i]
-            if float(scores[i]) >= promising * best and not bool(
-                _near(known, R, c, self.index.same_m).any()
-            ):
-                new.append(i)
-        new = more.select(new)
-        if len(new):
-            self.refined += guided_refinement(
-                self.map, self.query, new.R_cam_from_world, new.c_world
-            )
-        poses, self.skipped = poses_of(self.refined), []
-        scores = self._scores(poses)
-        for i in _distinct(poses, scores, self.index.same_m, modes):
-            near = _near(poses, poses.R_cam_from_world[i], poses.c_world[i], self.index.same_m)
-            start = max(torch.nonzero(near)[:, 0].tolist(), key=lambda j: self.refined[j].found)
-            if start in self.tried:
+        same_m = self.index.same_m
+        scores, known = self._scores(more), self._scores(self.refined)
+        best = max([float(v.max()) for v in (scores, known) if len(v)], default=0.0)
+        new = [
+            i
+            for i in _distinct(more, scores, same_m, most)
+            if float(scores[i]) >= promising * best
+            and not bool(_near(self.refined, *more.pose(i), same_m).any())
+        ]
+        if new:
+            self.refined = self.refined.and_also(self._refined(more.select(new)))
+        scores, self.skipped = self._scores(self.refined, polished=True), []
+        for i in _distinct(self.refined, scores, same_m, modes):
+            if i in self.tried:
                 continue
             if float(scores[i]) < rival * float(scores.max()):
-                self.skipped.append(self.refined[start])
+                self.skipped.append(i)
                 continue
-            self.tried.add(start)
-            R, c = poses.R_cam_from_world[start], poses.c_world[start]
-            moved = epipolar_refinement(self.evidence, R[None], c[None], self.index.typical_m)
-            both = Hypotheses(torch.stack([R, moved[0][0]]), torch.stack([c, moved[1][0]]))
-            before, after = self._scores(both, polished=True).tolist()
-            if after > EXPLAINS_MORE * before:
-                R, c = moved[0][0], moved[1][0]
+            self.tried.add(i)
             of = (self.query, self.index.views, self.order, self.map, self.evidence)
-            self.polished += filter(None, [polish(*of, R, c)])
+            self.polished += filter(None, [polish(*of, *self.refined.pose(i))])
+
+    def _refined(self, start: Hypotheses) -> Hypotheses:
+        """Hypotheses refined on their matches, each as far as it then explains clearly more."""
+        R, c = refine_on_matches(
+            self.evidence, start.R_cam_from_world, start.c_world, self.index.typical_m
+        )
+        before = self._scores(start, polished=True)
+        more = self._scores(Hypotheses(R, c), polished=True) > EXPLAINS_MORE * before
+        return Hypotheses(
+            torch.where(more[:, None, None], R, start.R_cam_from_world),
+            torch.where(more[:, None], c, start.c_world),
+        )
 
     def shifted(self) -> Hypotheses:
         """What the offsets between refined hypotheses lead to."""
-        poses = poses_of(self.refined)
-        modes = poses.select(_distinct(poses, self._scores(poses), self.index.same_m, REFINED))
+        scores = self._scores(self.refined)
+        modes = self.refined.select(_distinct(self.refined, scores, self.index.same_m, REFINED))
         return shifted_hypotheses(
             modes.R_cam_from_world, modes.c_world, SAME_MODE_DEG, 2 * self.index.same_m
         )
@@ -146,7 +143,7 @@ class Search:
         if not self.polished:
             return None
         # What was not polished is not the answer, but a rival.
-        poses = poses_of([*self.polished, *self.skipped])
+        poses = poses_of(self.polished).and_also(self.refined.select(self.skipped))
         explained = epipolar_scores(
             self.evidence, poses.R_cam_from_world, poses.c_world, polished=True
         )
@@ -154,13 +151,7 @@ class Search:
         fulfilled = [self.index.expected.fulfilled(self.query, *of_pose) for of_pose in of_poses]
         scores = explained * torch.tensor(fulfilled)
         best = int(scores[: len(self.polished)].argmax())
-        here = _near(
-            poses,
-            poses.R_cam_from_world[best],
-            poses.c_world[best],
-            self.index.place_m,
-            SAME_PLACE_DEG,
-        )
+        here = _near(poses, *poses.pose(best), self.index.place_m, SAME_PLACE_DEG)
         rival = float(scores.masked_fill(here, 0).max())
         here = torch.nonzero(here[: len(self.polished)])[:, 0].tolist()
         pose = self.polished[max(here, key=lambda i: self.polished[i].tracks)]
@@ -192,13 +183,9 @@ def quick_search(
     return search, search.best()
 
 
-def poses_of(found: Sequence[Refined | Polished]) -> Hypotheses:
-    """The poses of what was found, in arrays."""
-    none = torch.zeros(0, 3, 3, dtype=torch.float64)
-    R, c = (none, none[:, 0]) if not found else (
-        torch.stack([f.R_cam_from_world for f in found]), torch.stack([f.c_world for f in found])
-    )  # fmt: skip
-    return Hypotheses(R, c)
+def poses_of(found: Sequence[Polished]) -> Hypotheses:
+    """The poses of what was found, in arrays; of one at least."""
+    return Hypotheses(*(torch.stack([getattr(f, k) for f in found]) for k in _POSE))
 
 
 def _distinct(poses: Hypotheses, scores: Tensor, same_m: float, limit: int) -> list[int]:
@@ -207,9 +194,7 @@ def _distinct(poses: Hypotheses, scores: Tensor, same_m: float, limit: int) -> l
     for i in scores.argsort(descending=True, stable=True).tolist():
         if len(kept) == limit:
             break
-        if not bool(
-            _near(poses.select(kept), poses.R_cam_from_world[i], poses.c_world[i], same_m).any()
-        ):
+        if not bool(_near(poses.select(kept), *poses.pose(i), same_m).any()):
             kept.append(i)
     return kept
 

@@ -11,6 +11,7 @@ from localization.absolute_pose import rotation_from_vector
 from localization.cameras import Camera, quaternion_from_rotation
 from localization.fallback import Guess
 from localization.features import Features
+from localization.joint import Polished, Tracks, refine_with_points
 from localization.localize import (
     Estimate,
     Map,
@@ -24,7 +25,6 @@ from localization.localize import (
 )
 from localization.matching import View, mutual_matches
 from localization.scoring import gather_evidence
-from localization.tracks import Polished, Tracks, refine_with_points
 
 CAMERA = Camera(320.0, 320.0, 320.0, 240.0, 640, 480)
 
