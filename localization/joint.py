@@ -20,6 +20,9 @@ from localization.scoring import Evidence, match_errors, match_slopes
 # Robust threshold in standard deviations.
 THRESHOLD_SIGMA = 2.0
 STEPS = 15
+# With so many tracks matches without points begin to count for less: what nothing confirms errs together
+# where things repeat.
+FEW_TRACKS = 60
 # Difference for derivatives by the lens, whose unit is the focal length.
 _DELTA = 1e-3
 
@@ -123,7 +126,9 @@ class _Problem:
     def _of_single(self, R: Tensor, v: Tensor, derived: bool) -> tuple[Tensor, ...]:
         """They err across their epipolar lines; one that cannot be errs without bound."""
         single, pose = self.tracks.single, (R[None], v[None, :3])
-        noise = single.noise_px.double()[:, None]
+        noise = (single.noise_px.double() * max(1.0, len(self.tracks.noise_px) / FEW_TRACKS))[
+            :, None
+        ]
 
         def errors(v: Tensor) -> Tensor:
             error, possible = match_errors(single.seen_with(self.camera_at(v)), *pose)

@@ -155,12 +155,13 @@ def near_candidates(points: PointMap, query: View, xy_px: Tensor, radius_px: flo
 def refine_on_matches(
     evidence: Evidence, R: Tensor, c: Tensor, distance_m: float
 ) -> tuple[Tensor, Tensor]:
-    """h poses R (h, 3, 3), c (h, 3) refined on all matches of the query, within ever narrower limits;
-    distance_m: about how far away things are.
+    """h poses R (h, 3, 3), c (h, 3) refined on the distinct matches of the query, within ever narrower
+    limits; distance_m: about how far away things are.
 
     Robust steps (biweight) on `match_errors`. What has no point, because few index images show it,
     tells much of the rotation, and of the position all but its distance along a baseline.
     """
+    evidence = evidence.select(evidence.distinct())
     for limit in (*LIMITS_PX, evidence.noise_px.clamp(*NOISE_PX)):
         for _ in range(STEPS):
             error, weight, slope = match_slopes(evidence, R, c, distance_m)

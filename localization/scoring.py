@@ -21,6 +21,8 @@ from localization.triangulation import Points
 
 # A match has 1/e of the weight of the keypoint's best when its similarity is that much lower.
 SIMILARITY_SCALE = 0.015
+# Ratios of matches that may move a pose: those with a point, which other images confirm, and others.
+POINT_RATIO, SINGLE_RATIO = 0.97, 0.8
 # A rough pose is scored with one threshold for all; a polished one with each match's own noise,
 # within these bounds.
 SAMPSON_PX = 2.0
@@ -73,6 +75,10 @@ class Evidence:
     def xy_norm(self) -> Tensor:
         """Normalized coordinates (m, 2) in the query."""
         return rays(self.camera, self.xy_px)[:, :2]
+
+    def distinct(self) -> Tensor:
+        """Which matches (m,) may move a pose: of those that no point confirms the distinct ones."""
+        return self.ratio <= torch.where(self.has_point, POINT_RATIO, SINGLE_RATIO)
 
     def select(self, rows: Tensor) -> "Evidence":
         """The matches that a mask or an index tensor picks."""

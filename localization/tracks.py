@@ -14,18 +14,15 @@ from torch import Tensor
 from localization.joint import Polished, Tracks, refine_with_points
 from localization.matching import View
 from localization.refinement import PointMap, near_candidates, project_query, visible_points
-from localization.scoring import Evidence, epipolar_gains
+from localization.scoring import POINT_RATIO, Evidence, epipolar_gains
 from localization.triangulation import CONSENSUS_PX, Cameras, agreeing, cameras_of, refine_points
 
-TRACK_RATIO = 0.97
 GUIDED_PX, GUIDED_SIMILARITY, GUIDED_DROP = 4.0, 0.85, 0.05
 # Keypoints are located to about half their scale; those that only the guided search matched count
 # for less.
 NOISE_OF_SCALE, GUIDED_NOISE = 0.5, 4.0
 MIN_TRACKS = 6
 ROUNDS = 2
-# A match without a point, which nothing confirms, must be so distinct.
-SINGLE_RATIO = 0.8
 
 
 @dataclass(frozen=True)
@@ -93,7 +90,7 @@ def _observe(
     seen[k, v] = has_point[k, v] = True
 
     fits = epipolar_gains(evidence, R[None], c[None])[0] > 0
-    rows = torch.nonzero(fits & (evidence.ratio <= TRACK_RATIO))[:, 0]
+    rows = torch.nonzero(fits & (evidence.ratio <= POINT_RATIO))[:, 0]
     k, v = evidence.keypoint[rows], column[evidence.view[rows]]
     xy[k, v], point[k, v] = evidence.index_px[rows], evidence.point[rows]
     seen[k, v], has_point[k, v] = True, evidence.has_point[rows]
@@ -105,7 +102,7 @@ def _observe(
 def _single(seen: _Observations, tracked: Tensor, evidence: Evidence) -> Tensor:
     """The rows of the evidence that fit and whose keypoints have no track."""
     rows = seen.rows[~torch.isin(seen.keypoint, tracked)]
-    return rows[~evidence.has_point[rows] & (evidence.ratio[rows] <= SINGLE_RATIO)]
+    return rows[~evidence.has_point[rows] & evidence.distinct()[rows]]
 
 
 def _guided(query: View, column: Tensor, points: PointMap, R: Tensor, c: Tensor) -> tuple:
