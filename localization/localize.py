@@ -62,13 +62,14 @@ def build_map(
     views: list[View],
     *,
     seed: int,
+    in_doubt: bool = False,
     progress: Callable[[int, int], None] = lambda done, of: None,
 ) -> Map:
-    """The map of the posed views of one world, tested by itself; progress(done, of) is called as
-    views are matched.
+    """The map of the posed views of one world, tested by itself, the more if the poses are in doubt;
+    progress(done, of) is called as views are matched.
     """
     built = Map.build(views, progress)
-    return replace(built, test=self_test(built, seed))
+    return replace(built, test=self_test(built, seed, in_doubt=in_doubt))
 
 
 def localize(

@@ -31,8 +31,9 @@ RIVAL = 0.5
 EXPLAINS_MORE = 1.1
 # An answer this confident needs no further search; it serves as an index view for others.
 SURE = 0.5
-# Inliers at which chance is out by 63 %.
-TYPICAL_INLIERS = 30
+# Inliers, and share of the keypoints explained, at which chance is out by 63 %: six parameters find a
+# few percent anywhere.
+TYPICAL_INLIERS, TYPICAL_SHARE = 30, 0.05
 _POSE = ("R_cam_from_world", "c_world")
 
 
