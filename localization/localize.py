@@ -45,7 +45,7 @@ __all__ = ["Estimate", "Map", "View", "build_map", "localize", "share_world"]
 # so much.
 SAME_SHARE, SAME_PX = 0.5, 0.5
 # When no more queries are sure, of those at least this confident the surest, this share at a time.
-NEARLY_SURE, NEARLY_SHARE = 0.2, 0.25
+NEARLY_SURE, NEARLY_SHARE = 0.5, 0.25
 # As helpers of a query serve those whose most similar index views are its own: so many, of so many
 # compared.
 HELPERS, COMPARED = 20, 10

@@ -10,7 +10,12 @@ from torch import Tensor
 from localization.absolute_pose import pose_deviation
 from localization.cameras import Camera
 from localization.fallback import Guess
-from localization.hypotheses import Hypotheses, pooled_hypotheses, shifted_hypotheses
+from localization.hypotheses import (
+    Hypotheses,
+    bearing_hypotheses,
+    pooled_hypotheses,
+    shifted_hypotheses,
+)
 from localization.joint import Polished
 from localization.map import SAME_MODE_DEG, SAME_PLACE_DEG, Map
 from localization.matching import View, mutual_matches
@@ -19,7 +24,7 @@ from localization.scoring import Evidence, epipolar_scores, gather_evidence
 from localization.tracks import polish
 
 # Hypotheses refined and modes polished, at most: at first, and where that left doubt.
-QUICK_REFINED, QUICK_POLISHED = 3, 2
+QUICK_REFINED, QUICK_POLISHED = 4, 2
 REFINED, POLISHED = 8, 4
 # A hypothesis that scores less than this share of the best is not refined; one computed from others
 # is rougher.
@@ -180,7 +185,9 @@ def quick_search(
     """The first search for a query among some index views, which mostly is enough, and its answer."""
     evidence = matched(query, index, order)
     search = Search(query, index, order, evidence)
-    search.add(pooled_hypotheses(evidence, generator), QUICK_REFINED, QUICK_POLISHED, rival=RIVAL)
+    bearings = bearing_hypotheses(evidence, index.views, index.typical_m, generator)
+    hypotheses = pooled_hypotheses(evidence, generator).and_also(bearings)
+    search.add(hypotheses, QUICK_REFINED, QUICK_POLISHED, rival=RIVAL)
     return search, search.best()
 
 
