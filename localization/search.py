@@ -21,7 +21,7 @@ from localization.map import SAME_MODE_DEG, SAME_PLACE_DEG, Map
 from localization.matching import View, mutual_matches
 from localization.refinement import PointMap, point_map, refine_on_matches
 from localization.scoring import Evidence, epipolar_scores, gather_evidence
-from localization.tracks import polish
+from localization.tracks import MIN_TRACKS, polish
 
 # Hypotheses refined and modes polished, at most: at first, and where that left doubt.
 QUICK_REFINED, QUICK_POLISHED = 4, 2
@@ -36,6 +36,8 @@ RIVAL = 0.5
 EXPLAINS_MORE = 1.1
 # An answer this confident needs no further search; it serves as an index view for others.
 SURE = 0.5
+# The most confidence in a pose that no points give, or whose place they leave open.
+WITHOUT_POINTS = 0.1
 # Inliers, and share of the keypoints explained, at which chance is out by 63 %: six parameters find a
 # few percent anywhere.
 TYPICAL_INLIERS, TYPICAL_SHARE = 30, 0.05
@@ -116,7 +118,7 @@ class Search:
                 self.skipped.append(i)
                 continue
             self.tried.add(i)
-            of = (self.query, self.index.views, self.order, self.map, self.evidence)
+            of = (self.query, self.index, self.order, self.map, self.evidence)
             self.polished += filter(None, [polish(*of, *self.refined.pose(i))])
 
     def _refined(self, start: Hypotheses) -> Hypotheses:
@@ -162,9 +164,18 @@ class Search:
         here = torch.nonzero(here[: len(self.polished)])[:, 0].tolist()
         pose = self.polished[max(here, key=lambda i: self.polished[i].tracks)]
         confidence = _confidence(float(scores[best]), rival, pose.tracks) * fulfilled[best]
-        sigmas = (float(v) for v in pose_deviation(pose.covariance))
+        sigma_m, sigma_deg = (float(v) for v in pose_deviation(pose.covariance))
+        method = "pnp" if len(pose.observed.xy_px) >= MIN_TRACKS else "essential"
+        if method == "essential" or not math.isfinite(sigma_m):
+            confidence = min(confidence, WITHOUT_POINTS)
         estimate = Estimate(
-            pose.R_cam_from_world.T, pose.c_world, "pnp", pose.tracks, *sigmas, confidence
+            pose.R_cam_from_world.T,
+            pose.c_world,
+            method,
+            pose.tracks,
+            sigma_m,
+            sigma_deg,
+            confidence,
         )
         return Answer(estimate, pose)
 

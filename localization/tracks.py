@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from localization.joint import Polished, Tracks, refine_with_points
+from localization.map import Map
 from localization.matching import View
 from localization.refinement import PointMap, near_candidates, project_query, visible_points
 from localization.scoring import POINT_RATIO, Evidence, epipolar_gains
@@ -21,7 +22,9 @@ GUIDED_PX, GUIDED_SIMILARITY, GUIDED_DROP = 4.0, 0.85, 0.05
 # Keypoints are located to about half their scale; those that only the guided search matched count
 # for less.
 NOISE_OF_SCALE, GUIDED_NOISE = 0.5, 4.0
-MIN_TRACKS = 6
+# Fewest tracks, or matches without points beside those with one index view, which leaves the distance
+# open.
+MIN_TRACKS, MIN_SINGLE = 6, 10
 ROUNDS = 2
 
 
@@ -42,25 +45,28 @@ class _Observations:
 
 def polish(
     query: View,
-    views: list[View],
+    index: Map,
     order: list[int],
     points: PointMap,
     evidence: Evidence,
     R: Tensor,
     c: Tensor,
 ) -> Polished | None:
-    """The pose refined on its tracks, which are built anew each round; None if there are too few.
+    """The pose refined on its tracks, which are built anew each round, and on distinct matches
+    without points; None if there are too few of both to tell a position.
 
     order: the index views that count.
     """
-    cameras = cameras_of([views[i] for i in order])
-    column = torch.full((len(views),), -1)
+    cameras = cameras_of([index.views[i] for i in order])
+    column = torch.full((len(index.views),), -1)
     column[torch.tensor(order)] = torch.arange(len(order))
     result = None
     for _ in range(ROUNDS):
         seen = _observe(query, column, points, evidence, R, c)
         keypoint, position, covariance = _triangulate(cameras, seen)
-        if len(keypoint) < MIN_TRACKS:
+        single = evidence.select(_single(seen, keypoint, evidence))
+        beside = len(single) - int(torch.bincount(single.view, minlength=1).max())
+        if len(keypoint) < MIN_TRACKS and beside < MIN_SINGLE:
             return result
         noise = query.features.scale_px[keypoint].double() * NOISE_OF_SCALE
         noise = torch.where(seen.by_descriptor[keypoint], noise, GUIDED_NOISE * noise)
@@ -68,7 +74,7 @@ def polish(
         tracks = Tracks(
             xy, position, covariance, noise, evidence.select(_single(seen, keypoint, evidence))
         )
-        result = refine_with_points(query.camera, R, c, tracks)
+        result = refine_with_points(query.camera, R, c, tracks, distance_m=index.typical_m)
         R, c = result.R_cam_from_world, result.c_world
     return result
 
