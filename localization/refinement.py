@@ -26,7 +26,7 @@ MAX_DEPTH_RATIO = 2.5
 GUIDED_SIMILARITY = 0.75
 # Limits of the errors of matches, steps in each, and the longest in radians and shares of the
 # distance.
-LIMITS_PX, STEPS, LONGEST_STEP = (12.0, 6.0, 3.0), 5, 0.1
+LIMITS_PX, STEPS, LONGEST_STEP = (12.0, 6.0, 3.0), 4, 0.1
 # Pairs of descriptors compared at once: what stays in the processor's cache is five times as fast.
 _PAIRS = 4096
 

@@ -24,7 +24,7 @@ from localization.scoring import Evidence, epipolar_scores, gather_evidence
 from localization.tracks import MIN_TRACKS, polish
 
 # Hypotheses refined and modes polished, at most: at first, and where that left doubt.
-QUICK_REFINED, QUICK_POLISHED = 4, 2
+QUICK_REFINED, QUICK_POLISHED = 3, 2
 REFINED, POLISHED = 8, 4
 # A hypothesis that scores less than this share of the best is not refined; one computed from others
 # is rougher.
@@ -34,6 +34,9 @@ PROMISING, SHIFTED_PROMISING = 0.4, 0.25
 RIVAL = 0.5
 # A hypothesis is replaced by what it becomes if that explains so many times as much.
 EXPLAINS_MORE = 1.1
+# A pose from an essential matrix, whose distance is unsure, counts where it explains so many times what
+# poses from points do.
+BEYOND = 1.25
 # An answer this confident needs no further search; it serves as an index view for others.
 SURE = 0.5
 # The most confidence in a pose that no points give, or whose place they leave open.
@@ -95,9 +98,11 @@ class Search:
         modes: int,
         promising: float = PROMISING,
         rival: float = 0.0,
+        beyond: float = 0.0,
     ) -> None:
-        """Refine the new among the promising of more hypotheses, at most so many; polish the best
-        modes of all, those that explain a share `rival` of the best one's.
+        """Refine the new among the promising of more hypotheses, at most so many, and forget those
+        that then explain less than `beyond` times what is known does; polish the best modes of all,
+        those that explain a share `rival` of the best one's.
         """
         same_m = self.index.same_m
         scores, known = self._scores(more), self._scores(self.refined)
@@ -109,7 +114,11 @@ class Search:
             and not bool(_near(self.refined, *more.pose(i), same_m).any())
         ]
         if new:
-            self.refined = self.refined.and_also(self._refined(more.select(new)))
+            refined = self._refined(more.select(new))
+            if beyond and len(self.refined):
+                known = float(self._scores(self.refined, polished=True).max())
+                refined = refined.select(self._scores(refined, polished=True) > beyond * known)
+            self.refined = self.refined.and_also(refined)
         scores, self.skipped = self._scores(self.refined, polished=True), []
         for i in _distinct(self.refined, scores, same_m, modes):
             if i in self.tried:
@@ -163,7 +172,8 @@ class Search:
         rival = float(scores.masked_fill(here, 0).max())
         here = torch.nonzero(here[: len(self.polished)])[:, 0].tolist()
         pose = self.polished[max(here, key=lambda i: self.polished[i].tracks)]
-        confidence = _confidence(float(scores[best]), rival, pose.tracks) * fulfilled[best]
+        share = float(explained[best]) / max(1, len(self.query.features))
+        confidence = _confidence(float(scores[best]), rival, pose.tracks, share) * fulfilled[best]
         sigma_m, sigma_deg = (float(v) for v in pose_deviation(pose.covariance))
         method = "pnp" if len(pose.observed.xy_px) >= MIN_TRACKS else "essential"
         if method == "essential" or not math.isfinite(sigma_m):
@@ -196,9 +206,9 @@ def quick_search(
     """The first search for a query among some index views, which mostly is enough, and its answer."""
     evidence = matched(query, index, order)
     search = Search(query, index, order, evidence)
+    search.add(pooled_hypotheses(evidence, generator), QUICK_REFINED, QUICK_POLISHED, rival=RIVAL)
     bearings = bearing_hypotheses(evidence, index.views, index.typical_m, generator)
-    hypotheses = pooled_hypotheses(evidence, generator).and_also(bearings)
-    search.add(hypotheses, QUICK_REFINED, QUICK_POLISHED, rival=RIVAL)
+    search.add(bearings, QUICK_REFINED, QUICK_POLISHED, rival=RIVAL, beyond=BEYOND)
     return search, search.best()
 
 
@@ -228,9 +238,10 @@ def _near(
     )
 
 
-def _confidence(score: float, rival: float, inliers: int) -> float:
-    """0..1: how far the best rival mode stays behind, times how unlikely so many inliers are by
-    chance.
+def _confidence(score: float, rival: float, inliers: int, share: float) -> float:
+    """0..1: how far the best rival mode stays behind, times how unlikely by chance so many inliers
+    and such a share of the keypoints explained are.
     """
-    margin = max(0.0, 1 - rival / max(score, 1e-9))
-    return margin * (1 - math.exp(-inliers / TYPICAL_INLIERS))
+    margin = max(0.0, 1 - (rival / max(score, 1e-9)) ** 2)
+    by_chance = math.exp(-inliers / TYPICAL_INLIERS), math.exp(-((share / TYPICAL_SHARE) ** 2))
+    return margin * (1 - by_chance[0]) * (1 - by_chance[1])
