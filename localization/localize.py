@@ -50,7 +50,9 @@ NEARLY_SURE, NEARLY_SHARE = 0.5, 0.25
 # compared.
 HELPERS, COMPARED = 20, 10
 # What a pose without points deserves, by its method.
-GUESS_CONFIDENCE = {"rotation": 0.02, "retrieval": 0.0}
+GUESS_CONFIDENCE = {"essential": 0.1, "rotation": 0.02, "retrieval": 0.0}
+# How much likelier than one of these the scaled essential matrix is, when there is nothing better.
+ESSENTIAL_ODDS = 3.0
 # share_world: pairs tried, distinct matches a pair needs, the share that must fit, pairs that must
 # prove it.
 SHARED_TRIED, SHARED_MATCHES, SHARED_INLIERS, SHARED_PROOFS = 10, 30, 0.6, 3
@@ -231,7 +233,8 @@ def _least_expected_error(
     estimates = [
         Estimate(**vars(guess), confidence=GUESS_CONFIDENCE[guess.method]) for guess in guesses
     ]
-    belief = torch.full((len(guesses),), 1 / len(guesses), dtype=torch.float64)
+    odds = [ESSENTIAL_ODDS if guess.method == "essential" else 1.0 for guess in guesses]
+    belief = torch.tensor(odds, dtype=torch.float64) / sum(odds)
     if answer:
         estimates = [answer, *estimates]
         believed = math.sqrt(answer.confidence)

@@ -20,8 +20,6 @@ from model import InputError
 
 # Poses nearer than this share of the typical distance of the points, or this angle, are one mode.
 SAME_MODE, SAME_MODE_DEG = 0.03, 2.0
-# Without points things are taken to be so many times as far away as the views from their middle.
-FAR = 3.0
 # Answers nearer than this share of the typical distance and this angle are of one place.
 SAME_PLACE, SAME_PLACE_DEG = 0.1, 10.0
 
@@ -70,9 +68,7 @@ class Map:
         points = triangulate_views(views, progress=progress)
         away = [(p.position[p.valid] - v.c_world).norm(dim=1) for v, p in zip(views, points)]
         distance_m = torch.cat(away)
-        c = torch.stack([view.c_world for view in views])
-        around_m = float((c - c.mean(0)).norm(dim=1).max())
-        typical_m = float(distance_m.median()) if len(distance_m) else FAR * around_m or 1.0
+        typical_m = float(distance_m.median()) if len(distance_m) else 0.0
         return cls(views, points, typical_m, Expectation.learn(views, points, typical_m))
 
     @property

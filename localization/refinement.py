@@ -1,9 +1,8 @@
-"""From a rough pose to a precise one: on the matches that fit it, then on the points where they
-should be.
+"""From a rough pose to a precise one: look for the points where they should be, then solve.
 
-Given a pose, the points that index images say should be visible are projected into the query and
-looked for near there. This is a much easier search than the first: a window of some pixels holds few
-keypoints to confuse.
+Given a hypothesis, the points that index images say should be visible are projected into the query
+and looked for near there. This is a much easier search than the first: a window of some pixels
+holds few keypoints to confuse.
 """
 
 import math
@@ -13,8 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from localization.absolute_pose import rotation_from_vector
-from localization.cameras import project
+from localization.absolute_pose import refine_pose, rotation_from_vector
+from localization.cameras import project, rays
 from localization.matching import View, best_of
 from localization.scoring import NOISE_PX, Evidence, match_slopes
 from localization.triangulation import Points
@@ -22,11 +21,14 @@ from localization.triangulation import Points
 MAX_POINTS = 6000
 MAX_VIEW_ANGLE_DEG = 60.0
 MAX_DEPTH_RATIO = 2.5
-# Least likeness of a point and a keypoint near its projection.
+GUIDED_RADII_PX = (12.0, 6.0, 4.0)
+GUIDED_STEPS = 6
 GUIDED_SIMILARITY = 0.75
+FOUND_PX = 2.0
 # Limits of the errors of matches, steps in each, and the longest in radians and shares of the
 # distance.
 LIMITS_PX, STEPS, LONGEST_STEP = (12.0, 6.0, 3.0), 4, 0.1
+_DRIFT_PX = 8.0
 # Pairs of descriptors compared at once: what stays in the processor's cache is five times as fast.
 _PAIRS = 4096
 
@@ -150,6 +152,77 @@ def near_candidates(points: PointMap, query: View, xy_px: Tensor, radius_px: flo
     )
     alike = similarity >= GUIDED_SIMILARITY
     return Candidates(point[alike], keypoint[alike], similarity[alike])
+
+
+def _mutual_best(candidates: Candidates, points: int, keypoints: int) -> Candidates:
+    """The candidates that are the best of both their point and their keypoint."""
+    of_point = candidates.best_of(candidates.point, points)
+    of_keypoint = candidates.best_of(candidates.keypoint, keypoints)
+    best = (candidates.similarity == of_point) & (candidates.similarity == of_keypoint)
+    return candidates.select(best)
+
+
+@dataclass(frozen=True)
+class Refined:
+    """A hypothesis after the guided search; found: query keypoints that agree with a point within
+    FOUND_PX.
+    """
+
+    R_cam_from_world: Tensor
+    c_world: Tensor
+    found: int
+
+
+def guided_refinement(points: PointMap, query: View, R: Tensor, c: Tensor) -> list[Refined]:
+    """Match points to keypoints near their projections and solve, in ever smaller windows, for h
+    poses R (h, 3, 3), c (h, 3) at once; those to which nothing is left are left out.
+    """
+    xy_norm = rays(query.camera, query.features.xy_px)[:, :2]
+    focal = (query.camera.fx + query.camera.fy) / 2
+    nearby = [_nearby(points, query, *pose) for pose in zip(R, c)]
+    counts = [(len(visible.position), len(xy_norm)) for visible, _ in nearby]
+    for radius in GUIDED_RADII_PX:
+        inside = [
+            _mutual_best(near.select(_errors(query, *pose, visible, near) <= radius), *count)
+            for pose, (visible, near), count in zip(zip(R, c), nearby, counts)
+        ]
+        kept = [k for k, found in enumerate(inside) if len(found.point) >= 4]
+        if not kept:
+            return []
+        nearby, counts, inside = ([part[k] for k in kept] for part in (nearby, counts, inside))
+        x, X, used = (
+            torch.nn.utils.rnn.pad_sequence(part, batch_first=True)
+            for part in zip(
+                *(
+                    (xy_norm[found.keypoint], visible.position[found.point], found.point >= 0)
+                    for found, (visible, _) in zip(inside, nearby)
+                )
+            )
+        )
+        R, c = R[kept], c[kept]
+        t = -(R @ c[..., None])[..., 0]
+        refined = refine_pose(R, t, x, X, radius / focal, weights=used, iterations=GUIDED_STEPS)
+        R = refined.R_cam_from_world
+        c = -(R.transpose(1, 2) @ refined.t_cam[..., None])[..., 0]
+    found = []
+    for *pose, (visible, near), count in zip(R, c, nearby, counts):
+        close = near.select(_errors(query, *pose, visible, near) <= FOUND_PX)
+        found.append(Refined(*pose, len(_mutual_best(close, *count).point)))
+    return found
+
+
+def _nearby(points: PointMap, query: View, R: Tensor, c: Tensor) -> tuple[PointMap, Candidates]:
+    """The points visible from a pose, and all pairs that its refinement may come to need."""
+    visible = visible_points(points, query, R, c)
+    xy, _ = project_query(query, R, c, visible.position)
+    return visible, near_candidates(visible, query, xy, GUIDED_RADII_PX[0] + _DRIFT_PX)
+
+
+def _errors(query: View, R: Tensor, c: Tensor, visible: PointMap, near: Candidates) -> Tensor:
+    """Reprojection error (n,) in pixels of every candidate pair, infinite behind the camera."""
+    xy, depth = project_query(query, R, c, visible.position)
+    error = (xy[near.point] - query.features.xy_px[near.keypoint]).norm(dim=1)
+    return torch.where(depth[near.point] > 0, error, torch.full_like(error, torch.inf))
 
 
 def refine_on_matches(

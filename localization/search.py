@@ -19,9 +19,15 @@ from localization.hypotheses import (
 from localization.joint import Polished
 from localization.map import SAME_MODE_DEG, SAME_PLACE_DEG, Map
 from localization.matching import View, mutual_matches
-from localization.refinement import PointMap, point_map, refine_on_matches
+from localization.refinement import (
+    PointMap,
+    Refined,
+    guided_refinement,
+    point_map,
+    refine_on_matches,
+)
 from localization.scoring import Evidence, epipolar_scores, gather_evidence
-from localization.tracks import MIN_TRACKS, polish
+from localization.tracks import polish
 
 # Hypotheses refined and modes polished, at most: at first, and where that left doubt.
 QUICK_REFINED, QUICK_POLISHED = 3, 2
@@ -32,19 +38,13 @@ PROMISING, SHIFTED_PROMISING = 0.4, 0.25
 # A mode that explains less than this share of the best after refinement is not polished at first.
 # Where that leaves doubt it may be the right one yet: aliases beside index views explain more.
 RIVAL = 0.5
-# A hypothesis is replaced by what it becomes if that explains so many times as much.
-EXPLAINS_MORE = 1.1
-# A pose from an essential matrix, whose distance is unsure, counts where it explains so many times what
-# poses from points do.
-BEYOND = 1.25
+# A pose from matches without points, whose distances are less sure, counts where it explains so many
+# times what all others do.
+CLEARLY_MORE = 1.25
 # An answer this confident needs no further search; it serves as an index view for others.
 SURE = 0.5
-# The most confidence in a pose that no points give, or whose place they leave open.
-WITHOUT_POINTS = 0.1
-# Inliers, and share of the keypoints explained, at which chance is out by 63 %: six parameters find a
-# few percent anywhere.
-TYPICAL_INLIERS, TYPICAL_SHARE = 30, 0.05
-_POSE = ("R_cam_from_world", "c_world")
+# Inliers at which chance is out by 63 %.
+TYPICAL_INLIERS = 30
 
 
 @dataclass(frozen=True)
@@ -74,18 +74,17 @@ class Search:
     """What was found so far of where a query is: refined hypotheses, and the polished poses of the
     best modes.
 
-    order: the index views that count; map: their points; tried, skipped: numbers of the refined
-    hypotheses that were polished, and of those that promised too little for it.
+    order: the index views that count; map: their points.
     """
 
     query: View
     index: Map
     order: list[int]
     evidence: Evidence
-    refined: Hypotheses = field(default_factory=Hypotheses.none)
+    refined: list[Refined] = field(default_factory=list)
     polished: list[Polished] = field(default_factory=list)
     tried: set[int] = field(default_factory=set)
-    skipped: list[int] = field(default_factory=list)
+    skipped: list[Refined] = field(default_factory=list)
     map: PointMap = field(init=False)
 
     def __post_init__(self) -> None:
@@ -98,54 +97,67 @@ class Search:
         modes: int,
         promising: float = PROMISING,
         rival: float = 0.0,
-        beyond: float = 0.0,
     ) -> None:
-        """Refine the new among the promising of more hypotheses, at most so many, and forget those
-        that then explain less than `beyond` times what is known does; polish the best modes of all,
-        those that explain a share `rival` of the best one's.
+        """Refine the new among the promising of more hypotheses, at most so many; polish the best
+        modes of all, those that explain a share `rival` of the best one's.
         """
-        same_m = self.index.same_m
-        scores, known = self._scores(more), self._scores(self.refined)
-        best = max([float(v.max()) for v in (scores, known) if len(v)], default=0.0)
-        new = [
-            i
-            for i in _distinct(more, scores, same_m, most)
-            if float(scores[i]) >= promising * best
-            and not bool(_near(self.refined, *more.pose(i), same_m).any())
-        ]
-        if new:
-            refined = self._refined(more.select(new))
-            if beyond and len(self.refined):
-                known = float(self._scores(self.refined, polished=True).max())
-                refined = refined.select(self._scores(refined, polished=True) > beyond * known)
-            self.refined = self.refined.and_also(refined)
-        scores, self.skipped = self._scores(self.refined, polished=True), []
-        for i in _distinct(self.refined, scores, same_m, modes):
-            if i in self.tried:
+        scores, known = self._scores(more), poses_of(self.refined)
+        best = max([float(v.max()) for v in (scores, self._scores(known)) if len(v)], default=0.0)
+        new = []
+        for i in _distinct(more, scores, self.index.same_m, most):
+            R, c = more.R_cam_from_world[i], more.c_world[i]
+            if float(scores[i]) >= promising * best and not bool(
+                _near(known, R, c, self.index.same_m).any()
+            ):
+                new.append(i)
+        new = more.select(new)
+        if len(new):
+            self.refined += guided_refinement(
+                self.map, self.query, new.R_cam_from_world, new.c_world
+            )
+        poses, self.skipped = poses_of(self.refined), []
+        scores = self._scores(poses)
+        for i in _distinct(poses, scores, self.index.same_m, modes):
+            near = _near(poses, poses.R_cam_from_world[i], poses.c_world[i], self.index.same_m)
+            start = max(torch.nonzero(near)[:, 0].tolist(), key=lambda j: self.refined[j].found)
+            if start in self.tried:
                 continue
             if float(scores[i]) < rival * float(scores.max()):
-                self.skipped.append(i)
+                self.skipped.append(self.refined[start])
                 continue
-            self.tried.add(i)
-            of = (self.query, self.index, self.order, self.map, self.evidence)
-            self.polished += filter(None, [polish(*of, *self.refined.pose(i))])
+            self.tried.add(start)
+            R, c = poses.R_cam_from_world[start], poses.c_world[start]
+            self._polish(R, c)
 
-    def _refined(self, start: Hypotheses) -> Hypotheses:
-        """Hypotheses refined on their matches, each as far as it then explains clearly more."""
-        R, c = refine_on_matches(
-            self.evidence, start.R_cam_from_world, start.c_world, self.index.typical_m
+    def add_from_matches(self, more: Hypotheses, most: int) -> None:
+        """Refine the best of more hypotheses on all distinct matches, those without points too;
+        polish the best where it explains clearly more than all that is known.
+        """
+        if not len(more) or not self.index.typical_m:
+            return
+        best = more.select(_distinct(more, self._scores(more), self.index.same_m, most))
+        found = Hypotheses(
+            *refine_on_matches(
+                self.evidence, best.R_cam_from_world, best.c_world, self.index.typical_m
+            )
         )
-        before = self._scores(start, polished=True)
-        more = self._scores(Hypotheses(R, c), polished=True) > EXPLAINS_MORE * before
-        return Hypotheses(
-            torch.where(more[:, None, None], R, start.R_cam_from_world),
-            torch.where(more[:, None], c, start.c_world),
-        )
+        scores = self._scores(found, polished=True)
+        known = self._scores(poses_of([*self.refined, *self.polished]), polished=True)
+        i = int(scores.argmax())
+        if not len(known) or float(scores[i]) > CLEARLY_MORE * float(known.max()):
+            R, c = found.R_cam_from_world[i], found.c_world[i]
+            self.refined.append(Refined(R, c, 0))
+            self.tried.add(len(self.refined) - 1)
+            self._polish(R, c)
+
+    def _polish(self, R: Tensor, c: Tensor) -> None:
+        of = (self.query, self.index, self.order, self.map, self.evidence)
+        self.polished += filter(None, [polish(*of, R, c)])
 
     def shifted(self) -> Hypotheses:
         """What the offsets between refined hypotheses lead to."""
-        scores = self._scores(self.refined)
-        modes = self.refined.select(_distinct(self.refined, scores, self.index.same_m, REFINED))
+        poses = poses_of(self.refined)
+        modes = poses.select(_distinct(poses, self._scores(poses), self.index.same_m, REFINED))
         return shifted_hypotheses(
             modes.R_cam_from_world, modes.c_world, SAME_MODE_DEG, 2 * self.index.same_m
         )
@@ -160,7 +172,7 @@ class Search:
         if not self.polished:
             return None
         # What was not polished is not the answer, but a rival.
-        poses = poses_of(self.polished).and_also(self.refined.select(self.skipped))
+        poses = poses_of([*self.polished, *self.skipped])
         explained = epipolar_scores(
             self.evidence, poses.R_cam_from_world, poses.c_world, polished=True
         )
@@ -168,24 +180,20 @@ class Search:
         fulfilled = [self.index.expected.fulfilled(self.query, *of_pose) for of_pose in of_poses]
         scores = explained * torch.tensor(fulfilled)
         best = int(scores[: len(self.polished)].argmax())
-        here = _near(poses, *poses.pose(best), self.index.place_m, SAME_PLACE_DEG)
+        here = _near(
+            poses,
+            poses.R_cam_from_world[best],
+            poses.c_world[best],
+            self.index.place_m,
+            SAME_PLACE_DEG,
+        )
         rival = float(scores.masked_fill(here, 0).max())
         here = torch.nonzero(here[: len(self.polished)])[:, 0].tolist()
         pose = self.polished[max(here, key=lambda i: self.polished[i].tracks)]
-        share = float(explained[best]) / max(1, len(self.query.features))
-        confidence = _confidence(float(scores[best]), rival, pose.tracks, share) * fulfilled[best]
-        sigma_m, sigma_deg = (float(v) for v in pose_deviation(pose.covariance))
-        method = "pnp" if len(pose.observed.xy_px) >= MIN_TRACKS else "essential"
-        if method == "essential" or not math.isfinite(sigma_m):
-            confidence = min(confidence, WITHOUT_POINTS)
+        confidence = _confidence(float(scores[best]), rival, pose.tracks) * fulfilled[best]
+        sigmas = (float(v) for v in pose_deviation(pose.covariance))
         estimate = Estimate(
-            pose.R_cam_from_world.T,
-            pose.c_world,
-            method,
-            pose.tracks,
-            sigma_m,
-            sigma_deg,
-            confidence,
+            pose.R_cam_from_world.T, pose.c_world, "pnp", pose.tracks, *sigmas, confidence
         )
         return Answer(estimate, pose)
 
@@ -206,15 +214,20 @@ def quick_search(
     """The first search for a query among some index views, which mostly is enough, and its answer."""
     evidence = matched(query, index, order)
     search = Search(query, index, order, evidence)
-    search.add(pooled_hypotheses(evidence, generator), QUICK_REFINED, QUICK_POLISHED, rival=RIVAL)
+    pooled = pooled_hypotheses(evidence, generator)
+    search.add(pooled, QUICK_REFINED, QUICK_POLISHED, rival=RIVAL)
     bearings = bearing_hypotheses(evidence, index.views, index.typical_m, generator)
-    search.add(bearings, QUICK_REFINED, QUICK_POLISHED, rival=RIVAL, beyond=BEYOND)
+    search.add_from_matches(pooled.and_also(bearings), QUICK_REFINED)
     return search, search.best()
 
 
-def poses_of(found: Sequence[Polished]) -> Hypotheses:
-    """The poses of what was found, in arrays; of one at least."""
-    return Hypotheses(*(torch.stack([getattr(f, k) for f in found]) for k in _POSE))
+def poses_of(found: Sequence[Refined | Polished]) -> Hypotheses:
+    """The poses of what was found, in arrays."""
+    none = torch.zeros(0, 3, 3, dtype=torch.float64)
+    R, c = (none, none[:, 0]) if not found else (
+        torch.stack([f.R_cam_from_world for f in found]), torch.stack([f.c_world for f in found])
+    )  # fmt: skip
+    return Hypotheses(R, c)
 
 
 def _distinct(poses: Hypotheses, scores: Tensor, same_m: float, limit: int) -> list[int]:
@@ -223,7 +236,9 @@ def _distinct(poses: Hypotheses, scores: Tensor, same_m: float, limit: int) -> l
     for i in scores.argsort(descending=True, stable=True).tolist():
         if len(kept) == limit:
             break
-        if not bool(_near(poses.select(kept), *poses.pose(i), same_m).any()):
+        if not bool(
+            _near(poses.select(kept), poses.R_cam_from_world[i], poses.c_world[i], same_m).any()
+        ):
             kept.append(i)
     return kept
 
@@ -238,10 +253,9 @@ def _near(
     )
 
 
-def _confidence(score: float, rival: float, inliers: int, share: float) -> float:
-    """0..1: how far the best rival mode stays behind, times how unlikely by chance so many inliers
-    and such a share of the keypoints explained are.
+def _confidence(score: float, rival: float, inliers: int) -> float:
+    """0..1: how far the best rival mode stays behind, times how unlikely so many inliers are by
+    chance.
     """
-    margin = max(0.0, 1 - (rival / max(score, 1e-9)) ** 2)
-    by_chance = math.exp(-inliers / TYPICAL_INLIERS), math.exp(-((share / TYPICAL_SHARE) ** 2))
-    return margin * (1 - by_chance[0]) * (1 - by_chance[1])
+    margin = max(0.0, 1 - rival / max(score, 1e-9))
+    return margin * (1 - math.exp(-inliers / TYPICAL_INLIERS))

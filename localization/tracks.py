@@ -22,9 +22,7 @@ GUIDED_PX, GUIDED_SIMILARITY, GUIDED_DROP = 4.0, 0.85, 0.05
 # Keypoints are located to about half their scale; those that only the guided search matched count
 # for less.
 NOISE_OF_SCALE, GUIDED_NOISE = 0.5, 4.0
-# Fewest tracks, or matches without points beside those with one index view, which leaves the distance
-# open.
-MIN_TRACKS, MIN_SINGLE = 6, 10
+MIN_TRACKS = 6
 ROUNDS = 2
 
 
@@ -53,7 +51,7 @@ def polish(
     c: Tensor,
 ) -> Polished | None:
     """The pose refined on its tracks, which are built anew each round, and on distinct matches
-    without points; None if there are too few of both to tell a position.
+    without points; None if there are too few tracks.
 
     order: the index views that count.
     """
@@ -64,9 +62,7 @@ def polish(
     for _ in range(ROUNDS):
         seen = _observe(query, column, points, evidence, R, c)
         keypoint, position, covariance = _triangulate(cameras, seen)
-        single = evidence.select(_single(seen, keypoint, evidence))
-        beside = len(single) - int(torch.bincount(single.view, minlength=1).max())
-        if len(keypoint) < MIN_TRACKS and beside < MIN_SINGLE:
+        if len(keypoint) < MIN_TRACKS:
             return result
         noise = query.features.scale_px[keypoint].double() * NOISE_OF_SCALE
         noise = torch.where(seen.by_descriptor[keypoint], noise, GUIDED_NOISE * noise)
