@@ -44,8 +44,6 @@ __all__ = ["Estimate", "Map", "View", "build_map", "localize", "share_world"]
 # A query is an index image itself if so many of its keypoints are where that image has them, to within
 # so much.
 SAME_SHARE, SAME_PX = 0.5, 0.5
-# When no more queries are sure, of those at least this confident the surest, this share at a time.
-NEARLY_SURE, NEARLY_SHARE = 0.5, 0.25
 # As helpers of a query serve those whose most similar index views are its own: so many, of so many
 # compared.
 HELPERS, COMPARED = 20, 10
@@ -118,19 +116,14 @@ def localize(
 def _with_each_other(
     queries: "_Queries", estimates: list[Estimate], progress: Callable[[int, int], None]
 ) -> list[Estimate]:
-    """The estimates of all queries after the sure ones have served as index views for the rest, the
-    surest first.
-    """
+    """The estimates of all queries after the sure ones have served as index views for the rest."""
     rest = list(range(len(estimates)))
     while True:
-        rest.sort(key=lambda n: -estimates[n].confidence)
         sure = [n for n in rest if estimates[n].confidence >= SURE]
-        nearly = [n for n in rest if estimates[n].confidence >= NEARLY_SURE]
-        new = sure or nearly[: math.ceil(NEARLY_SHARE * len(nearly))]
-        rest = [n for n in rest if n not in new]
-        if not new or not rest:
+        rest = [n for n in rest if n not in sure]
+        if not sure or not rest:
             return estimates
-        queries = queries.seeing({n: estimates[n] for n in new})
+        queries = queries.seeing({n: estimates[n] for n in sure})
         again = dict(zip(rest, queries.located(rest, progress)))
         estimates = [again.get(n, e) for n, e in enumerate(estimates)]
 

@@ -40,7 +40,7 @@ PROMISING, SHIFTED_PROMISING = 0.4, 0.25
 RIVAL = 0.5
 # A pose from matches without points, whose distances are less sure, counts where it explains so many
 # times what all others do.
-CLEARLY_MORE = 1.25
+CLEARLY_MORE = 1.5
 # An answer this confident needs no further search; it serves as an index view for others.
 SURE = 0.5
 # Inliers at which chance is out by 63 %.
@@ -148,11 +148,11 @@ class Search:
             R, c = found.R_cam_from_world[i], found.c_world[i]
             self.refined.append(Refined(R, c, 0))
             self.tried.add(len(self.refined) - 1)
-            self._polish(R, c)
+            self._polish(R, c, with_single=True)
 
-    def _polish(self, R: Tensor, c: Tensor) -> None:
+    def _polish(self, R: Tensor, c: Tensor, *, with_single: bool = False) -> None:
         of = (self.query, self.index, self.order, self.map, self.evidence)
-        self.polished += filter(None, [polish(*of, R, c)])
+        self.polished += filter(None, [polish(*of, R, c, with_single=with_single)])
 
     def shifted(self) -> Hypotheses:
         """What the offsets between refined hypotheses lead to."""

@@ -49,11 +49,12 @@ def polish(
     evidence: Evidence,
     R: Tensor,
     c: Tensor,
+    *,
+    with_single: bool = False,
 ) -> Polished | None:
-    """The pose refined on its tracks, which are built anew each round, and on distinct matches
-    without points; None if there are too few tracks.
+    """The pose refined on its tracks, which are built anew each round; None if there are too few.
 
-    order: the index views that count.
+    order: the index views that count; with_single: distinct matches without points count too.
     """
     cameras = cameras_of([index.views[i] for i in order])
     column = torch.full((len(index.views),), -1)
@@ -67,9 +68,8 @@ def polish(
         noise = query.features.scale_px[keypoint].double() * NOISE_OF_SCALE
         noise = torch.where(seen.by_descriptor[keypoint], noise, GUIDED_NOISE * noise)
         xy = query.features.xy_px[keypoint].double()
-        tracks = Tracks(
-            xy, position, covariance, noise, evidence.select(_single(seen, keypoint, evidence))
-        )
+        single = evidence.select(_single(seen, keypoint, evidence)) if with_single else None
+        tracks = Tracks(xy, position, covariance, noise, single)
         result = refine_with_points(query.camera, R, c, tracks, distance_m=index.typical_m)
         R, c = result.R_cam_from_world, result.c_world
     return result

@@ -285,9 +285,21 @@ def test_the_map_tests_itself(random_world, random_poses):
         posed = [replace_pose(view, row) for view, row in zip(index, rows)]
         built = build_map(posed, seed=0)
         (found,) = localize_in(built, queries_of([query]), [list(range(8))], seed=0)
-        assert (built.test.found == len(built.test.errors) == 3) == right
+        assert (built.test.found == len(built.test.errors) == 3) == built.test.vouched == right
         assert (found.confidence >= 0.5) == right
         assert f"{built.test.found} of 3" in built.test.describe()
+
+
+def test_a_map_of_few_and_wrong_points_still_finds_by_its_matches(random_world, random_poses):
+    """Twelve points an image, a third too far away: the matches that have none tell the pose."""
+    world = random_world(33)
+    views = [world.view(*pose) for pose in random_poses(7, 34)]
+    index, query = build_map(views[:6], seed=0), views[6]
+    for view, points in zip(index.views, index.points):
+        points.valid[torch.nonzero(points.valid)[12:, 0]] = False
+        points.position.sub_(view.c_world).mul_(1.3).add_(view.c_world)
+    (found,) = localize_in(index, queries_of([query]), [list(range(6))], seed=0)
+    assert error(found, query)[0] < 0.05 and error(found, query)[1] < 0.3
 
 
 def replace_pose(view: View, other: View) -> View:
