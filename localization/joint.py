@@ -31,7 +31,7 @@ _DELTA = 1e-3
 class Polished:
     """A pose after the last refinement, and what it was refined on.
 
-    covariance (6, 6): as of absolute_pose.refine_pose; tracks: how many agree; camera: the query's,
+    covariance (6, 6): as of absolute_pose.refine_pose; tracks: how many agree, and matches without points; camera: the query's,
     with lens_sigma (lens,), the standard deviations of what of it was refined too; cost: the sum of
     robust losses; observed: the tracks.
     """
