@@ -150,6 +150,7 @@ def build_atlas(
         cameras,
         conventions,
         [lenses[row] for row in known] if lenses else (),
+        [Path(paths[row]).name for row in known],
     )
     poses[known] = own_poses
     for row, view in zip(known, own_views):
@@ -160,7 +161,10 @@ def build_atlas(
     for scenes in worlds_of(its_views, its_scenes, range(len(index)), descriptors[index]):
         rows = [k for k, scene in enumerate(its_scenes) if scene in scenes]
         show = partial(progress, f"{' '.join(scenes)}: map")
-        built = build_map([its_views[k] for k in rows], seed=seed, progress=show)
+        in_doubt = not all(calibrations[scene].trusted for scene in scenes)
+        built = build_map([its_views[k] for k in rows], seed=seed, in_doubt=in_doubt, progress=show)
+        if built.test.vouched:
+            calibrations.update({scene: calibrations[scene].vouched() for scene in scenes})
         worlds.append(World(scenes, rows, built))
     names = [str(paths[row]) for row in index]
     tables = poses[index], descriptors[index]

@@ -100,6 +100,15 @@ class Calibration:
         """The most confidence that an answer in this scene deserves."""
         return 1.0 if self.trusted else UNTRUSTED
 
+    def vouched(self) -> "Calibration":
+        """The same, trusted: index images left out were found where their poses say. That their
+        matches explain little is then a matter of wide baselines.
+        """
+        if self.trusted or _ONE_PLACE_ONLY in self.warnings:
+            return self
+        doubt = _UNEXPLAINED.format(100 * self.explained)
+        return replace(self, trusted=True, warnings=tuple(w for w in self.warnings if w != doubt))
+
     def camera_of(self, width: int, height: int) -> Camera:
         """The scene's lens on an image of this size."""
         return self.cameras.get((width, height)) or camera_for(self.camera, width, height)

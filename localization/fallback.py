@@ -11,18 +11,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from localization.hypotheses import MATCH_RATIO, Bearing, find_bearings
 from localization.matching import View
-from localization.relative_pose import (
-    RelativePose,
-    essential_ransac,
-    query_in_world,
-    scale_from_other_views,
-)
+from localization.relative_pose import scale_from_other_views
 from localization.scoring import SAMPSON_PX, Evidence, epipolar_scores
 
-MATCH_RATIO = 0.9
 ESSENTIAL_IMAGES, ESSENTIAL_SAMPLES = 8, 1000
-MIN_ESSENTIAL_INLIERS, MIN_SCALE_INLIERS = 15, 5
+MIN_SCALE_INLIERS = 5
 # Index images whose poses are answers of their own.
 RETRIEVED = 3
 # With less parallax the direction of a relative pose means nothing.
@@ -46,22 +41,6 @@ class Guess:
     sigma_deg: float
 
 
-@dataclass(frozen=True)
-class _Bearing:
-    """The query as one index view sees it: world rotation, unit direction from the view, and the
-    relative pose.
-    """
-
-    view: int
-    R_world_from_cam: Tensor
-    direction: Tensor
-    relative: RelativePose
-
-    @property
-    def inliers(self) -> int:
-        return int(self.relative.inliers.sum())
-
-
 def fall_back(
     evidence: Evidence, views: list[View], order: list[int], generator: torch.Generator
 ) -> list[Guess]:
@@ -70,7 +49,7 @@ def fall_back(
     Index images themselves are answers by how many distinct matches they have, of equal ones the
     first retrieved.
     """
-    bearings = _bearings(evidence, views, generator)
+    bearings = find_bearings(evidence, views, ESSENTIAL_IMAGES, ESSENTIAL_SAMPLES, generator)
     matches = torch.bincount(
         evidence.view[evidence.ratio <= MATCH_RATIO], minlength=len(views)
     ).tolist()
@@ -82,29 +61,7 @@ def fall_back(
     return [*_scaled(evidence, views, bearings), *_rotated(views, bearings), *retrieved]
 
 
-def _bearings(evidence: Evidence, views: list[View], generator: torch.Generator) -> list[_Bearing]:
-    """Relative poses with the index views of most matches, most inliers first."""
-    distinct = evidence.ratio <= MATCH_RATIO
-    count = torch.bincount(evidence.view[distinct], minlength=len(views))
-    found = []
-    for i in count.topk(min(ESSENTIAL_IMAGES, len(views))).indices.tolist():
-        rows = torch.nonzero(distinct & (evidence.view == i))[:, 0]
-        relative = essential_ransac(
-            (evidence.ray_world[rows] @ views[i].R_world_from_cam)[:, :2],
-            evidence.xy_norm[rows],
-            SAMPSON_PX / evidence.focal_px,
-            generator=generator,
-            iterations=ESSENTIAL_SAMPLES,
-        )
-        if relative is not None and int(relative.inliers.sum()) >= MIN_ESSENTIAL_INLIERS:
-            R, direction = query_in_world(
-                views[i].R_world_from_cam, relative.R_b_from_a, relative.t_b_from_a
-            )
-            found.append(_Bearing(i, R, direction, relative))
-    return sorted(found, key=lambda b: -b.inliers)
-
-
-def _scaled(evidence: Evidence, views: list[View], bearings: list[_Bearing]) -> list[Guess]:
+def _scaled(evidence: Evidence, views: list[View], bearings: list[Bearing]) -> list[Guess]:
     """E5+1: the bearing and scale that explain the query best, if matches with other views give a
     scale.
     """
@@ -149,14 +106,14 @@ def _scaled(evidence: Evidence, views: list[View], bearings: list[_Bearing]) -> 
     return [guesses[int(scores.argmax())]]
 
 
-def _rotation_sigma_deg(focal_px: float, bearing: _Bearing) -> float:
+def _rotation_sigma_deg(focal_px: float, bearing: Bearing) -> float:
     """A rough standard deviation of a relative rotation: no formula, ten pixels over the root of
     the inliers.
     """
     return max(0.2, math.degrees(10 / focal_px) / math.sqrt(bearing.inliers))
 
 
-def _rotated(views: list[View], bearings: list[_Bearing]) -> list[Guess]:
+def _rotated(views: list[View], bearings: list[Bearing]) -> list[Guess]:
     """The rotation from the best relative pose, at the place of its index view."""
     return [
         Guess(b.R_world_from_cam, views[b.view].c_world, "rotation", b.inliers, math.inf, math.inf)

@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 from localization.absolute_pose import draw_samples, p3p, refine_pose, score_poses, squared_errors
-from localization.scoring import Evidence
+from localization.matching import View
+from localization.relative_pose import RelativePose, essential_ransac, query_in_world
+from localization.scoring import SAMPSON_PX, Evidence
 
 POOLED_RATIOS = (0.8, 0.9, 0.97)
 POOLED_MODES, POOLED_SAMPLES = 4, 1000
@@ -21,6 +23,11 @@ IMAGE_MODES, IMAGE_SAMPLES = 3, 500
 # What the query's focal length may be, over the one assumed, and the searches for it.
 FOCAL_RATIOS = (0.55, 0.67, 0.82, 1.22, 1.5, 1.82)
 FOCAL_MODES, FOCAL_SAMPLES = 2, 500
+# Index images whose essential matrices are computed, from so many samples; how far from them the
+# query is then tried, in typical distances of what is seen; ratio of the matches and fewest inliers.
+BEARING_IMAGES, BEARING_SAMPLES = 2, 300
+BEARING_DISTANCES = (0.015, 0.03, 0.06, 0.12, 0.25, 0.5, 1.0, 2.0)
+MATCH_RATIO, MIN_ESSENTIAL_INLIERS = 0.9, 15
 THRESHOLD_PX = 4.0
 MIN_MATCHES = 5
 # Matches on which all poses of a search are scored first, and the best that are scored on all.
@@ -43,9 +50,41 @@ class Hypotheses:
     def __len__(self) -> int:
         return len(self.c_world)
 
+    @classmethod
+    def none(cls) -> "Hypotheses":
+        """No pose."""
+        none = torch.zeros(0, 3, 3, dtype=torch.float64)
+        return cls(none, none[:, 0])
+
+    def pose(self, i: int) -> tuple[Tensor, Tensor]:
+        """R_cam_from_world (3, 3), c_world (3,) of one."""
+        return self.R_cam_from_world[i], self.c_world[i]
+
     def select(self, keep: Tensor | list[int]) -> "Hypotheses":
         """The hypotheses that a mask or an index picks."""
         return Hypotheses(self.R_cam_from_world[keep], self.c_world[keep])
+
+    def and_also(self, more: "Hypotheses") -> "Hypotheses":
+        """These, and more."""
+        return Hypotheses(
+            *(torch.cat(part) for part in zip(vars(self).values(), vars(more).values()))
+        )
+
+
+@dataclass(frozen=True)
+class Bearing:
+    """The query as one index view sees it: world rotation, unit direction from the view, and the
+    relative pose.
+    """
+
+    view: int
+    R_world_from_cam: Tensor
+    direction: Tensor
+    relative: RelativePose
+
+    @property
+    def inliers(self) -> int:
+        return int(self.relative.inliers.sum())
 
 
 @dataclass(frozen=True)
@@ -100,8 +139,7 @@ def _found(evidence: Evidence, searches: list[_Search], generator: torch.Generat
     """The modes of every search, refined on its matches."""
     searches = [s for s in searches if len(s.rows) >= MIN_MATCHES]
     seeds = _sampled_modes(evidence, searches, generator)
-    none = torch.zeros(0, 3, 3, dtype=torch.float64)
-    return _refined(evidence, seeds) if seeds else Hypotheses(none, none[:, 0])
+    return _refined(evidence, seeds) if seeds else Hypotheses.none()
 
 
 def _sampled_modes(
@@ -167,6 +205,44 @@ def _refined(evidence: Evidence, seeds: list[tuple[_Search, Tensor, Tensor]]) ->
     )  # fmt: skip
     R = refined.R_cam_from_world
     return Hypotheses(R, -(R.transpose(1, 2) @ refined.t_cam[..., None])[..., 0])
+
+
+def find_bearings(
+    evidence: Evidence, views: list[View], count: int, samples: int, generator: torch.Generator
+) -> list[Bearing]:
+    """Relative poses with the `count` index views of most matches, most inliers first."""
+    distinct = evidence.ratio <= MATCH_RATIO
+    matches = torch.bincount(evidence.view[distinct], minlength=len(views))
+    found = []
+    for i in matches.topk(min(count, len(views))).indices.tolist():
+        rows = torch.nonzero(distinct & (evidence.view == i))[:, 0]
+        relative = essential_ransac(
+            (evidence.ray_world[rows] @ views[i].R_world_from_cam)[:, :2],
+            evidence.xy_norm[rows],
+            SAMPSON_PX / evidence.focal_px,
+            generator=generator,
+            iterations=samples,
+        )
+        if relative is not None and int(relative.inliers.sum()) >= MIN_ESSENTIAL_INLIERS:
+            R, direction = query_in_world(
+                views[i].R_world_from_cam, relative.R_b_from_a, relative.t_b_from_a
+            )
+            found.append(Bearing(i, R, direction, relative))
+    return sorted(found, key=lambda b: -b.inliers)
+
+
+def bearing_hypotheses(
+    evidence: Evidence, views: list[View], distance_m: float, generator: torch.Generator
+) -> Hypotheses:
+    """Hypotheses without points: from the index views of most matches on along the essential matrix's
+    direction, at several distances; distance_m: about how far away things are.
+    """
+    found = [Hypotheses.none()]
+    away_m = distance_m * torch.tensor(BEARING_DISTANCES, dtype=torch.float64)
+    for b in find_bearings(evidence, views, BEARING_IMAGES, BEARING_SAMPLES, generator):
+        center = views[b.view].c_world + away_m[:, None] * b.direction
+        found.append(Hypotheses(b.R_world_from_cam.T.expand(len(center), 3, 3), center))
+    return Hypotheses(*(torch.cat(part) for part in zip(*(vars(h).values() for h in found))))
 
 
 def shifted_hypotheses(

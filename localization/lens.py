@@ -9,9 +9,9 @@ import torch
 
 from localization.cameras import Camera
 from localization.hypotheses import Hypotheses, focal_hypotheses
+from localization.joint import Polished, refine_with_points
 from localization.scoring import epipolar_scores
 from localization.search import SURE, Answer, Estimate, Search, poses_of
-from localization.tracks import Polished, refine_with_points
 
 # A lens is another one when its focal length (or its center, over that) is off by so much and by so
 # many sigmas; the center is looked at with so many tracks; it is refined in so many rounds, or

@@ -3,7 +3,7 @@
 The index images of one world are matched with each other and triangulated once. Each query is
 matched with its most similar index images, P3P gives hypotheses, one score judges them, the best
 are refined and polished, and the answer is chosen by how far its score is what is to be expected
-there. Some index images, left out, are located first: the map tests itself. Only a query that stays
+there. A query that is an index image has its pose. Some index images, left out, are located first: the map tests itself. Only a query that stays
 unsure is searched further: with each index image alone, one step of what repeats away, with another
 lens. Sure queries then serve as index images for the rest. What is never sure is answered by the
 pose of least expected error, and every answer names its method.
@@ -24,6 +24,7 @@ from localization.hypotheses import image_hypotheses, pooled_hypotheses
 from localization.lens import with_own_lens
 from localization.map import Map
 from localization.matching import QUICK_IMAGES, View, in_band, mutual_matches
+from localization.scoring import Evidence
 from localization.search import (
     POLISHED,
     REFINED,
@@ -36,11 +37,13 @@ from localization.search import (
 )
 from localization.self_test import self_test
 from localization.threads import in_threads
+from localization.tracks import MIN_TRACKS
 
 __all__ = ["Estimate", "Map", "View", "build_map", "localize", "share_world"]
 
-# When no more queries are sure, of those at least this confident the surest, this share at a time.
-NEARLY_SURE, NEARLY_SHARE = 0.2, 0.25
+# A query is an index image itself if so many of its keypoints are where that image has them, to within
+# so much.
+SAME_SHARE, SAME_PX = 0.5, 0.5
 # As helpers of a query serve those whose most similar index views are its own: so many, of so many
 # compared.
 HELPERS, COMPARED = 20, 10
@@ -57,13 +60,14 @@ def build_map(
     views: list[View],
     *,
     seed: int,
+    in_doubt: bool = False,
     progress: Callable[[int, int], None] = lambda done, of: None,
 ) -> Map:
-    """The map of the posed views of one world, tested by itself; progress(done, of) is called as
-    views are matched.
+    """The map of the posed views of one world, tested by itself, the more if the poses are in doubt;
+    progress(done, of) is called as views are matched.
     """
     built = Map.build(views, progress)
-    return replace(built, test=self_test(built, seed))
+    return replace(built, test=self_test(built, seed, in_doubt=in_doubt))
 
 
 def localize(
@@ -112,19 +116,14 @@ def localize(
 def _with_each_other(
     queries: "_Queries", estimates: list[Estimate], progress: Callable[[int, int], None]
 ) -> list[Estimate]:
-    """The estimates of all queries after the sure ones have served as index views for the rest, the
-    surest first.
-    """
+    """The estimates of all queries after the sure ones have served as index views for the rest."""
     rest = list(range(len(estimates)))
     while True:
-        rest.sort(key=lambda n: -estimates[n].confidence)
         sure = [n for n in rest if estimates[n].confidence >= SURE]
-        nearly = [n for n in rest if estimates[n].confidence >= NEARLY_SURE]
-        new = sure or nearly[: math.ceil(NEARLY_SHARE * len(nearly))]
-        rest = [n for n in rest if n not in new]
-        if not new or not rest:
+        rest = [n for n in rest if n not in sure]
+        if not sure or not rest:
             return estimates
-        queries = queries.seeing({n: estimates[n] for n in new})
+        queries = queries.seeing({n: estimates[n] for n in sure})
         again = dict(zip(rest, queries.located(rest, progress)))
         estimates = [again.get(n, e) for n, e in enumerate(estimates)]
 
@@ -188,6 +187,8 @@ def _locate(
     """The pose of one query from the index views in `order`, if need be from more than the first."""
     search, answer = quick_search(query, index, order[:first], generator)
     evidence = search.evidence
+    if same := _same_image(query, index, evidence):
+        return same
     if answer is None or answer.estimate.confidence < SURE:
         if len(order) > len(search.order):
             evidence = matched(query, index, order)
@@ -202,6 +203,18 @@ def _locate(
     return _least_expected_error(
         estimate, fall_back(evidence, index.views, order, generator), index.place_m
     )
+
+
+def _same_image(query: View, index: Map, evidence: Evidence) -> Estimate | None:
+    """The pose of the index view that shows what the query shows where the query shows it, if any."""
+    still = (evidence.xy_px - evidence.index_px).norm(dim=1) <= SAME_PX
+    count = torch.bincount(evidence.view[still], minlength=len(index.views))
+    view, keypoints = index.views[int(count.argmax())], int(count.max())
+    if keypoints < SAME_SHARE * len(query.features) or keypoints < MIN_TRACKS:
+        return None
+    turn = SAME_PX / evidence.focal_px
+    sigmas = turn * index.typical_m, math.degrees(turn)
+    return Estimate(view.R_world_from_cam, view.c_world, "same image", keypoints, *sigmas, 1.0)
 
 
 def _least_expected_error(

@@ -26,12 +26,14 @@ SAME_PLACE, SAME_PLACE_DEG = 0.1, 10.0
 
 @dataclass(frozen=True)
 class SelfTest:
-    """Errors in meters and degrees of the index images tested, largest claim first; how many were
-    found, what answers deserve at most, and by how much their standard deviations are too small."""
+    """Errors in meters and degrees of the index images tested; how many were found, what answers
+    deserve at most, whether the test proves the scene right, and by how much standard deviations are
+    too small."""
 
     errors: list[tuple[float, float]]
     found: int
     trust: float = 1.0
+    vouched: bool = False
     factor_m: float = 1.0
     factor_deg: float = 1.0
 

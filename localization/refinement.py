@@ -12,9 +12,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from localization.absolute_pose import refine_pose
+from localization.absolute_pose import refine_pose, rotation_from_vector
 from localization.cameras import project, rays
 from localization.matching import View, best_of
+from localization.scoring import NOISE_PX, Evidence, match_slopes
 from localization.triangulation import Points
 
 MAX_POINTS = 6000
@@ -24,6 +25,9 @@ GUIDED_RADII_PX = (12.0, 6.0, 4.0)
 GUIDED_STEPS = 6
 GUIDED_SIMILARITY = 0.75
 FOUND_PX = 2.0
+# Limits of the errors of matches, steps in each, and the longest in radians and shares of the
+# distance.
+LIMITS_PX, STEPS, LONGEST_STEP = (12.0, 6.0, 3.0), 4, 0.1
 _DRIFT_PX = 8.0
 # Pairs of descriptors compared at once: what stays in the processor's cache is five times as fast.
 _PAIRS = 4096
@@ -219,3 +223,30 @@ def _errors(query: View, R: Tensor, c: Tensor, visible: PointMap, near: Candidat
     xy, depth = project_query(query, R, c, visible.position)
     error = (xy[near.point] - query.features.xy_px[near.keypoint]).norm(dim=1)
     return torch.where(depth[near.point] > 0, error, torch.full_like(error, torch.inf))
+
+
+def refine_on_matches(
+    evidence: Evidence, R: Tensor, c: Tensor, distance_m: float
+) -> tuple[Tensor, Tensor]:
+    """h poses R (h, 3, 3), c (h, 3) refined on the distinct matches of the query, within ever narrower
+    limits; distance_m: about how far away things are.
+
+    Robust steps (biweight) on `match_errors`. What has no point, because few index images show it,
+    tells much of the rotation, and of the position all but its distance along a baseline.
+    """
+    evidence = evidence.select(evidence.distinct())
+    for limit in (*LIMITS_PX, evidence.noise_px.clamp(*NOISE_PX)):
+        for _ in range(STEPS):
+            error, weight, slope = match_slopes(evidence, R, c, distance_m)
+            near = (1 - error.square().sum(1) / torch.as_tensor(limit).square()).clamp_min(0)
+            weighted = slope * (weight * near)[:, None, None]
+            normal = weighted.flatten(2) @ slope.flatten(2).transpose(1, 2)
+            gradient = (weighted * error[:, None]).sum((2, 3))
+            damping = torch.diag_embed(1e-4 * normal.diagonal(dim1=1, dim2=2) + 1e-12)
+            delta = -torch.linalg.solve_ex(normal + damping, gradient[..., None])[0][..., 0]
+            delta[:, 3:] /= distance_m
+            delta *= (LONGEST_STEP / delta.abs().amax(1, keepdim=True)).clamp_max(1)
+            delta = torch.where(delta.isfinite().all(1, keepdim=True), delta, 0.0)
+            R = rotation_from_vector(delta[:, :3]) @ R
+            c = c + distance_m * delta[:, 3:]
+    return R, c

@@ -26,6 +26,7 @@ def calibrate_scenes(
     cameras: dict[str, Camera | None],
     conventions: dict[str, Convention | None],
     lenses: Sequence[Camera | None] = (),
+    names: Sequence[str] = (),
 ) -> dict[str, Calibration]:
     """Convention and cameras of each scene from its index rows.
 
@@ -33,7 +34,8 @@ def calibrate_scenes(
     their poses. poses (n, 7): rows of the pose files, put in the order in which they belong to the
     frames. cameras, conventions: of each scene, None where it has to be found out. lenses: of each
     frame, where those of a scene are known to have several: they are judged as if the scene's camera
-    had taken all, and keep their own.
+    had taken all, and keep their own. names: of each frame's file, by which rows may have been
+    written in another order.
     """
     scenes = list(dict.fromkeys(scene_of))
     rows_of = {scene: [row for row, own in enumerate(scene_of) if own == scene] for scene in scenes}
@@ -47,7 +49,10 @@ def calibrate_scenes(
         for i, number in enumerate(numbers):
             if lens := own.get(rows[number]):
                 chosen[i] = seen_with(taken_with(chosen[i], lens), camera.pinhole())
-        found = calibrate(chosen, poses[rows], camera, conventions[scene], frames=numbers)
+        orders = _by_letters([names[row] for row in rows]) if names else {}
+        found = calibrate(
+            chosen, poses[rows], camera, conventions[scene], frames=numbers, orders=orders
+        )
         if known := {(own[row].width, own[row].height): own[row] for row in rows if row in own}:
             found = replace(found, camera=camera, cameras=known)
         return found
@@ -61,6 +66,16 @@ def calibrate_scenes(
             R, c = poses_from_file(poses[row], found[scene_of[row]].convention)
             views[row].R_world_from_cam, views[row].c_world = R, c
     return found
+
+
+def _by_letters(names: Sequence[str]) -> dict[str, list[int]]:
+    """The row of each frame if the rows were written in the order of the letters of the names, in
+    words, where that is another order.
+    """
+    order = sorted(range(len(names)), key=names.__getitem__)
+    if order == list(range(len(names))):
+        return {}
+    return {"the rows in the order of the letters of the names": np.argsort(order).tolist()}
 
 
 def reorder_rows(

@@ -14,12 +14,15 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from localization.cameras import Camera, rays
+from localization.absolute_pose import rotation_from_vector
+from localization.cameras import Camera, project, rays
 from localization.matching import Matches, View, best_of
 from localization.triangulation import Points
 
 # A match has 1/e of the weight of the keypoint's best when its similarity is that much lower.
 SIMILARITY_SCALE = 0.015
+# Ratios of matches that may move a pose: those with a point, which other images confirm, and others.
+POINT_RATIO, SINGLE_RATIO = 0.97, 0.8
 # A rough pose is scored with one threshold for all; a polished one with each match's own noise,
 # within these bounds.
 SAMPSON_PX = 2.0
@@ -28,6 +31,8 @@ NOISE_PX = (0.75, 3.0)
 MIN_COSINE = 0.25
 # Hypothesis x match pairs scored at once.
 _SCORE_CHUNK = 1 << 16
+# Differences for derivatives: in radians, and in shares of the distance of what is seen.
+_DELTA = 3e-4
 
 
 @dataclass(frozen=True)
@@ -70,6 +75,15 @@ class Evidence:
     def xy_norm(self) -> Tensor:
         """Normalized coordinates (m, 2) in the query."""
         return rays(self.camera, self.xy_px)[:, :2]
+
+    def distinct(self) -> Tensor:
+        """Which matches (m,) may move a pose: of those that no point confirms the distinct ones."""
+        return self.ratio <= torch.where(self.has_point, POINT_RATIO, SINGLE_RATIO)
+
+    def select(self, rows: Tensor) -> "Evidence":
+        """The matches that a mask or an index tensor picks."""
+        one = ("camera", "origin")
+        return replace(self, **{k: v[rows] for k, v in vars(self).items() if k not in one})
 
     def seen_with(self, camera: Camera) -> "Evidence":
         """The same matches, the query taken with another camera."""
@@ -182,3 +196,36 @@ def epipolar_errors(
     front = (along_i * length2_q > product * along_q) & (product * along_i > along_q * length2_i)
     possible = front & (product >= MIN_COSINE * (length2_q * length2_i).sqrt())
     return residual * gradient2.clamp_min(1e-20).rsqrt(), evidence.weight.float() * possible
+
+
+def match_errors(
+    evidence: Evidence, R_cam_from_world: Tensor, c_world: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Errors (h, 2, m) in pixels and weights (h, m), the latter zero for matches that cannot be.
+
+    A match that has a point errs by the point's reprojection in x and y, another across its epipolar
+    line only.
+    """
+    error, weight = epipolar_errors(evidence, R_cam_from_world, c_world)
+    error, weight = error.double(), weight.double()
+    beside = torch.stack([error, torch.zeros_like(error)], dim=1)
+    local = R_cam_from_world @ (evidence.point - c_world[:, None]).transpose(1, 2)
+    off = (project(evidence.camera, local.transpose(1, 2)) - evidence.xy_px).transpose(1, 2)
+    possible = torch.where(evidence.has_point, evidence.weight * (local[:, 2] > 0), weight)
+    return torch.where(evidence.has_point, off, beside), possible
+
+
+def match_slopes(
+    evidence: Evidence, R_cam_from_world: Tensor, c_world: Tensor, distance_m: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`match_errors` and weights of h poses, and the errors' derivatives (h, 6, 2, m) by a rotation
+    vector in camera axes and the center; distance_m: about how far away things are.
+    """
+    step = R_cam_from_world.new_full((6,), _DELTA)
+    step[3:] *= distance_m
+    moves = torch.cat([step.new_zeros(1, 6), torch.diag(step)])
+    R = rotation_from_vector(moves[:, :3]) @ R_cam_from_world[:, None]
+    c = c_world[:, None] + moves[:, 3:]
+    error, weight = match_errors(evidence, R.flatten(0, 1), c.flatten(0, 1))
+    error, weight = (value.unflatten(0, R.shape[:2]) for value in (error, weight))
+    return error[:, 0], weight[:, 0], (error[:, 1:] - error[:, :1]) / step[:, None, None]

@@ -10,12 +10,24 @@ from torch import Tensor
 from localization.absolute_pose import pose_deviation
 from localization.cameras import Camera
 from localization.fallback import Guess
-from localization.hypotheses import Hypotheses, pooled_hypotheses, shifted_hypotheses
+from localization.hypotheses import (
+    Hypotheses,
+    bearing_hypotheses,
+    pooled_hypotheses,
+    shifted_hypotheses,
+)
+from localization.joint import Polished
 from localization.map import SAME_MODE_DEG, SAME_PLACE_DEG, Map
 from localization.matching import View, mutual_matches
-from localization.refinement import PointMap, Refined, guided_refinement, point_map
+from localization.refinement import (
+    PointMap,
+    Refined,
+    guided_refinement,
+    point_map,
+    refine_on_matches,
+)
 from localization.scoring import Evidence, epipolar_scores, gather_evidence
-from localization.tracks import Polished, polish
+from localization.tracks import polish
 
 # Hypotheses refined and modes polished, at most: at first, and where that left doubt.
 QUICK_REFINED, QUICK_POLISHED = 3, 2
@@ -26,6 +38,9 @@ PROMISING, SHIFTED_PROMISING = 0.4, 0.25
 # A mode that explains less than this share of the best after refinement is not polished at first.
 # Where that leaves doubt it may be the right one yet: aliases beside index views explain more.
 RIVAL = 0.5
+# A pose from matches without points, whose distances are less sure, counts where it explains so many
+# times what all others do.
+CLEARLY_MORE = 1.5
 # An answer this confident needs no further search; it serves as an index view for others.
 SURE = 0.5
 # Inliers at which chance is out by 63 %.
@@ -112,8 +127,32 @@ class Search:
                 continue
             self.tried.add(start)
             R, c = poses.R_cam_from_world[start], poses.c_world[start]
-            of = (self.query, self.index.views, self.order, self.map, self.evidence)
-            self.polished += filter(None, [polish(*of, R, c)])
+            self._polish(R, c)
+
+    def add_from_matches(self, more: Hypotheses, most: int) -> None:
+        """Refine the best of more hypotheses on all distinct matches, those without points too;
+        polish the best where it explains clearly more than all that is known.
+        """
+        if not len(more) or not self.index.typical_m:
+            return
+        best = more.select(_distinct(more, self._scores(more), self.index.same_m, most))
+        found = Hypotheses(
+            *refine_on_matches(
+                self.evidence, best.R_cam_from_world, best.c_world, self.index.typical_m
+            )
+        )
+        scores = self._scores(found, polished=True)
+        known = self._scores(poses_of([*self.refined, *self.polished]), polished=True)
+        i = int(scores.argmax())
+        if not len(known) or float(scores[i]) > CLEARLY_MORE * float(known.max()):
+            R, c = found.R_cam_from_world[i], found.c_world[i]
+            self.refined.append(Refined(R, c, 0))
+            self.tried.add(len(self.refined) - 1)
+            self._polish(R, c, with_single=True)
+
+    def _polish(self, R: Tensor, c: Tensor, *, with_single: bool = False) -> None:
+        of = (self.query, self.index, self.order, self.map, self.evidence)
+        self.polished += filter(None, [polish(*of, R, c, with_single=with_single)])
 
     def shifted(self) -> Hypotheses:
         """What the offsets between refined hypotheses lead to."""
@@ -158,8 +197,9 @@ class Search:
         )
         return Answer(estimate, pose)
 
-    def _scores(self, poses: Hypotheses) -> Tensor:
-        return epipolar_scores(self.evidence, poses.R_cam_from_world, poses.c_world)
+    def _scores(self, poses: Hypotheses, polished: bool = False) -> Tensor:
+        of_pose = (poses.R_cam_from_world, poses.c_world)
+        return epipolar_scores(self.evidence, *of_pose, polished=polished)
 
 
 def matched(query: View, index: Map, order: list[int]) -> Evidence:
@@ -174,7 +214,10 @@ def quick_search(
     """The first search for a query among some index views, which mostly is enough, and its answer."""
     evidence = matched(query, index, order)
     search = Search(query, index, order, evidence)
-    search.add(pooled_hypotheses(evidence, generator), QUICK_REFINED, QUICK_POLISHED, rival=RIVAL)
+    pooled = pooled_hypotheses(evidence, generator)
+    search.add(pooled, QUICK_REFINED, QUICK_POLISHED, rival=RIVAL)
+    bearings = bearing_hypotheses(evidence, index.views, index.typical_m, generator)
+    search.add_from_matches(pooled.and_also(bearings), QUICK_REFINED)
     return search, search.best()
 
 

@@ -13,45 +13,50 @@ import torch
 from localization.absolute_pose import angle_deg
 from localization.map import SAME_MODE_DEG, Map, SelfTest
 from localization.matching import QUICK_IMAGES, View
-from localization.search import quick_search
+from localization.search import SURE, quick_search
 from localization.threads import in_threads
 
-# Index images tested, and the keypoints of each that are matched: it must cost little.
-TESTED, KEYPOINTS = 3, 500
+# Index images tested, also where the scene is in doubt, and the keypoints of each that are matched: it
+# must cost little.
+TESTED, TESTED_IN_DOUBT, KEYPOINTS = 3, 8, 500
 # Fewer views can spare none.
 MIN_VIEWS = 5
-# What answers in a scene most of whose images do not find themselves are worth, at most.
+# What answers in a scene none of whose images finds itself are worth, at most.
 UNTRUSTED = 0.4
+# The scene is as it should be if this share finds itself, and none is sure of another place.
+VOUCHED = 0.75
 # Standard deviations are raised by no more.
 MAX_FACTOR = 10.0
 
 
-def self_test(index: Map, seed: int) -> SelfTest:
+def self_test(index: Map, seed: int, *, in_doubt: bool = False) -> SelfTest:
     """Locate some views of the index without what it knows of them, by the quick stage of the
-    search.
+    search; more of them where the scene is in doubt.
+
+    Only sure answers tell: one that has too few neighbors left is right to be unsure. Answers are
+    trusted as far as sure ones are right.
     """
     count = len(index.views)
     if count < MIN_VIEWS:
         return SelfTest([], 0)
-    numbers = [round((k + 0.5) * count / TESTED - 0.5) for k in range(TESTED)]
+    tested = min(count, TESTED_IN_DOUBT if in_doubt else TESTED)
+    numbers = [round((k + 0.5) * count / tested - 0.5) for k in range(tested)]
     tests = in_threads(lambda number: _located(index, number, seed), numbers)
     found = [t for t in tests if t[0] <= index.same_m and t[1] <= SAME_MODE_DEG]
     factors = [1.0, 1.0]
     if found:
-        ratios = torch.tensor(
-            [
-                [meters / sigma_m, degrees / sigma_deg]
-                for meters, degrees, sigma_m, sigma_deg in found
-            ]
-        )
+        ratios = torch.tensor([[t[0] / t[2], t[1] / t[3]] for t in found])
         factors = ratios.nan_to_num(1.0).median(dim=0).values.clamp(1, MAX_FACTOR).tolist()
-    trust = 1.0 if 2 * len(found) > len(tests) else UNTRUSTED
-    return SelfTest([t[:2] for t in tests], len(found), trust, *factors)
+    right = sum(t[4] >= SURE for t in found)
+    wrong = sum(t[4] >= SURE for t in tests) - right
+    trust = (right + 0.5) / (right + wrong + 0.5) if right else UNTRUSTED
+    vouched = wrong == 0 and right >= VOUCHED * tested
+    return SelfTest([t[:2] for t in tests], len(found), trust, vouched, *factors)
 
 
-def _located(index: Map, number: int, seed: int) -> tuple[float, float, float, float]:
-    """Error in meters and degrees and the standard deviations claimed, infinite where there is no
-    answer.
+def _located(index: Map, number: int, seed: int) -> tuple[float, float, float, float, float]:
+    """Error in meters and degrees, the standard deviations claimed, infinite where there is no
+    answer, and the confidence.
     """
     view = index.views[number]
     others = [i for i in range(len(index.views)) if i != number]
@@ -64,8 +69,8 @@ def _located(index: Map, number: int, seed: int) -> tuple[float, float, float, f
     generator = torch.Generator().manual_seed(seed)
     _, answer = quick_search(query, index, others[:QUICK_IMAGES], generator)
     if answer is None:
-        return (math.inf,) * 4
+        return (*(math.inf,) * 4, 0.0)
     estimate = answer.estimate
     meters = float((estimate.c_world - view.c_world).norm())
     degrees = float(angle_deg(estimate.R_world_from_cam.T @ view.R_world_from_cam))
-    return meters, degrees, estimate.sigma_m, estimate.sigma_deg
+    return meters, degrees, estimate.sigma_m, estimate.sigma_deg, estimate.confidence

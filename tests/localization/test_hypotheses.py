@@ -5,7 +5,10 @@ import math
 import torch
 
 from localization.absolute_pose import rotation_from_vector
-from localization.hypotheses import shifted_hypotheses
+from localization.hypotheses import bearing_hypotheses, shifted_hypotheses
+from localization.matching import mutual_matches
+from localization.scoring import gather_evidence
+from localization.triangulation import triangulate_views
 
 
 def test_two_tiles_that_look_alike_lead_to_the_next_on_either_side():
@@ -33,3 +36,21 @@ def test_nothing_is_moved_by_less_than_a_mode_is_wide():
     c = torch.tensor([[0.0, 0.0, 0.0], [0.05, 0.0, 0.0]], dtype=torch.float64)
     assert len(shifted_hypotheses(R, c, 2.0, 0.1)) == 0
     assert len(shifted_hypotheses(R[:0], c[:0], 2.0, 0.1)) == 0
+
+
+def test_bearings_lead_past_the_truth(random_world, random_poses):
+    """Of two index images alone: the rotation is found, and the line from one through the query."""
+    world = random_world(3)
+    views = [world.view(*pose) for pose in random_poses(3, 4)]
+    index, query = views[:2], views[2]
+    matches = {i: mutual_matches(query.features, v.features) for i, v in enumerate(index)}
+    evidence = gather_evidence(query, index, triangulate_views(index), matches)
+    found = bearing_hypotheses(evidence, index, 5.0, torch.Generator().manual_seed(0))
+    turn = found.R_cam_from_world @ query.R_world_from_cam
+    assert len(found) == 16 and float(torch.rad2deg(turn[:, 2, :2].norm(dim=1)).max()) < 0.5
+    for line in found.c_world.split(8):
+        way = line[1:] - line[:1]
+        offset = query.c_world - line[0]
+        along = way[-1] / way[-1].norm()
+        assert float((offset - (offset @ along) * along).norm()) < 0.03
+        assert 0 < float(offset @ along) < float(way[-1].norm())

@@ -11,6 +11,8 @@ from localization.absolute_pose import rotation_from_vector
 from localization.cameras import Camera, quaternion_from_rotation
 from localization.fallback import Guess
 from localization.features import Features
+from localization.hypotheses import Hypotheses
+from localization.joint import Polished, Tracks, refine_with_points
 from localization.localize import (
     Estimate,
     Map,
@@ -23,8 +25,9 @@ from localization.localize import (
     localize as localize_in,
 )
 from localization.matching import View, mutual_matches
+from localization.refinement import Refined
 from localization.scoring import gather_evidence
-from localization.tracks import Polished, Tracks, refine_with_points
+from localization.search import matched
 
 CAMERA = Camera(320.0, 320.0, 320.0, 240.0, 640, 480)
 
@@ -87,6 +90,18 @@ def test_same_seed_same_answer_wherever_a_query_stands(random_world, random_pose
     for a, b in zip(forwards, reversed(backwards), strict=True):
         assert torch.equal(a.c_world, b.c_world) and torch.equal(a.R_world_from_cam, b.R_world_from_cam)
         assert a.confidence == b.confidence
+
+
+def test_an_index_image_is_found_where_it_is(random_world, random_poses):
+    """Even in a map too small for any other answer, and with keypoints a little off, as in a copy."""
+    world = random_world(0)
+    index = [world.view(*pose) for pose in random_poses(2, 1)]
+    features = index[1].features
+    noise = 0.1 * torch.randn(features.xy_px.shape, generator=torch.Generator().manual_seed(0))
+    copy = replace(index[1], features=replace(features, xy_px=features.xy_px + noise))
+    (estimate,) = answers(index, [copy])
+    assert error(estimate, index[1]) == (0.0, pytest.approx(0.0, abs=1e-6))
+    assert estimate.method == "same image" and sensible(estimate) and estimate.confidence == 1.0
 
 
 def test_thresholds_mean_the_same_on_a_large_photo(random_world, random_poses):
@@ -159,7 +174,7 @@ def test_degenerate_inputs_are_answered(random_world, random_poses, look_at):
     for name, (index, asked) in cases.items():
         estimate = answers(index, [asked])[0]
         assert sensible(estimate), name
-        if estimate.method != "pnp":
+        if estimate.method not in ("pnp", "same image"):
             assert estimate.confidence < 0.3, name
     assert answers([a, b, c], []) == []
 
@@ -174,7 +189,8 @@ def test_most_tracks_choose_the_pose_within_the_place_that_explains_most(random_
     def polished(away_m: float, tracks: int) -> Polished:
         away = torch.tensor([away_m, 0.0, 0.0], dtype=torch.float64)
         center = query.c_world + away
-        return Polished(query.R_world_from_cam.T, center, torch.eye(6).double(), tracks, CAMERA, None, 0.0, None)
+        observed = Tracks(torch.zeros(tracks, 2), *3 * (torch.zeros(0),))
+        return Polished(query.R_world_from_cam.T, center, torch.eye(6).double(), tracks, CAMERA, None, 0.0, observed)
 
     place = 0.9 * index.place_m
     search = Search(query, index, list(range(6)), evidence)
@@ -183,6 +199,28 @@ def test_most_tracks_choose_the_pose_within_the_place_that_explains_most(random_
     answer = search.best()
     assert answer.estimate.inliers == 60
     assert float(answer.estimate.c_world[0] - query.c_world[0]) == pytest.approx(place)
+
+
+def test_what_matches_alone_tell_counts_where_it_explains_clearly_more(random_world, random_poses):
+    world = random_world(25)
+    views = [world.view(*pose) for pose in random_poses(7, 26)]
+    index, query = Map.build(views[:6]), views[6]
+    for points in index.points:
+        points.valid[torch.arange(len(points.valid)) % 3 > 0] = False
+    evidence = matched(query, index, list(range(6)))
+    truth = Hypotheses(query.R_world_from_cam.T[None], query.c_world[None])
+    near = Hypotheses(truth.R_cam_from_world, truth.c_world + 0.1)
+    for known, added in ((near.c_world + 1.0, 1), (truth.c_world, 0)):
+        search = Search(query, index, list(range(6)), evidence)
+        search.refined = [Refined(truth.R_cam_from_world[0], known[0], 9)]
+        search.add_from_matches(near, 3)
+        assert len(search.polished) == len(search.refined) - 1 == added
+    search.add_from_matches(Hypotheses.none(), 3)
+    search.refined = []
+    search.add_from_matches(near, 3)
+    (polished,) = search.polished
+    assert float((polished.c_world - query.c_world).norm()) < 0.02
+    assert len(polished.observed.single) > 50 and polished.tracks > len(polished.observed.xy_px)
 
 
 def test_one_plane(random_world, random_poses):
@@ -271,7 +309,7 @@ def test_the_map_tests_itself(random_world, random_poses):
         posed = [replace_pose(view, row) for view, row in zip(index, rows)]
         built = build_map(posed, seed=0)
         (found,) = localize_in(built, queries_of([query]), [list(range(8))], seed=0)
-        assert (built.test.found == len(built.test.errors) == 3) == right
+        assert (built.test.found == len(built.test.errors) == 3) == built.test.vouched == right
         assert (found.confidence >= 0.5) == right
         assert f"{built.test.found} of 3" in built.test.describe()
 

@@ -106,3 +106,20 @@ def test_rows_of_a_pose_file_are_put_in_the_order_that_fits(random_world, random
     for view, c in list(zip(views, truth))[:9]:
         assert float((view.c_world - c).norm()) < 1e-9
     assert views[9].c_world is None and "frame i in row i + 1" in found["a"].warnings[0]
+
+
+def test_rows_written_in_the_order_of_the_letters_are_put_in_that_of_the_numbers(random_world, random_poses):
+    """0.png 1.png … 11.png, the rows of 10 and 11 behind that of 1, as a program that sorts strings writes."""
+    views, scene_of, rows = frames_of({"a": random_world(1)}, {"a": random_poses(12, 1)})
+    truth = [view.c_world for view in views]
+    for view in views:
+        view.R_world_from_cam = view.c_world = None
+    names = [f"{n}.png" for n in range(12)]
+    by_letters = rows[sorted(range(12), key=names.__getitem__)]
+    cameras, conventions = {"a": CAMERA}, {"a": None}
+    found = calibrate_scenes(
+        views, scene_of, by_letters, range(12), cameras, conventions, names=names
+    )
+    np.testing.assert_array_equal(by_letters, rows)
+    assert all(float((view.c_world - c).norm()) < 1e-9 for view, c in zip(views, truth))
+    assert found["a"].trusted and "order of the letters" in found["a"].warnings[0]

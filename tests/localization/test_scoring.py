@@ -6,7 +6,15 @@ import torch
 
 from localization.absolute_pose import rotation_from_vector
 from localization.matching import mutual_matches
-from localization.scoring import epipolar_scores, gather_evidence, match_weight
+from localization.refinement import refine_on_matches
+from localization.scoring import (
+    Evidence,
+    epipolar_scores,
+    gather_evidence,
+    match_errors,
+    match_slopes,
+    match_weight,
+)
 from localization.triangulation import triangulate_views
 
 
@@ -32,3 +40,43 @@ def test_epipolar_score_prefers_the_truth(random_world, random_poses):
     # Turned about, the camera sees nothing of it.
     behind = epipolar_scores(evidence, torch.diag(torch.tensor([-1.0, 1, -1]).double())[None] @ R[:1], query.c_world[None])
     assert behind[0] < 0.2 * scores[0]
+
+
+def some_evidence(random_world, random_poses) -> tuple[Evidence, torch.Tensor, torch.Tensor]:
+    """The evidence of a query, of whose index keypoints three in four have no point, and its pose."""
+    world = random_world(16)
+    views = [world.view(*pose, noise_px=0.2) for pose in random_poses(7, 17)]
+    index, query = views[:6], views[6]
+    points = triangulate_views(index)
+    for p in points:
+        p.valid[torch.arange(len(p.valid)) % 4 > 0] = False
+    matches = {i: mutual_matches(query.features, v.features) for i, v in enumerate(index)}
+    evidence = gather_evidence(query, index, points, matches)
+    return evidence, query.R_world_from_cam.T, query.c_world
+
+
+def test_errors_of_matches_at_the_truth_are_the_noise_and_their_slopes_are_derivatives(random_world, random_poses):
+    evidence, R, c = some_evidence(random_world, random_poses)
+    assert 0 < evidence.has_point.sum() < 0.5 * len(evidence)
+    error, weight = match_errors(evidence, R[None], c[None])
+    right = evidence.ratio < 0.7
+    assert float((weight[0] > 0)[right].double().mean()) > 0.98
+    assert float(error[0].norm(dim=0)[right].median()) < 0.5
+    assert bool((error[0, 1, ~evidence.has_point] == 0).all())
+    error, _, slope = match_slopes(evidence, R[None], c[None], 5.0)
+    move = 1e-3 * torch.tensor([1.0, -2.0, 0.5, 3.0, 1.0, -2.0], dtype=torch.float64)
+    moved, _ = match_errors(evidence, (rotation_from_vector(move[None, :3])[0] @ R)[None], (c + move[3:])[None])
+    change = (moved - error)[0][:, right]
+    told = torch.einsum("k,kdm->dm", move, slope[0])[:, right]
+    assert float((change - told).norm() / change.norm()) < 0.05
+
+
+def test_a_pose_is_refined_on_matches_most_of_which_have_no_point(random_world, random_poses):
+    evidence, R, c = some_evidence(random_world, random_poses)
+    generator = torch.Generator().manual_seed(1)
+    turn = rotation_from_vector(0.02 * torch.randn(5, 3, generator=generator, dtype=torch.float64))
+    start = turn @ R, c + 0.1 * torch.randn(5, 3, generator=generator, dtype=torch.float64)
+    before = epipolar_scores(evidence, *start, polished=True)
+    found = refine_on_matches(evidence, *start, 5.0)
+    assert bool((epipolar_scores(evidence, *found, polished=True) > before).all())
+    assert float((found[1] - c).norm(dim=1).max()) < 0.02

@@ -1,0 +1,208 @@
+"""The last least-squares problem of a query's pose: jointly with the points of its tracks, and with its
+lens where that is asked for.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from localization.absolute_pose import (
+    levenberg_marquardt,
+    robust_loss,
+    rotation_from_vector,
+    scaled_inverse,
+    skew,
+)
+from localization.cameras import Camera
+from localization.scoring import Evidence, match_errors, match_slopes
+
+# Robust threshold in standard deviations.
+THRESHOLD_SIGMA = 2.0
+STEPS = 15
+# With so many tracks matches without points begin to count for less: what nothing confirms errs together
+# where things repeat.
+FEW_TRACKS = 60
+# Difference for derivatives by the lens, whose unit is the focal length.
+_DELTA = 1e-3
+
+
+@dataclass(frozen=True)
+class Polished:
+    """A pose after the last refinement, and what it was refined on.
+
+    covariance (6, 6): as of absolute_pose.refine_pose; tracks: how many agree, and matches without points; camera: the query's,
+    with lens_sigma (lens,), the standard deviations of what of it was refined too; cost: the sum of
+    robust losses; observed: the tracks.
+    """
+
+    R_cam_from_world: Tensor
+    c_world: Tensor
+    covariance: Tensor
+    tracks: int
+    camera: Camera
+    lens_sigma: Tensor
+    cost: float
+    observed: "Tracks"
+
+
+@dataclass(frozen=True)
+class Tracks:
+    """n query keypoints xy_px (n, 2) with their points: position (n, 3), covariance (n, 3, 3) for 1
+    px of noise in the index images, and the noise_px (n,) there and in the query; single: matches of
+    further keypoints, that have no point."""
+
+    xy_px: Tensor
+    position: Tensor
+    covariance: Tensor
+    noise_px: Tensor
+    single: Evidence | None = None
+
+
+@dataclass(frozen=True)
+class _Problem:
+    """Errors of a pose R (3, 3) and v (6,), in standard deviations: center (3,), log of the focal
+    length's factor, the principal point's shift over the focal length; lens: how many of the last
+    are free.
+
+    whiten (n, 2, 2): of the tracks' errors; away_m: about how far away things are.
+    """
+
+    camera: Camera
+    tracks: Tracks
+    lens: int
+    whiten: Tensor
+    away_m: float
+
+    @classmethod
+    def of(
+        cls, camera: Camera, R: Tensor, c: Tensor, tracks: Tracks, lens: int, away_m: float
+    ) -> "_Problem":
+        plain = cls(camera, tracks, lens, torch.eye(2).to(R), away_m)
+        J = plain._projected(R, torch.cat([c, c.new_zeros(3)]))[1] @ R
+        spread = torch.eye(2).to(R) + J @ tracks.covariance @ J.transpose(1, 2)
+        factor, failed = torch.linalg.cholesky_ex(spread)
+        whiten = torch.linalg.inv_ex(factor)[0] / tracks.noise_px[:, None, None]
+        return replace(plain, whiten=torch.where((failed == 0)[:, None, None], whiten, 0.0))
+
+    def camera_at(self, v: Tensor) -> Camera:
+        """The camera with the lens that v tells."""
+        c, zoom = self.camera, float(v[3].exp())
+        shift = (self._focal().mean() * v[4:]).tolist()
+        return replace(c, fx=c.fx * zoom, fy=c.fy * zoom, cx=c.cx + shift[0], cy=c.cy + shift[1])
+
+    def terms(self, R: Tensor, v: Tensor, derived: bool = True) -> list[tuple[Tensor, ...]]:
+        """Errors (n, k), weights (n,) and, if derived, derivatives (n, k, 6 + lens): of tracks, and
+        of matches without points.
+        """
+        terms = [self._of_tracks(R, v)]
+        if self.tracks.single is not None:
+            terms.append(self._of_single(R, v, derived))
+        return terms
+
+    def _focal(self) -> Tensor:
+        return torch.tensor([self.camera.fx, self.camera.fy], dtype=torch.float64)
+
+    def _projected(self, R: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Pixels off (n, 2), their derivatives by the point in camera axes (n, 2, 3) and by the
+        lens (n, 2, 3).
+        """
+        local = (self.tracks.position - v[:3]) @ R.T
+        depth = local[:, 2:].clamp_min(1e-6)
+        xy, focal = local[:, :2] / depth, self._focal()
+        scaled, size = focal * v[3].exp(), focal.mean()
+        center = torch.tensor([self.camera.cx, self.camera.cy], dtype=torch.float64)
+        eye = torch.eye(2).to(R).expand(len(xy), 2, 2)
+        by_point = (scaled / depth)[:, :, None] * torch.cat([eye, -xy[..., None]], dim=2)
+        by_lens = torch.cat([(scaled * xy)[..., None], size * eye], dim=2)
+        return xy * scaled + center + size * v[4:] - self.tracks.xy_px, by_point, by_lens
+
+    def _of_tracks(self, R: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        r, by_point, by_lens = self._projected(R, v)
+        turn = -skew((self.tracks.position - v[:3]) @ R.T)
+        by_pose = by_point @ torch.cat([turn, (-R).expand(len(r), 3, 3)], dim=2)
+        J = torch.cat([by_pose, by_lens[..., : self.lens]], dim=2)
+        return (self.whiten @ r[..., None])[..., 0], torch.ones_like(r[:, 0]), self.whiten @ J
+
+    def _of_single(self, R: Tensor, v: Tensor, derived: bool) -> tuple[Tensor, ...]:
+        """They err across their epipolar lines; one that cannot be errs without bound."""
+        single, pose = self.tracks.single, (R[None], v[None, :3])
+        noise = (single.noise_px.double() * max(1.0, len(self.tracks.noise_px) / FEW_TRACKS))[
+            :, None
+        ]
+
+        def errors(v: Tensor) -> Tensor:
+            error, possible = match_errors(single.seen_with(self.camera_at(v)), *pose)
+            return torch.where(possible > 0, error[:, 0], torch.inf)[0][:, None] / noise
+
+        error, weight = errors(v), single.weight.double()
+        if not derived:
+            return error, weight
+        slopes = match_slopes(single.seen_with(self.camera_at(v)), *pose, self.away_m)[2]
+        columns = [slopes[0, :, 0].T / noise]
+        for k in range(self.lens):
+            other = v.clone()
+            other[3 + k] += _DELTA
+            columns.append((errors(other) - error) / _DELTA)
+        J = torch.cat(columns, dim=1)[:, None].nan_to_num(0.0, 0.0, 0.0)
+        return error, weight, J
+
+    def cost(self, R: Tensor, v: Tensor, rows: Tensor) -> Tensor:
+        costs = [
+            (weight * robust_loss(r.square().sum(1), THRESHOLD_SIGMA)[0]).sum()
+            for r, weight, *_ in self.terms(R[0], v[0], derived=False)
+        ]
+        return torch.stack(costs).sum()[None]
+
+    def normal_equations(self, R: Tensor, v: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        normal = gradient = 0.0
+        for r, weight, J in self.terms(R[0], v[0]):
+            slope = robust_loss(r.square().sum(1), THRESHOLD_SIGMA)[1]
+            JW = J * (weight * slope)[:, None, None]
+            normal = normal + torch.einsum("nki,nkj->ij", JW, J)
+            gradient = gradient + torch.einsum("nki,nk->i", JW, r.where(r.isfinite(), 0.0))
+        return normal[None], gradient[None]
+
+
+def _move(R: Tensor, v: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
+    delta = torch.nn.functional.pad(delta, (0, 9 - delta.shape[1]))
+    return rotation_from_vector(delta[:, :3]) @ R, v + delta[:, 3:]
+
+
+def refine_with_points(
+    camera: Camera,
+    R: Tensor,
+    c: Tensor,
+    tracks: Tracks,
+    *,
+    lens: int = 0,
+    distance_m: float = 1.0,
+) -> Polished:
+    """The pose of a camera from tracks whose points are free to move, and with it as much of the
+    lens as is asked for.
+
+    lens: 0 nothing, 1 the focal length, 3 the principal point too; distance_m: about how far away
+    things are. Eliminating the points from the
+    joint least-squares problem (Schur complement, index cameras fixed, linearized at the points)
+    leaves each reprojection error weighed by the inverse of noise^2 (I + J covariance J^T), J =
+    d(pixel)/d(point): a point from a short baseline counts only across the direction it may slide
+    in. A match without a point counts across its epipolar line. Cauchy loss.
+    """
+    problem = _Problem.of(camera, R, c, tracks, lens, distance_m)
+    v = torch.cat([c, c.new_zeros(3)])
+    R, v, cost = levenberg_marquardt(
+        R[None], v[None], problem.cost, problem.normal_equations, _move, STEPS
+    )
+    R, v = R[0], v[0]
+    information, left, freedom, agree = 0.0, 0.0, -6 - lens, 0
+    for r, weight, J in problem.terms(R, v):
+        inlier = r.square().sum(1) < THRESHOLD_SIGMA**2
+        r, weight, J = r[inlier], weight[inlier], J[inlier]
+        information = information + torch.einsum("nki,n,nkj->ij", J, weight, J)
+        left, freedom = left + (weight * r.square().sum(1)).sum(), freedom + r.numel()
+        agree += len(r)
+    known = torch.tensor([freedom > 0])
+    spread = scaled_inverse(information[None], left[None] / max(1, freedom), known)[0]
+    lens_sigma = spread.diagonal()[6:].clamp_min(0).sqrt()
+    camera = problem.camera_at(v)
+    return Polished(R, v[:3], spread[:6, :6], agree, camera, lens_sigma, float(cost), tracks)
