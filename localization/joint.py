@@ -31,8 +31,8 @@ _DELTA = 1e-3
 class Polished:
     """A pose after the last refinement, and what it was refined on.
 
-    covariance (6, 6): as of absolute_pose.refine_pose; tracks: how many agree, and matches without points; camera: the query's,
-    with lens_sigma (lens,), the standard deviations of what of it was refined too; cost: the sum of
+    covariance (6, 6): as of absolute_pose.refine_pose; tracks: how many agree, with the matches that
+    have no point; camera: the query's, with lens_sigma (lens,), the standard deviations of what of it was refined too; cost: the sum of
     robust losses; observed: the tracks.
     """
 
@@ -75,9 +75,8 @@ class _Problem:
     away_m: float
 
     @classmethod
-    def of(
-        cls, camera: Camera, R: Tensor, c: Tensor, tracks: Tracks, lens: int, away_m: float
-    ) -> "_Problem":
+    def of(cls, camera: Camera, R: Tensor, c: Tensor, tracks: Tracks, lens: int) -> "_Problem":
+        away_m = float((tracks.position - c).norm(dim=1).median())
         plain = cls(camera, tracks, lens, torch.eye(2).to(R), away_m)
         J = plain._projected(R, torch.cat([c, c.new_zeros(3)]))[1] @ R
         spread = torch.eye(2).to(R) + J @ tracks.covariance @ J.transpose(1, 2)
@@ -170,25 +169,18 @@ def _move(R: Tensor, v: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def refine_with_points(
-    camera: Camera,
-    R: Tensor,
-    c: Tensor,
-    tracks: Tracks,
-    *,
-    lens: int = 0,
-    distance_m: float = 1.0,
+    camera: Camera, R: Tensor, c: Tensor, tracks: Tracks, *, lens: int = 0
 ) -> Polished:
     """The pose of a camera from tracks whose points are free to move, and with it as much of the
     lens as is asked for.
 
-    lens: 0 nothing, 1 the focal length, 3 the principal point too; distance_m: about how far away
-    things are. Eliminating the points from the
+    lens: 0 nothing, 1 the focal length, 3 the principal point too. Eliminating the points from the
     joint least-squares problem (Schur complement, index cameras fixed, linearized at the points)
     leaves each reprojection error weighed by the inverse of noise^2 (I + J covariance J^T), J =
     d(pixel)/d(point): a point from a short baseline counts only across the direction it may slide
     in. A match without a point counts across its epipolar line. Cauchy loss.
     """
-    problem = _Problem.of(camera, R, c, tracks, lens, distance_m)
+    problem = _Problem.of(camera, R, c, tracks, lens)
     v = torch.cat([c, c.new_zeros(3)])
     R, v, cost = levenberg_marquardt(
         R[None], v[None], problem.cost, problem.normal_equations, _move, STEPS

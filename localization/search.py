@@ -151,7 +151,7 @@ class Search:
             self._polish(R, c, with_single=True)
 
     def _polish(self, R: Tensor, c: Tensor, *, with_single: bool = False) -> None:
-        of = (self.query, self.index, self.order, self.map, self.evidence)
+        of = (self.query, self.index.views, self.order, self.map, self.evidence)
         self.polished += filter(None, [polish(*of, R, c, with_single=with_single)])
 
     def shifted(self) -> Hypotheses:

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from localization.joint import Polished, Tracks, refine_with_points
-from localization.map import Map
 from localization.matching import View
 from localization.refinement import PointMap, near_candidates, project_query, visible_points
 from localization.scoring import POINT_RATIO, Evidence, epipolar_gains
@@ -43,7 +42,7 @@ class _Observations:
 
 def polish(
     query: View,
-    index: Map,
+    views: list[View],
     order: list[int],
     points: PointMap,
     evidence: Evidence,
@@ -56,8 +55,8 @@ def polish(
 
     order: the index views that count; with_single: distinct matches without points count too.
     """
-    cameras = cameras_of([index.views[i] for i in order])
-    column = torch.full((len(index.views),), -1)
+    cameras = cameras_of([views[i] for i in order])
+    column = torch.full((len(views),), -1)
     column[torch.tensor(order)] = torch.arange(len(order))
     result = None
     for _ in range(ROUNDS):
@@ -70,7 +69,7 @@ def polish(
         xy = query.features.xy_px[keypoint].double()
         single = evidence.select(_single(seen, keypoint, evidence)) if with_single else None
         tracks = Tracks(xy, position, covariance, noise, single)
-        result = refine_with_points(query.camera, R, c, tracks, distance_m=index.typical_m)
+        result = refine_with_points(query.camera, R, c, tracks)
         R, c = result.R_cam_from_world, result.c_world
     return result
 
