@@ -20,7 +20,6 @@ import numpy as np
 import torch
 
 from dataset import CAMERA, locate
-from dataset.frames import IndoorDataset
 from eval import ImageFiles, compute_embeddings, load_image, search
 from localization.atlas import Atlas, build_atlas, kept, key_of
 from localization.cameras import (
@@ -32,6 +31,7 @@ from localization.cameras import (
     poses_to_file,
 )
 from localization.feature_cache import features_of_files
+from localization.frames import IndoorDataset
 from localization.localize import Estimate, View
 from localization.scenes import reorder_rows
 from localization.structure import structure_of

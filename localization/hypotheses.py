@@ -56,10 +56,6 @@ class Hypotheses:
         none = torch.zeros(0, 3, 3, dtype=torch.float64)
         return cls(none, none[:, 0])
 
-    def pose(self, i: int) -> tuple[Tensor, Tensor]:
-        """R_cam_from_world (3, 3), c_world (3,) of one."""
-        return self.R_cam_from_world[i], self.c_world[i]
-
     def select(self, keep: Tensor | list[int]) -> "Hypotheses":
         """The hypotheses that a mask or an index picks."""
         return Hypotheses(self.R_cam_from_world[keep], self.c_world[keep])

@@ -101,7 +101,7 @@ def _observe(
 
 
 def _single(seen: _Observations, tracked: Tensor, evidence: Evidence) -> Tensor:
-    """The rows of the evidence that fit and whose keypoints have no track."""
+    """The rows of the evidence that fit, distinct matches without points of keypoints without tracks."""
     rows = seen.rows[~torch.isin(seen.keypoint, tracked)]
     return rows[~evidence.has_point[rows] & evidence.distinct()[rows]]
 

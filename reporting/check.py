@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from dataset.frames import ASSIGNED_SCENES
+from localization.frames import ASSIGNED_SCENES
 from model import DAMAGED, InputError, NetVLADModel, refuse
 from reporting import handin
 from reporting.pose_file import pose_text, read_pose_text

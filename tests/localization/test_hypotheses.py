@@ -6,9 +6,8 @@ import torch
 
 from localization.absolute_pose import rotation_from_vector
 from localization.hypotheses import bearing_hypotheses, shifted_hypotheses
-from localization.matching import mutual_matches
-from localization.scoring import gather_evidence
-from localization.triangulation import triangulate_views
+from localization.map import Map
+from localization.search import matched
 
 
 def test_two_tiles_that_look_alike_lead_to_the_next_on_either_side():
@@ -42,10 +41,9 @@ def test_bearings_lead_past_the_truth(random_world, random_poses):
     """Of two index images alone: the rotation is found, and the line from one through the query."""
     world = random_world(3)
     views = [world.view(*pose) for pose in random_poses(3, 4)]
-    index, query = views[:2], views[2]
-    matches = {i: mutual_matches(query.features, v.features) for i, v in enumerate(index)}
-    evidence = gather_evidence(query, index, triangulate_views(index), matches)
-    found = bearing_hypotheses(evidence, index, 5.0, torch.Generator().manual_seed(0))
+    index, query = Map.build(views[:2]), views[2]
+    evidence = matched(query, index, [0, 1])
+    found = bearing_hypotheses(evidence, index.views, 5.0, torch.Generator().manual_seed(0))
     turn = found.R_cam_from_world @ query.R_world_from_cam
     assert len(found) == 16 and float(torch.rad2deg(turn[:, 2, :2].norm(dim=1)).max()) < 0.5
     for line in found.c_world.split(8):

@@ -5,6 +5,7 @@ import math
 import torch
 
 from localization.absolute_pose import rotation_from_vector
+from localization.map import Map
 from localization.matching import mutual_matches
 from localization.refinement import refine_on_matches
 from localization.scoring import (
@@ -15,6 +16,7 @@ from localization.scoring import (
     match_slopes,
     match_weight,
 )
+from localization.search import matched
 from localization.triangulation import triangulate_views
 
 
@@ -46,13 +48,10 @@ def some_evidence(random_world, random_poses) -> tuple[Evidence, torch.Tensor, t
     """The evidence of a query, of whose index keypoints three in four have no point, and its pose."""
     world = random_world(16)
     views = [world.view(*pose, noise_px=0.2) for pose in random_poses(7, 17)]
-    index, query = views[:6], views[6]
-    points = triangulate_views(index)
-    for p in points:
-        p.valid[torch.arange(len(p.valid)) % 4 > 0] = False
-    matches = {i: mutual_matches(query.features, v.features) for i, v in enumerate(index)}
-    evidence = gather_evidence(query, index, points, matches)
-    return evidence, query.R_world_from_cam.T, query.c_world
+    index, query = Map.build(views[:6]), views[6]
+    for points in index.points:
+        points.valid[torch.arange(len(points.valid)) % 4 > 0] = False
+    return matched(query, index, list(range(6))), query.R_world_from_cam.T, query.c_world
 
 
 def test_errors_of_matches_at_the_truth_are_the_noise_and_their_slopes_are_derivatives(random_world, random_poses):

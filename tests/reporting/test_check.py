@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dataset.frames import ASSIGNED_SCENES
+from localization.frames import ASSIGNED_SCENES
 from model import NetVLADModel
 from reporting import check, handin, pose_file, report
 
