@@ -109,7 +109,7 @@ def answer(
         "error_m": error[0], "error_deg": error[1], "retrieval_m": alone[0], "retrieval_deg": alone[1],
         "method": estimate.method, "inliers": estimate.inliers, "sigma_m": estimate.sigma_m,
         "sigma_deg": estimate.sigma_deg, "confidence": estimate.confidence, "pose": pose[0].tolist(),
-        "lens": f"f {lens.fx:.1f} {lens.fy:.1f} center {lens.cx:.1f} {lens.cy:.1f} px" if lens else None,
+        "lens": lens.describe() if lens else None,
     }  # fmt: skip
 
 
@@ -236,7 +236,7 @@ def find_poses(
     for k, (row, estimate) in enumerate(zip(queries, estimates)):
         if estimate and estimate.camera:
             views[k] = replace(views[k], camera=estimate.camera)
-            print(f"{frames.frames[row][0].name} was taken with another lens: f {estimate.camera.fx:.1f} px.")
+            print(f"{frames.frames[row][0].name} has a lens of its own: {estimate.camera.describe()}.")
     return estimates
 
 

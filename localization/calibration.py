@@ -129,14 +129,10 @@ class Calibration:
 
     def describe(self) -> str:
         """One line for the screen."""
-        c = self.camera
-        lens = f"f {c.fx:.1f} {c.fy:.1f} center {c.cx:.1f} {c.cy:.1f} px" + (
-            f" k1 {c.k1:.3f}" if c.k1 else ""
-        )
         return (
             f"{self.convention.describe()} ({self.convention_from}, margin {self.margin:.1f} from "
             f"{self.pairs} pairs of {self.images} images, {100 * self.explained:.0f} % of matches "
-            f"explained), {lens} ({self.focal_from})"
+            f"explained), {self.camera.describe()} ({self.focal_from})"
         )
 
     def as_dict(self) -> dict:

@@ -60,6 +60,12 @@ class Camera:
             [[self.fx, 0.0, self.cx], [0.0, self.fy, self.cy], [0.0, 0.0, 1.0]], dtype=torch.float64
         )
 
+    def describe(self) -> str:
+        """Its lens in words."""
+        radial = f" k1 {self.k1:.3f}" if self.k1 else ""
+        center = f"center {self.cx:.1f} {self.cy:.1f} px"
+        return f"f {self.fx:.1f} {self.fy:.1f} {center}{radial}"
+
     def pinhole(self) -> "Camera":
         """This camera without its distortion."""
         return replace(self, k1=0.0, k2=0.0, p1=0.0, p2=0.0)

@@ -69,6 +69,11 @@ class Expectation:
         found = in_threads(explained, range(len(views)))
         return cls(R, c, near_m, torch.tensor(found, dtype=torch.float64))
 
+    @property
+    def typical(self) -> float:
+        """0..1: the score per keypoint of an index view near another."""
+        return float(self.explained.clamp_max(1).median())
+
     def fulfilled(
         self, query: View, R_cam_from_world: Tensor, c_world: Tensor, score: float
     ) -> float:

@@ -23,6 +23,8 @@ STEPS = 15
 # With so many tracks matches without points begin to count for less: what nothing confirms errs together
 # where things repeat.
 FEW_TRACKS = 60
+# What a lens may differ in: focal length, the ratio of fy to fx, principal point.
+LENS = 4
 # Difference for derivatives by the lens, whose unit is the focal length.
 _DELTA = 1e-3
 
@@ -45,6 +47,11 @@ class Polished:
     cost: float
     observed: "Tracks"
 
+    @property
+    def fit(self) -> float:
+        """The share 0..1 of what it was refined on that agrees."""
+        return self.tracks / max(1, len(self.observed))
+
 
 @dataclass(frozen=True)
 class Tracks:
@@ -58,12 +65,15 @@ class Tracks:
     noise_px: Tensor
     single: Evidence | None = None
 
+    def __len__(self) -> int:
+        return len(self.xy_px) + (len(self.single) if self.single is not None else 0)
+
 
 @dataclass(frozen=True)
 class _Problem:
-    """Errors of a pose R (3, 3) and v (6,), in standard deviations: center (3,), log of the focal
-    length's factor, the principal point's shift over the focal length; lens: how many of the last
-    are free.
+    """Errors of a pose R (3, 3) and v (3 + LENS,), in standard deviations: center (3,), logs of the
+    factors of both focal lengths and of fy alone, the principal point's shift over the focal
+    length; lens: how many of the last are free.
 
     whiten (n, 2, 2): of the tracks' errors; away_m: about how far away things are.
     """
@@ -78,7 +88,7 @@ class _Problem:
     def of(cls, camera: Camera, R: Tensor, c: Tensor, tracks: Tracks, lens: int) -> "_Problem":
         away_m = float((tracks.position - c).norm(dim=1).median())
         plain = cls(camera, tracks, lens, torch.eye(2).to(R), away_m)
-        J = plain._projected(R, torch.cat([c, c.new_zeros(3)]))[1] @ R
+        J = plain._projected(R, torch.cat([c, c.new_zeros(LENS)]))[1] @ R
         spread = torch.eye(2).to(R) + J @ tracks.covariance @ J.transpose(1, 2)
         factor, failed = torch.linalg.cholesky_ex(spread)
         whiten = torch.linalg.inv_ex(factor)[0] / tracks.noise_px[:, None, None]
@@ -86,9 +96,9 @@ class _Problem:
 
     def camera_at(self, v: Tensor) -> Camera:
         """The camera with the lens that v tells."""
-        c, zoom = self.camera, float(v[3].exp())
-        shift = (self._focal().mean() * v[4:]).tolist()
-        return replace(c, fx=c.fx * zoom, fy=c.fy * zoom, cx=c.cx + shift[0], cy=c.cy + shift[1])
+        c, (fx, fy) = self.camera, self._focal_at(v).tolist()
+        shift = (self._focal().mean() * v[5:]).tolist()
+        return replace(c, fx=fx, fy=fy, cx=c.cx + shift[0], cy=c.cy + shift[1])
 
     def terms(self, R: Tensor, v: Tensor, derived: bool = True) -> list[tuple[Tensor, ...]]:
         """Errors (n, k), weights (n,) and, if derived, derivatives (n, k, 6 + lens): of tracks, and
@@ -102,19 +112,24 @@ class _Problem:
     def _focal(self) -> Tensor:
         return torch.tensor([self.camera.fx, self.camera.fy], dtype=torch.float64)
 
+    def _focal_at(self, v: Tensor) -> Tensor:
+        return self._focal() * torch.stack([v[3], v[3] + v[4]]).exp()
+
     def _projected(self, R: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Pixels off (n, 2), their derivatives by the point in camera axes (n, 2, 3) and by the
-        lens (n, 2, 3).
+        lens (n, 2, LENS).
         """
         local = (self.tracks.position - v[:3]) @ R.T
         depth = local[:, 2:].clamp_min(1e-6)
-        xy, focal = local[:, :2] / depth, self._focal()
-        scaled, size = focal * v[3].exp(), focal.mean()
+        xy, scaled, size = local[:, :2] / depth, self._focal_at(v), self._focal().mean()
         center = torch.tensor([self.camera.cx, self.camera.cy], dtype=torch.float64)
         eye = torch.eye(2).to(R).expand(len(xy), 2, 2)
         by_point = (scaled / depth)[:, :, None] * torch.cat([eye, -xy[..., None]], dim=2)
-        by_lens = torch.cat([(scaled * xy)[..., None], size * eye], dim=2)
-        return xy * scaled + center + size * v[4:] - self.tracks.xy_px, by_point, by_lens
+        zoomed = xy * scaled
+        by_lens = torch.cat(
+            [zoomed[..., None], zoomed[..., None] * eye[..., 1:], size * eye], dim=2
+        )
+        return zoomed + center + size * v[5:] - self.tracks.xy_px, by_point, by_lens
 
     def _of_tracks(self, R: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         r, by_point, by_lens = self._projected(R, v)
@@ -164,7 +179,7 @@ class _Problem:
 
 
 def _move(R: Tensor, v: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
-    delta = torch.nn.functional.pad(delta, (0, 9 - delta.shape[1]))
+    delta = torch.nn.functional.pad(delta, (0, 6 + LENS - delta.shape[1]))
     return rotation_from_vector(delta[:, :3]) @ R, v + delta[:, 3:]
 
 
@@ -174,14 +189,15 @@ def refine_with_points(
     """The pose of a camera from tracks whose points are free to move, and with it as much of the
     lens as is asked for.
 
-    lens: 0 nothing, 1 the focal length, 3 the principal point too. Eliminating the points from the
+    lens: 0 nothing, 1 the focal length, LENS the ratio of fy to fx and the principal point too.
+    Eliminating the points from the
     joint least-squares problem (Schur complement, index cameras fixed, linearized at the points)
     leaves each reprojection error weighed by the inverse of noise^2 (I + J covariance J^T), J =
     d(pixel)/d(point): a point from a short baseline counts only across the direction it may slide
     in. A match without a point counts across its epipolar line. Cauchy loss.
     """
     problem = _Problem.of(camera, R, c, tracks, lens)
-    v = torch.cat([c, c.new_zeros(3)])
+    v = torch.cat([c, c.new_zeros(LENS)])
     R, v, cost = levenberg_marquardt(
         R[None], v[None], problem.cost, problem.normal_equations, _move, STEPS
     )

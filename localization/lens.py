@@ -6,20 +6,30 @@ import math
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
-from localization.cameras import Camera
-from localization.hypotheses import Hypotheses, focal_hypotheses
-from localization.joint import Polished, refine_with_points
-from localization.scoring import epipolar_scores
-from localization.search import SURE, Answer, Estimate, Search, poses_of
+from localization.cameras import Camera, turned
+from localization.hypotheses import focal_hypotheses
+from localization.joint import LENS, Polished, Tracks, refine_with_points
+from localization.scoring import Evidence, epipolar_scores
+from localization.search import MANY_TRACKS, Answer, Estimate, Search, poses_of
 
 # A lens is another one when its focal length (or its center, over that) is off by so much and by so
 # many sigmas; the center is looked at with so many tracks; it is refined in so many rounds, or
 # until it stays within a share.
-SAME_LENS, SAME_LENS_SIGMA, MANY_TRACKS, LENS_ROUNDS, LENS_STAYS = 0.02, 4.0, 100, 6, 0.003
-# It is the query's own if it is so far off, has so many times the tracks, and they cost so many
-# times as much each; if it is only off, the answer is in doubt.
-OTHER_LENS, OWN_TRACKS, OWN_COST = 0.05, 1.15, 0.7
+SAME_LENS, SAME_LENS_SIGMA, LENS_ROUNDS, LENS_STAYS = 0.02, 4.0, 6, 0.003
+# It is the query's own if it is so far off and explains so many times as much; if it is only off,
+# the answer is in doubt.
+OTHER_LENS, OWN_SCORE = 0.05, 1.15
+# Errors of points, which come from index poses, act together on a lens: by so much more it errs than
+# if each were on its own.
+OWN_SIGMA = 3.0
+# Lenses that are searched with; noise of the matches that they are refined on, in pixels: wide ones
+# draw first.
+LENSES = 2
+WIDE_PX, WIDE_MATCHES = (16.0, 8.0, 4.0), 500
+# No lens is off by more (`_lens_change`).
+ANY_LENS = 1.5
 # The confidence of an answer whose lens is in doubt.
 DOUBTFUL_LENS = 0.1
 
@@ -31,68 +41,148 @@ def with_own_lens(
     more.
 
     The lens is refined beside the answer's pose; where it is not the given one, or the answer is
-    not sure, the query is searched for with the lens so found and with other focal lengths.
+    not sure or rests on little, the query is searched for with the lenses that its matches suggest.
     """
-    query = search.query
-    if query.lens_is_sure:
+    if search.query.lens_is_sure:
         return answer and answer.estimate
-    starts, off = [], False
+    off, given = False, search.query.camera
     if answer is not None:
+        search, answer = _turned(search, answer)
         lens = _refined_lens(answer.polished)
-        change = torch.tensor(_lens_change(query.camera, lens.camera)[: len(lens.lens_sigma)]).abs()
+        change = torch.tensor(
+            _lens_change(search.query.camera, lens.camera)[: len(lens.lens_sigma)]
+        ).abs()
         off = bool(((change > SAME_LENS) & (change > SAME_LENS_SIGMA * lens.lens_sigma)).any())
-        starts = [(lens.camera, poses_of([lens]))] if off else []
-        if not off and answer.estimate.confidence >= SURE:
-            return answer.estimate
-    if answer is None or answer.estimate.confidence < SURE:
-        zoomed = [
-            (float(scores.max()), evidence.camera, poses.select([int(scores.argmax())]))
-            for evidence, poses in focal_hypotheses(search.evidence, generator)
-            if len(scores := epipolar_scores(evidence, poses.R_cam_from_world, poses.c_world))
-        ]
-        starts += [start for _, *start in sorted(zoomed, key=lambda found: -found[0])[:1]]
-    best = answer
-    for start in starts:
-        other = _searched_with(search, *start)
-        if (
-            other is None
-            or other.polished.tracks < MANY_TRACKS
-            or max(map(abs, _lens_change(query.camera, other.polished.camera))) < OTHER_LENS
-        ):
+        if answer.settled and not off:
+            return _with_lens(answer.estimate, search, given)
+        off = off and answer.polished.tracks >= MANY_TRACKS and float(change.max()) > OTHER_LENS
+    best, least = answer, _explained(search, answer.polished) if answer else 0.0
+    for start in _likely_lenses(search, answer, generator):
+        other = _searched_with(search, start)
+        if other is None or _off(search.query.camera, other.polished.camera) < OTHER_LENS:
             continue
-        if best is None or _explains_more(other.polished, best.polished):
-            best = other
+        if (explained := _explained(search, other.polished)) > OWN_SCORE * least:
+            off, least = True, explained
+            best = other if other.polished.tracks >= MANY_TRACKS else best
+    if best is None:
+        return None
+    estimate = best.estimate
     if best is not answer:
-        return replace(best.estimate, camera=best.polished.camera)
-    if off and float(change.max()) > OTHER_LENS and answer.estimate.inliers >= MANY_TRACKS:
-        return replace(answer.estimate, confidence=min(answer.estimate.confidence, DOUBTFUL_LENS))
-    return answer and answer.estimate
+        sigmas = OWN_SIGMA * estimate.sigma_m, OWN_SIGMA * estimate.sigma_deg
+        return replace(
+            estimate, camera=best.polished.camera, sigma_m=sigmas[0], sigma_deg=sigmas[1]
+        )
+    if off:
+        estimate = replace(estimate, confidence=min(estimate.confidence, DOUBTFUL_LENS))
+    return _with_lens(estimate, search, given)
 
 
-def _explains_more(a: Polished, b: Polished) -> bool:
-    """Whether a pose has clearly more tracks than another, and they fit it clearly better."""
-    cost_a, cost_b = (p.cost / len(p.observed.xy_px) for p in (a, b))
-    return a.tracks > OWN_TRACKS * b.tracks and cost_a < OWN_COST * cost_b
+def _with_lens(estimate: Estimate, search: Search, given: Camera) -> Estimate:
+    camera = search.query.camera
+    return estimate if camera == given else replace(estimate, camera=camera)
+
+
+def _turned(search: Search, answer: Answer) -> tuple[Search, Answer]:
+    """The search and its answer with the lens turned as the image was, where that fits better.
+
+    An image that lies otherwise than the index images that look its way was turned, or its camera
+    was held so.
+    """
+    pose, views = answer.polished, [search.index.views[i] for i in search.order]
+    R = torch.stack([pose.R_cam_from_world @ view.R_world_from_cam for view in views])
+    sine, cosine = (R[:, 1, 0] - R[:, 0, 1]), (R[:, 0, 0] + R[:, 1, 1])
+    alike = R[:, 2, 2] > 0
+    angle = math.atan2(float(sine[alike].sum()), float(cosine[alike].sum()))
+    own, quarter = search.query.camera, round(angle / (math.pi / 2)) % 4
+    camera = turned(views[0].camera, quarter)
+    if not quarter or camera == own or (camera.width, camera.height) != (own.width, own.height):
+        return search, answer
+    query = replace(search.query, camera=camera)
+    other = Search(query, search.index, search.order, search.evidence.seen_with(camera))
+    start = _refined_on_matches(other.evidence, pose.R_cam_from_world, pose.c_world, lens=0)
+    other.add(poses_of([start]), 1, 1)
+    found = other.best()
+    if found is None or _explained(search, found.polished) <= _explained(search, pose):
+        return search, answer
+    return other, found
+
+
+def _explained(search: Search, pose: Polished) -> float:
+    """How much of the query a pose explains, with its lens."""
+    evidence = search.evidence.seen_with(pose.camera)
+    of_pose = pose.R_cam_from_world[None], pose.c_world[None]
+    return float(epipolar_scores(evidence, *of_pose, polished=True))
+
+
+def _likely_lenses(
+    search: Search, answer: Answer | None, generator: torch.Generator
+) -> list[Polished]:
+    """Poses and lenses that fit the matches with points best, from the answer's and from other
+    focal lengths.
+    """
+    starts = []
+    if answer is not None:
+        pose = answer.polished
+        starts.append((search.evidence, pose.R_cam_from_world, pose.c_world))
+    for evidence, poses in focal_hypotheses(search.evidence, generator):
+        of_poses = poses.R_cam_from_world, poses.c_world
+        if len(poses):
+            best = int(epipolar_scores(evidence, *of_poses).argmax())
+            starts.append((evidence, *(part[best] for part in of_poses)))
+    found: list[Polished] = []
+    for pose in sorted(
+        (_refined_on_matches(*start) for start in starts), key=lambda pose: pose.cost
+    ):
+        if _off(search.query.camera, pose.camera) < ANY_LENS and all(
+            _off(other.camera, pose.camera) > OTHER_LENS for other in found
+        ):
+            found.append(pose)
+    return found[:LENSES]
+
+
+def _refined_on_matches(evidence: Evidence, R: Tensor, c: Tensor, lens: int = LENS) -> Polished:
+    """A pose with as much of the lens as is asked for, from far off in ever closer steps, on the most
+    distinct matches with points.
+    """
+    with_point = torch.nonzero(evidence.has_point)[:, 0]
+    distinct = evidence.ratio[with_point].argsort(stable=True)[:WIDE_MATCHES]
+    of = evidence.select(with_point[distinct])
+    none = torch.zeros(len(of), 3, 3, dtype=torch.float64)
+    camera = evidence.camera
+    for noise_px in WIDE_PX:
+        tracks = Tracks(of.xy_px, of.point, none, torch.full((len(of),), noise_px).double())
+        pose = refine_with_points(camera, R, c, tracks, lens=lens)
+        camera, R, c = pose.camera, pose.R_cam_from_world, pose.c_world
+    return pose
 
 
 def _refined_lens(pose: Polished) -> Polished:
-    """The pose with the lens that fits its tracks; the center too if they are many."""
-    free = 3 if pose.tracks >= MANY_TRACKS else 1
+    """The pose with the lens that fits its tracks; all of it if they are many."""
+    free = LENS if pose.tracks >= MANY_TRACKS else 1
     return refine_with_points(
         pose.camera, pose.R_cam_from_world, pose.c_world, pose.observed, lens=free
     )
 
 
-def _lens_change(a: Camera, b: Camera) -> tuple[float, float, float]:
-    """Log of the ratio of focal lengths, and the shift of the principal point over the focal
-    length.
+def _lens_change(a: Camera, b: Camera) -> tuple[float, float, float, float]:
+    """Logs of the ratios of focal lengths and of fy / fx, and the shift of the principal point over
+    the focal length.
     """
-    return math.log(b.fx / a.fx), (b.cx - a.cx) / a.fx, (b.cy - a.cy) / a.fx
+    zoom, taller = math.log(b.fx / a.fx), math.log(b.fy * a.fx / (b.fx * a.fy))
+    return zoom, taller, (b.cx - a.cx) / a.fx, (b.cy - a.cy) / a.fx
 
 
-def _searched_with(search: Search, camera: Camera, poses: Hypotheses) -> Answer | None:
-    """The answer near some poses with a lens near `camera`, which is refined until it stays."""
-    answer = None
+def _off(a: Camera, b: Camera) -> float:
+    """By how much two lenses differ; infinite where one of them is none."""
+    focals = a.fx, a.fy, b.fx, b.fy
+    if min(focals) <= 0 or not all(map(math.isfinite, focals)):
+        return math.inf
+    return max(map(abs, _lens_change(a, b)))
+
+
+def _searched_with(search: Search, start: Polished) -> Answer | None:
+    """The answer near a pose with a lens near its own, which is refined until it stays."""
+    answer, camera, poses = None, start.camera, poses_of([start])
     for _ in range(LENS_ROUNDS):
         query = replace(search.query, camera=camera)
         nearby = Search(query, search.index, search.order, search.evidence.seen_with(camera))
@@ -103,7 +193,7 @@ def _searched_with(search: Search, camera: Camera, poses: Hypotheses) -> Answer 
         lens = _refined_lens(answer.polished)
         nearby.polished = [lens]
         answer = nearby.best()
-        if max(map(abs, _lens_change(camera, lens.camera))) < LENS_STAYS:
+        if _off(camera, lens.camera) < LENS_STAYS:
             break
         camera, poses = lens.camera, poses_of([lens])
     return answer

@@ -44,6 +44,8 @@ __all__ = ["Estimate", "Map", "View", "build_map", "localize", "share_world"]
 # A query is an index image itself if so many of its keypoints are where that image has them, to within
 # so much.
 SAME_SHARE, SAME_PX = 0.5, 0.5
+# A pose is right, which confidence is the chance of, if it errs by less.
+RIGHT_M, RIGHT_DEG = 0.25, 2.0
 # As helpers of a query serve those whose most similar index views are its own: so many, of so many
 # compared.
 HELPERS, COMPARED = 20, 10
@@ -83,7 +85,7 @@ def localize(
 
     ranking: for each query the numbers of the map's views by global descriptor, best first (at
     least one; only these are matched). trust: no answer is more confident. progress(phase, done,
-    of) is called as work advances. The map's test of itself corrects standard deviations and bounds
+    of) is called as work advances. The map's test of itself adds to standard deviations and bounds
     confidence too.
     """
     report = progress or (lambda phase, done, of: None)
@@ -100,17 +102,24 @@ def localize(
     estimates = _with_each_other(
         queries, estimates, lambda done, of: report("unsure queries", done, of)
     )
-    return [
+    estimates = [
         replace(
             estimate,
-            sigma_m=estimate.sigma_m * outcome.factor_m,
-            sigma_deg=estimate.sigma_deg * outcome.factor_deg,
-            confidence=min(estimate.confidence, trust, outcome.trust),
+            sigma_m=math.hypot(estimate.sigma_m, outcome.beyond_m),
+            sigma_deg=math.hypot(estimate.sigma_deg, outcome.beyond_deg),
             camera=estimate.camera
             and camera_for(estimate.camera, view.camera.width, view.camera.height),
         )
         for estimate, view in zip(estimates, query_views)
     ]
+    trust = min(trust, outcome.trust)
+    return [replace(e, confidence=min(e.confidence * _within(e), trust)) for e in estimates]
+
+
+def _within(estimate: Estimate) -> float:
+    """How likely the errors are within RIGHT_M and RIGHT_DEG by their standard deviations."""
+    ratios = RIGHT_M / max(estimate.sigma_m, 1e-12), RIGHT_DEG / max(estimate.sigma_deg, 1e-12)
+    return math.erf(min(ratios) / math.sqrt(2))
 
 
 def _with_each_other(

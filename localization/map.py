@@ -27,15 +27,15 @@ SAME_PLACE, SAME_PLACE_DEG = 0.1, 10.0
 @dataclass(frozen=True)
 class SelfTest:
     """Errors in meters and degrees of the index images tested; how many were found, what answers
-    deserve at most, whether the test proves the scene right, and by how much standard deviations are
-    too small."""
+    deserve at most, whether the test proves the scene right, and how much errors exceed the standard
+    deviations claimed for them, in meters and degrees."""
 
     errors: list[tuple[float, float]]
     found: int
     trust: float = 1.0
     vouched: bool = False
-    factor_m: float = 1.0
-    factor_deg: float = 1.0
+    beyond_m: float = 0.0
+    beyond_deg: float = 0.0
 
     def describe(self) -> str:
         """One line for the screen."""

@@ -43,8 +43,13 @@ RIVAL = 0.5
 CLEARLY_MORE = 1.5
 # An answer this confident needs no further search; it serves as an index view for others.
 SURE = 0.5
-# Inliers at which chance is out by 63 %.
-TYPICAL_INLIERS = 30
+# Inliers at which chance is out by 63 %, and the share of what an index image explains: where things
+# repeat, chance explains much too.
+FEW_INLIERS, USUAL_INLIERS = 30, 0.075
+# Of what right poses were refined on this share agrees, of wrong ones or ones with a wrong lens less.
+GOOD_FIT, NO_FIT = 0.8, 0.6
+# A sure answer with so many tracks of which so large a share agrees is settled.
+MANY_TRACKS, WELL_FIT = 100, 0.85
 
 
 @dataclass(frozen=True)
@@ -67,6 +72,12 @@ class Answer:
 
     estimate: Estimate
     polished: Polished
+
+    @property
+    def settled(self) -> bool:
+        """Whether it is sure, and rests on much that fits: nothing else need be tried."""
+        fits = self.polished.tracks >= MANY_TRACKS and self.polished.fit >= WELL_FIT
+        return fits and self.estimate.confidence >= SURE
 
 
 @dataclass
@@ -190,12 +201,21 @@ class Search:
         rival = float(scores.masked_fill(here, 0).max())
         here = torch.nonzero(here[: len(self.polished)])[:, 0].tolist()
         pose = self.polished[max(here, key=lambda i: self.polished[i].tracks)]
-        confidence = _confidence(float(scores[best]), rival, pose.tracks) * fulfilled[best]
+        confidence = self._confidence(float(scores[best]), rival, pose) * fulfilled[best]
         sigmas = (float(v) for v in pose_deviation(pose.covariance))
         estimate = Estimate(
             pose.R_cam_from_world.T, pose.c_world, "pnp", pose.tracks, *sigmas, confidence
         )
         return Answer(estimate, pose)
+
+    def _confidence(self, score: float, rival: float, pose: Polished) -> float:
+        """0..1: how far the best rival mode stays behind, times how unlikely so many inliers are by
+        chance, times how far what the pose was refined on fits it as it fits right ones.
+        """
+        margin = max(0.0, 1 - rival / max(score, 1e-9))
+        fits = min(1.0, max(0.0, (pose.fit - NO_FIT) / (GOOD_FIT - NO_FIT)))
+        usual = USUAL_INLIERS * self.index.expected.typical * len(self.query.features)
+        return margin * fits * (1 - math.exp(-pose.tracks / max(FEW_INLIERS, usual)))
 
     def _scores(self, poses: Hypotheses, polished: bool = False) -> Tensor:
         of_pose = (poses.R_cam_from_world, poses.c_world)
@@ -216,6 +236,8 @@ def quick_search(
     search = Search(query, index, order, evidence)
     pooled = pooled_hypotheses(evidence, generator)
     search.add(pooled, QUICK_REFINED, QUICK_POLISHED, rival=RIVAL)
+    if (answer := search.best()) and answer.settled:
+        return search, answer
     bearings = bearing_hypotheses(evidence, index.views, index.typical_m, generator)
     search.add_from_matches(pooled.and_also(bearings), QUICK_REFINED)
     return search, search.best()
@@ -251,11 +273,3 @@ def _near(
     return ((poses.c_world - c).norm(dim=1) <= same_m) & (
         cosine >= math.cos(math.radians(same_deg))
     )
-
-
-def _confidence(score: float, rival: float, inliers: int) -> float:
-    """0..1: how far the best rival mode stays behind, times how unlikely so many inliers are by
-    chance.
-    """
-    margin = max(0.0, 1 - rival / max(score, 1e-9))
-    return margin * (1 - math.exp(-inliers / TYPICAL_INLIERS))

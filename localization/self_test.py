@@ -25,16 +25,15 @@ MIN_VIEWS = 5
 UNTRUSTED = 0.4
 # The scene is as it should be if this share finds itself, and none is sure of another place.
 VOUCHED = 0.75
-# Standard deviations are raised by no more.
-MAX_FACTOR = 10.0
 
 
 def self_test(index: Map, seed: int, *, in_doubt: bool = False) -> SelfTest:
     """Locate some views of the index without what it knows of them, by the quick stage of the
     search; more of them where the scene is in doubt.
 
-    Only sure answers tell: one that has too few neighbors left is right to be unsure. Answers are
-    trusted as far as sure ones are right.
+    One that has too few neighbors left is right to be unsure: answers are trusted by how many are
+    found beside those that are surely wrong. What the found ones err beyond their standard
+    deviations, as poses of index images do that are not exact, all answers have to expect.
     """
     count = len(index.views)
     if count < MIN_VIEWS:
@@ -43,15 +42,12 @@ def self_test(index: Map, seed: int, *, in_doubt: bool = False) -> SelfTest:
     numbers = [round((k + 0.5) * count / tested - 0.5) for k in range(tested)]
     tests = in_threads(lambda number: _located(index, number, seed), numbers)
     found = [t for t in tests if t[0] <= index.same_m and t[1] <= SAME_MODE_DEG]
-    factors = [1.0, 1.0]
-    if found:
-        ratios = torch.tensor([[t[0] / t[2], t[1] / t[3]] for t in found])
-        factors = ratios.nan_to_num(1.0).median(dim=0).values.clamp(1, MAX_FACTOR).tolist()
-    right = sum(t[4] >= SURE for t in found)
-    wrong = sum(t[4] >= SURE for t in tests) - right
-    trust = (right + 0.5) / (right + wrong + 0.5) if right else UNTRUSTED
-    vouched = wrong == 0 and right >= VOUCHED * tested
-    return SelfTest([t[:2] for t in tests], len(found), trust, vouched, *factors)
+    error = torch.tensor([[0.0] * 5, *found], dtype=torch.float64)[bool(found) :].square()
+    beyond = (error[:, :2] - error[:, 2:4]).nan_to_num(0, 0, 0).mean(dim=0).clamp_min(0).sqrt()
+    wrong = sum(t[4] >= SURE for t in tests if t not in found)
+    trust = (len(found) + 0.5) / (len(found) + wrong + 0.5) if found else UNTRUSTED
+    vouched = wrong == 0 and len(found) >= VOUCHED * tested
+    return SelfTest([t[:2] for t in tests], len(found), trust, vouched, *beyond.tolist())
 
 
 def _located(index: Map, number: int, seed: int) -> tuple[float, float, float, float, float]:

@@ -8,11 +8,11 @@ import torch
 
 from localization import threads
 from localization.absolute_pose import rotation_from_vector
-from localization.cameras import Camera, quaternion_from_rotation
+from localization.cameras import Camera, camera_for, quaternion_from_rotation, turned
 from localization.fallback import Guess
 from localization.features import Features
 from localization.hypotheses import Hypotheses
-from localization.joint import Polished, Tracks, refine_with_points
+from localization.joint import LENS, Polished, Tracks, refine_with_points
 from localization.localize import (
     Estimate,
     Map,
@@ -339,27 +339,76 @@ def test_the_lens_is_refined_with_the_pose_and_its_sigmas_are_honest(random_worl
         view.features.xy_px.double(), world.points[view.seen], 1e-8 * torch.eye(3).double().expand(n, 3, 3),
         torch.full((n,), 0.5, dtype=torch.float64),
     )  # fmt: skip
-    found = refine_with_points(replace(true, fx=390.0, fy=390.0, cx=310.0), R.T, c, tracks, lens=3)
-    off = torch.tensor([found.camera.fx - 400, found.camera.cx - 300, found.camera.cy - 250]).abs() / 400
+    start = replace(true, fx=390.0, fy=390.0, cx=310.0)
+    found = refine_with_points(start, R.T, c, tracks, lens=LENS)
+    lens = found.camera
+    off = torch.tensor([lens.fx - 400, lens.fy - lens.fx, lens.cx - 300, lens.cy - 250]).abs() / 400
     assert bool((off < 4 * found.lens_sigma).all()) and float(found.lens_sigma.max()) < 0.01
-    assert found.camera.fx == found.camera.fy and found.covariance.shape == (6, 6)
+    assert found.covariance.shape == (6, 6)
+    zoomed = refine_with_points(start, R.T, c, tracks, lens=1).camera
+    assert zoomed.fx == zoomed.fy and (zoomed.cx, zoomed.cy) == (310.0, 250.0)
 
 
-@pytest.mark.parametrize("zoom", [0.7, 1.3, 1.8])
-def test_a_query_with_another_lens_is_found_with_it(random_world, random_poses, zoom):
+@pytest.mark.parametrize(("zoom", "taller"), [(0.7, 1.0), (1.8, 1.0), (1.0, 0.75)])
+def test_a_query_with_another_lens_is_found_with_it(random_world, random_poses, zoom, taller):
+    """Zoomed, cut out, or stretched to another shape."""
     world = random_world(29, count=900)
     poses = random_poses(9, 30)
-    own = Camera(320.0 * zoom, 320.0 * zoom, 320.0, 240.0, 640, 480)
+    own = Camera(320.0 * zoom, 320.0 * zoom * taller, 320.0, 240.0, 640, 480)
     index = [world.view(*pose) for pose in poses[:8]]
     query = world.view(*poses[8], camera=own)
     taken = View(query.features, CAMERA)
     found = localize(index, [taken], [list(range(8))], seed=0)[0]
     assert error(found, query)[0] < 0.05 and error(found, query)[1] < 0.5
     assert found.camera.fx == pytest.approx(own.fx, rel=0.01)
-    sure = localize(index, [replace(taken, lens_is_sure=True)], [list(range(8))], seed=0)[0]
-    assert sure.camera is None
-    same = answers(index, [world.view(*poses[8])])[0]
+    assert found.camera.fy == pytest.approx(own.fy, rel=0.01)
+
+
+def test_a_lens_that_is_known_is_kept_to(random_world, random_poses):
+    world = random_world(29, count=900)
+    poses = random_poses(9, 30)
+    index = [world.view(*pose) for pose in poses[:8]]
+    zoomed = world.view(*poses[8], camera=Camera(580.0, 580.0, 320.0, 240.0, 640, 480))
+    sure = View(zoomed.features, CAMERA, lens_is_sure=True)
+    plain = View(world.view(*poses[8]).features, CAMERA)
+    for_sure, same = localize(index, [sure, plain], [list(range(8))] * 2, seed=0)
+    assert for_sure.camera is None and for_sure.confidence < 0.5
     assert same.camera is None and same.confidence > 0.5
+
+
+@pytest.mark.parametrize("turns", [1, 2])
+def test_a_turned_image_turns_its_lens(random_world, random_poses, turns):
+    """Of a lens whose center is not the image's: the given one is off by twice as much, or unknown."""
+    lens = Camera(320.0, 320.0, 335.0, 228.0, 640, 480)
+    world = random_world(41, count=600, camera=lens)
+    views = [world.view(*pose) for pose in random_poses(8, 42)]
+    index, query = views[:7], views[7]
+    own = turned(lens, turns)
+    x, y = query.features.xy_px.T
+    xy_px = torch.stack([479 - y, x] if turns == 1 else [639 - x, 479 - y], dim=1)
+    given = camera_for(lens, own.width, own.height)
+    taken = View(replace(query.features, xy_px=xy_px), given)
+    found = localize(index, [taken], [list(range(7))], seed=0)[0]
+    about_axis = torch.tensor([0.0, 0.0, turns * math.pi / 2], dtype=torch.float64)
+    true = replace_pose(query, query)
+    true.R_world_from_cam = query.R_world_from_cam @ rotation_from_vector(-about_axis)
+    assert error(found, true)[0] < 0.01 and error(found, true)[1] < 0.1
+    assert found.camera == own and found.confidence > 0.5
+
+
+def test_standard_deviations_know_of_inexact_index_poses(random_world, random_poses):
+    """Index poses off by 2 cm: the map finds itself to no better, and says so of its answers."""
+    world = random_world(43, count=900)
+    views = [world.view(*pose, noise_px=0.3) for pose in random_poses(16, 44)]
+    index, queries = views[:12], views[12:]
+    generator = torch.Generator().manual_seed(45)
+    for view in index:
+        view.c_world = view.c_world + 0.02 / 3**0.5 * torch.randn(3, generator=generator).double()
+    found = answers(index, queries)
+    errors = [error(estimate, query)[0] for estimate, query in zip(found, queries)]
+    assert max(errors) > 0.003
+    assert all(off < 4 * estimate.sigma_m for off, estimate in zip(errors, found))
+    assert all(estimate.sigma_m < 0.06 and estimate.confidence > 0.5 for estimate in found)
 
 
 def test_a_mirrored_query_is_not_believed(random_world, random_poses):
