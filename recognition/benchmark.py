@@ -114,11 +114,11 @@ def augmentation_of(args: argparse.Namespace) -> Augmentation:
 
 
 def locate(args: argparse.Namespace, training: bool) -> Where:
-    """The splits of the data set that is named or found; the built-in sample if there is none."""
+    """The splits of the data set that is named or found, tested on val if it has no test; else the sample's."""
     folder, name = find(args)
-    parts = [p for p in (("val", "test") if training else ("test",)) if (folder / p).is_dir()]
+    parts = [part for part in ("val", "test") if (folder / part).is_dir()] or ["test"]
     return Where(
-        {f"{name} {part}": folder / part for part in parts or ["test"]},
+        {f"{name} {part}": folder / part for part in (parts if training else parts[-1:])},
         folder / "train",
         folder / "val",
         name == "sample",

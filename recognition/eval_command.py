@@ -268,7 +268,11 @@ def parts_of(split: FolderSplit, night_list: Path | None) -> dict[str, np.ndarra
 
 
 def print_table(name: str, table: dict[str, Row], values: Sequence[int], k: int) -> None:
-    """Recall in %, a line a row; the 95 % interval of its first K, and of its gain over the first row."""
+    """Recall in %, a line a row; the 95 % interval of its first K, and of its gain over the plain row.
+
+    That is scale 1 where there are several, else the first row.
+    """
+    plain = "scale 1" if "scale 1" in table else next(iter(table))
     width = max(24, *(len(row) for row in table))
     print(f"\n{name:{width}s}" + "".join(f"{f'R@{v}':>7s}" for v in values) + "   (%)  queries")
     for row, found in table.items():
@@ -276,10 +280,10 @@ def print_table(name: str, table: dict[str, Row], values: Sequence[int], k: int)
         numbers = "".join(f"{100 * recall:7.1f}" for recall in found["recall"])
         low, high = recall_interval(hits, [min(values[0], k)])
         interval = f"R@{values[0]} {100 * low[0]:.1f} to {100 * high[0]:.1f}"
-        before = np.array(next(iter(table.values()))["hits"])
-        if row != next(iter(table)) and len(hits) == len(before):
+        before = np.array(table[plain]["hits"])
+        if row != plain and len(hits) == len(before):
             gain, low, high = (100 * x for x in recall_gain(hits, before, min(values[0], k)))
-            interval += f", gain {gain:+.1f} ({low:+.1f} to {high:+.1f})"
+            interval += f", over {plain} {gain:+.1f} ({low:+.1f} to {high:+.1f})"
         print(f"{row:{width}s}{numbers} {len(hits):13d}  {interval}")
     print(flush=True)
 

@@ -207,6 +207,9 @@ def test_all_of_the_test_options_together(trained, tmp_path):
     table = metrics(run)["recall"]["toy test"]
     assert list(table) == ["scale 0.75", "scale 1", "all scales", "re-ranked, expansion"]
     assert all(len(row["recall"]) == 2 for row in table.values())
+    lines = (run / "info.log").read_text().splitlines()
+    gains = [line.partition("  ")[0] for line in lines if ", over scale 1 " in line]
+    assert gains == ["scale 0.75", "all scales", "re-ranked, expansion"]
     with np.load(descriptors) as saved:
         assert saved["queries"].shape == (5, 5, 8) and saved["database"].shape == (15, 8)
         assert np.allclose(np.linalg.norm(saved["database"], axis=1), 1, atol=1e-5)
@@ -352,6 +355,15 @@ def test_the_sample_and_its_night_are_found_by_name(trained, monkeypatch, tmp_pa
     found = benchmark.locate(args, training=False)
     assert found.tests == {"night test": tmp_path / "night" / "images" / "test"}
     assert not found.is_sample
+
+
+def test_a_data_set_without_test_is_evaluated_on_val(tmp_path):
+    for part in ("train", "val"):
+        write_split(tmp_path / "street" / "images" / part, range(3))
+    argv = ["--resume=x", f"--datasets_folder={tmp_path}", "--dataset_name=street"]
+    args = eval_command.build_parser(benchmark).parse_args(argv)
+    found = benchmark.locate(args, training=False)
+    assert found.tests == {"street val": tmp_path / "street" / "images" / "val"}
 
 
 def test_smart_takes_night_along():

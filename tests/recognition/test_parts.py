@@ -181,6 +181,15 @@ def test_gem_is_normalized_where_l2_says(l2):
     assert small(aggregation="gem", l2=l2, fc_output_dim=4).unit_norm  # FC, then L2, as published
 
 
+@pytest.mark.parametrize("aggregation", ["gem", "netvlad", "convap"])
+def test_descriptors_have_norm_1_in_half_precision_too(aggregation):
+    """Else ranking by their products is ranking by how the norms were rounded."""
+    model = small(aggregation=aggregation, fc_output_dim=512).eval()
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        found = model(torch.rand(4, 3, 64, 64)).double()
+    assert torch.allclose(found.norm(dim=1), torch.ones(4).double(), rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", ["resnet18conv5", "VGG16", "EfficientNet_B0", "ConvNeXt_Tiny"])
 def test_any_backbone_goes_with_any_aggregation(name):
     trunk, channels = build_trunk(name, "random")[0].eval(), BACKBONES[name].channels
