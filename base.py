@@ -25,7 +25,6 @@ from dataset.lists import (
 )
 from eval import print_recall
 from model import (
-    CALIBRATION_IMAGES,
     IMAGE_SIZE,
     PRECISIONS,
     TRAIN_FROM,
@@ -35,7 +34,6 @@ from model import (
     NetVLADModel,
     choose_device,
     described_settings,
-    initialize_netvlad,
     load_checkpoint,
     refuse,
     warn,
@@ -68,9 +66,8 @@ from training.resume import (
     saver,
     settings_of,
 )
-from training.start import choose_start
+from training.start import calibration_images, choose_start, initialize_clusters
 
-KMEANS_IMAGES = 500
 SHOWN = (1, 5, 10)  # the K of recall@K
 CLUSTERS = 16
 SMALLEST = 32  # pixels a side of an image of which a network leaves something
@@ -223,26 +220,20 @@ def initialize(
     save: Callable[[], None],
 ) -> None:
     """Calibrate random weights, or choose the start of others; frozen outputs of all; clusters."""
-    index = data.index
+    index = range(len(inputs) - len(data.index), len(inputs))
     if isinstance(model, NetVLADModel) and model.trunk.initialized and not model.initialized:
         with phase("choosing the start", seconds):
             print(choose_start(model, data, inputs.device, seed))
     if not model.trunk.initialized:
         with phase("calibrating random weights", seconds):
-            rows = np.linspace(0, len(index) - 1, min(CALIBRATION_IMAGES, len(index)))
-            images = torch.stack([index[int(row)][0] for row in rows])
-            calibrate(model, images.to(inputs.device))
+            calibrate(model, calibration_images(inputs, index))
         save()
     if model.first_trained:
         with phase("frozen trunk, once per training image", seconds):
             inputs.cache()
     if not model.initialized:
         with phase("k-means", seconds):
-            first = len(inputs) - len(index)
-            rows = np.linspace(0, len(index) - 1, min(KMEANS_IMAGES, len(index))).astype(int)
-            parts = np.array_split(first + rows, max(1, len(rows) // 16))
-            batches = (inputs.take(part) for part in parts)
-            initialize_netvlad(model, batches, inputs.device, seed=seed)
+            initialize_clusters(model, inputs, index, seed)
         save()
 
 

@@ -161,7 +161,7 @@ def build_atlas(
     for scenes in worlds_of(its_views, its_scenes, range(len(index)), descriptors[index]):
         rows = [k for k, scene in enumerate(its_scenes) if scene in scenes]
         show = partial(progress, f"{' '.join(scenes)}: map")
-        in_doubt = not all(calibrations[scene].trusted for scene in scenes)
+        in_doubt = not all(calibrations[scene].healthy for scene in scenes)
         built = build_map([its_views[k] for k in rows], seed=seed, in_doubt=in_doubt, progress=show)
         if built.test.vouched:
             calibrations.update({scene: calibrations[scene].vouched() for scene in scenes})

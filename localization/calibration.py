@@ -40,7 +40,7 @@ from localization.readings import (
 )
 
 # Healthy scenes explain 45 to 90 % of their matches, contradicted ones 0 to 18 %.
-MIN_SHARE = 0.3
+MIN_SHARE, HEALTHY_SHARE = 0.3, 0.45
 # Most confidence in a scene whose poses contradict its images.
 UNTRUSTED = 0.45
 # Of the matches explained, those of far points in a scene that is seen from one place.
@@ -94,6 +94,11 @@ class Calibration:
     focal_from: str
     trusted: bool
     warnings: tuple[str, ...] = ()
+
+    @property
+    def healthy(self) -> bool:
+        """Whether it explains as much as scenes that are as they should be."""
+        return self.trusted and self.explained >= HEALTHY_SHARE
 
     @property
     def trust(self) -> float:

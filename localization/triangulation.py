@@ -16,7 +16,7 @@ from localization.matching import View, guided_matches, near_pairs
 from localization.threads import in_threads
 
 # How many other index images an index image is matched with, at most.
-PARTNERS = 20
+PARTNERS = 12
 CONSENSUS_PX = 3.0
 REPROJECTION_PX = 4.0
 MIN_ANGLE_DEG = 1.0

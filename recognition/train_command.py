@@ -19,18 +19,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
-import numpy as np
 import torch
 
 from eval import describe
 from model import (
-    CALIBRATION_IMAGES,
     DAMAGED,
     WARNINGS,
     DescriptorModel,
     InputError,
     choose_device,
-    initialize_netvlad,
     refuse,
     warn,
 )
@@ -67,11 +64,11 @@ from training.distributed import (
     sum_over_processes,
 )
 from training.inputs import Inputs, Store
+from training.start import calibration_images, initialize_clusters
 
 BEST, AVERAGED = "best_model.pth", "averaged_model.pth"
 SAVED = {"settings", "images", "model_state_dict", "origin", "training"}
 ANY_TIME = {"device", "resume"}  # settings that may differ when resuming
-KMEANS_IMAGES = 500
 
 
 # ---------------------------------------------------------------- command line
@@ -173,16 +170,11 @@ def initialize(model: DescriptorModel, inputs: Inputs, device: torch.device, see
     Layers whose shape depends on the size of the images are made for these.
     """
     if not model.trunk.initialized:
-        rows = np.linspace(0, len(inputs) - 1, min(CALIBRATION_IMAGES, len(inputs)))
-        images = torch.stack([inputs.item(int(row))[0] for row in rows])
-        calibrate(model, images.to(device))
+        calibrate(model, calibration_images(inputs, range(len(inputs))))
     describe(model.eval(), inputs.take([0]), device)  # what is frozen is computed from now on
     if not getattr(model.aggregation, "initialized", True):
         print("- k-means of local descriptors ...", flush=True)
-        rows = np.linspace(0, len(inputs) - 1, min(KMEANS_IMAGES, len(inputs))).astype(int)
-        model.eval()
-        batches = (inputs.take(part) for part in np.array_split(rows, -(-len(rows) // 16)))
-        initialize_netvlad(model, batches, device, seed=seed)
+        initialize_clusters(model, inputs, range(len(inputs)), seed)
 
 
 def choose_kept(inputs: Sequence[Inputs], store: Store) -> None:

@@ -16,6 +16,7 @@ from eval import load_image
 from localization.cameras import Convention, poses_from_file, project
 from localization.matching import Matches, View, in_band, mutual_matches
 from localization.structure import Structure
+from localization.threads import in_threads
 from localization.triangulation import triangulate_views
 from model import InputError
 from reporting.canvas import Block, save
@@ -59,10 +60,17 @@ def write_pose_pictures(output: Path, frames: PosedFrames, answers: Sequence[dic
     for scene in dict.fromkeys(frames.scenes):
         caption = f"Scene {scene}: index cameras, true and estimated query cameras."
         drawings.append((f"poses_{scene}.png", caption, partial(_scene, frames, answers, scene)))
+    drawings += _matches(frames, answers)
+
+    def drawn(drawing: tuple[str, str, Callable]) -> bool | None:
+        name, _, draw = drawing
+        return draw_or_warn(f"report/{name}", partial(_write, folder / name, draw))
+
+    written = in_threads(drawn, drawings)
     return [
         {"file": name, "caption": caption}
-        for name, caption, draw in [*drawings, *_matches(frames, answers)]
-        if draw_or_warn(f"report/{name}", partial(_write, folder / name, draw))
+        for (name, caption, _), there in zip(drawings, written)
+        if there
     ]
 
 

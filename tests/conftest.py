@@ -16,7 +16,9 @@ from tests.pittsburgh import write_pittsburgh
 
 @pytest.fixture(autouse=True)
 def unsaid():
-    """No warning was said before a test, so that it is said again."""
+    """No warning was said before a test, or before what a module's tests share, so that it is said again."""
+    WARNINGS.clear()
+    yield
     WARNINGS.clear()
 
 

@@ -1,4 +1,4 @@
-"""Which weights a training starts from: pretrained ones as they are, or with rescaled outputs.
+"""Which weights a training starts from: clusters, and pretrained weights as they are or rescaled.
 
 What learned from photographs for another task may rank places badly until its channels have one
 variance and no correlation; which change helps depends on the weights and the data, so the run finds
@@ -14,12 +14,32 @@ from torch import Tensor, nn
 from dataset.lists import LoadDataset
 from eval import describe, positives_within
 from model import CALIBRATION_IMAGES, DescriptorModel, calibrate_trunk, initialize_netvlad, progress
+from training.inputs import Inputs
 from training.mining import reciprocal_rank
 
 QUERIES, NEAR, OTHERS = 64, 2, 64  # ranked; index images near each; index images elsewhere
 FEWEST = 16  # queries, below which a ranking says nothing
+KMEANS_IMAGES = 500
 BATCH = 16
 SHRINKAGE = 0.1  # share of the mean variance in the covariance that is whitened
+
+
+def calibration_images(inputs: Inputs, rows: range) -> Tensor:
+    """Images (n, 3, H, W), on the device, on which random weights are calibrated: some of `rows`."""
+    chosen = _evenly_spaced(rows, CALIBRATION_IMAGES)
+    return torch.stack([inputs.item(int(row))[0] for row in chosen]).to(inputs.device)
+
+
+def initialize_clusters(model: DescriptorModel, inputs: Inputs, rows: range, seed: int) -> None:
+    """Cluster local descriptors of some of `rows` for the model's aggregation."""
+    chosen = _evenly_spaced(rows, KMEANS_IMAGES)
+    parts = np.array_split(chosen, max(1, len(chosen) // BATCH))
+    batches = (inputs.take(part) for part in parts)
+    initialize_netvlad(model.eval(), batches, inputs.device, seed=seed)
+
+
+def _evenly_spaced(rows: range, most: int) -> np.ndarray:
+    return rows.start + np.linspace(0, len(rows) - 1, min(most, len(rows))).astype(int)
 
 
 @torch.no_grad()

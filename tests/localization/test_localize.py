@@ -18,6 +18,7 @@ from localization.localize import (
     Map,
     Search,
     _least_expected_error,
+    _within,
     build_map,
     share_world,
 )
@@ -437,6 +438,17 @@ def test_what_is_not_sure_is_answered_where_least_is_lost():
     assert _least_expected_error(answer(19.0, 0.45), near, 0.1).method == "pnp"
     assert _least_expected_error(answer(0.55, 0.02), near, 0.1).method == "pnp"
     assert float(_least_expected_error(None, near, 0.1).c_world[0]) == 0.5
+
+
+def test_confidence_is_lowered_by_the_chance_that_standard_deviations_leave():
+    c = torch.zeros(3, dtype=torch.float64)
+
+    def sure(sigma_m: float, sigma_deg: float) -> float:
+        return _within(Estimate(torch.eye(3).double(), c, "pnp", 99, sigma_m, sigma_deg, 1.0))
+
+    assert sure(0.25, 0.1) == sure(0.01, 2.0) == pytest.approx(0.6827, abs=1e-4)  # one of a normal's
+    assert sure(0.125, 0.1) == pytest.approx(0.9545, abs=1e-4)
+    assert sure(math.inf, 0.1) == 0 and sure(0.0, 0.0) == 1
 
 
 def test_no_answer_is_more_confident_than_the_scene_is_trusted(random_world, random_poses):
