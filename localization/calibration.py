@@ -24,7 +24,7 @@ from localization.cameras import (
     project,
     rays,
 )
-from localization.lens_fit import CENTER, FOCAL, K1, PosedMatches, refined
+from localization.lens_fit import CENTER, FOCAL, K1, LENS, TALLER, PosedMatches, refined
 from localization.matching import View
 from localization.posed_pairs import StillCells, matched_pairs
 from localization.readings import (
@@ -232,15 +232,13 @@ def calibrate(
     with_pose = poses[1].isfinite().all(1)
     everything, pairs = (p.select(with_pose[p.a] & with_pose[p.b]) for p in (everything, pairs))
     lens = PosedMatches(pairs, *relative(poses, poses, pairs), judge.limit)
-    start = torch.tensor([np.log(prior), 0.0, 0.0, 0.0], dtype=torch.float64)
-    steps = [] if focal_known else [FOCAL]
+    start = _zoomed(np.log(prior))
+    steps = [] if focal_known else [FOCAL, TALLER]
     steps += [CENTER] if one_size.enough() and not focal_known else []
     steps += [K1] if not camera.k1 else []
     found = refined(lens, start, read.focal, steps) if pairs.enough() else start
     if source == "guess" and found[0] == start[0]:
-        found = found + torch.tensor(
-            [np.log(read.focal / prior), 0.0, 0.0, 0.0], dtype=torch.float64
-        )
+        found = found + _zoomed(np.log(read.focal / prior))
     cameras = {size: _camera(camera, found)}
     for other in sorted(set(sizes) - {size}) if pairs.enough() else ():
         own = torch.tensor([s == other for s in sizes], dtype=torch.bool, device=device)
@@ -249,7 +247,7 @@ def calibrate(
         theirs = PosedMatches(
             near, *relative(poses, poses, near), judge.limit, found, own[near.a], own[near.b]
         )
-        scan = [found + torch.tensor([z, 0.0, 0.0, 0.0], dtype=torch.float64) for z in _ZOOMS]
+        scan = [found + _zoomed(z) for z in _ZOOMS]
         focal = float(max(scan, key=theirs.score)[0].exp())
         cameras[other] = _camera(
             camera_for(camera, *other), refined(theirs, found, focal, [FOCAL, CENTER])
@@ -402,12 +400,16 @@ def _decide(judge: Judge, read: Reading, given: Convention | None) -> tuple[Read
     return read, "prior" if chosen == TARTANAIR else "guess"
 
 
+def _zoomed(log_f: float) -> Tensor:
+    """A lens (LENS,) of this focal length, else as the prior camera's."""
+    return torch.tensor([log_f, *[0.0] * (LENS - 1)], dtype=torch.float64)
+
+
 def _camera(prior: Camera, lens: Tensor) -> Camera:
-    """The camera of a lens (log f, dx, dy, k1) in longer image sides, relative to the prior
-    camera.
-    """
-    log_f, dx, dy, k1 = lens.tolist()
+    """The camera of a lens (LENS,) in longer image sides, relative to the prior camera."""
+    log_f, dx, dy, k1, taller = lens.tolist()
     side, aspect = max(prior.width, prior.height), prior.fy / prior.fx
     fx = side * float(np.exp(log_f))
+    fy = fx * aspect * float(np.exp(taller))
     cx, cy = prior.cx + dx * side, prior.cy + dy * side * aspect
-    return replace(prior, fx=fx, fy=fx * aspect, cx=cx, cy=cy, k1=prior.k1 + k1)
+    return replace(prior, fx=fx, fy=fy, cx=cx, cy=cy, k1=prior.k1 + k1)

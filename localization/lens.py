@@ -18,9 +18,11 @@ from localization.search import MANY_TRACKS, Answer, Estimate, Search, poses_of
 # many sigmas; the center is looked at with so many tracks; it is refined in so many rounds, or
 # until it stays within a share.
 SAME_LENS, SAME_LENS_SIGMA, LENS_ROUNDS, LENS_STAYS = 0.02, 4.0, 6, 0.003
-# It is the query's own if it is so far off and explains so many times as much; if it is only off,
-# the answer is in doubt.
-OTHER_LENS, OWN_SCORE = 0.05, 1.15
+# Matches with points, below which no lens is looked for.
+MIN_POINTS = 12
+# It is the query's own if it is so far off and has so many times the tracks and what they explain,
+# multiplied; if it is only off, or explains so many times as much, the answer is in doubt.
+OTHER_LENS, OWN_SCORE, DOUBTFUL_SCORE = 0.05, 1.4, 1.15
 # Errors of points, which come from index poses, act together on a lens: by so much more it errs than
 # if each were on its own.
 OWN_SIGMA = 3.0
@@ -43,7 +45,7 @@ def with_own_lens(
     The lens is refined beside the answer's pose; where it is not the given one, or the answer is
     not sure or rests on little, the query is searched for with the lenses that its matches suggest.
     """
-    if search.query.lens_is_sure:
+    if search.query.lens_is_sure or int(search.evidence.has_point.sum()) < MIN_POINTS:
         return answer and answer.estimate
     off, given = False, search.query.camera
     if answer is not None:
@@ -57,13 +59,15 @@ def with_own_lens(
             return _with_lens(answer.estimate, search, given)
         off = off and answer.polished.tracks >= MANY_TRACKS and float(change.max()) > OTHER_LENS
     best, least = answer, _explained(search, answer.polished) if answer else 0.0
+    most = least * answer.polished.tracks if answer else 0.0
     for start in _likely_lenses(search, answer, generator):
         other = _searched_with(search, start)
         if other is None or _off(search.query.camera, other.polished.camera) < OTHER_LENS:
             continue
-        if (explained := _explained(search, other.polished)) > OWN_SCORE * least:
-            off, least = True, explained
-            best = other if other.polished.tracks >= MANY_TRACKS else best
+        tracks, explained = other.polished.tracks, _explained(search, other.polished)
+        off = off or explained > DOUBTFUL_SCORE * least
+        if tracks >= MANY_TRACKS and tracks * explained > OWN_SCORE * most:
+            best, most = other, tracks * explained
     if best is None:
         return None
     estimate = best.estimate
@@ -78,6 +82,7 @@ def with_own_lens(
 
 
 def _with_lens(estimate: Estimate, search: Search, given: Camera) -> Estimate:
+    """The estimate with the lens that was searched with, if that is not the given one."""
     camera = search.query.camera
     return estimate if camera == given else replace(estimate, camera=camera)
 

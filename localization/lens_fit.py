@@ -1,4 +1,5 @@
-"""The lens of posed images from their matches: focal length, principal point and one radial term.
+"""The lens of posed images from their matches: focal length, its ratio in y and x, principal point and one
+radial term.
 
 Each is freed only as far as the data bear it, and beside the errors of the reference poses.
 """
@@ -14,6 +15,8 @@ from localization.cameras import undistorted
 from localization.posed_pairs import MIN_MATCHES, PosedPairs
 from localization.readings import SAMPSON_PX, as_rays, gains, sampson, sampson_by_pose
 
+# Parameters of a lens.
+LENS = 5
 # A parameter of the lens is freed when it is so many sigmas off.
 _SIGNIFICANT = 4.0
 
@@ -22,8 +25,9 @@ _SIGNIFICANT = 4.0
 class PosedMatches:
     """Matched pairs of known relative poses, by which a lens is judged.
 
-    A lens is (log f, dx, dy, k1), a tensor (4,): focal length, shift of the principal point, both
-    in longer image sides, radial distortion. Of pairs of images with two lenses, own_a, own_b
+    A lens is (log f, dx, dy, k1, log a), a tensor (LENS,): focal length, shift of the principal
+    point, both in longer image sides, radial distortion, the factor a of the ratio of fy to fx. Of
+    pairs of images with two lenses, own_a, own_b
     (P,) say which side has the one in question; the other has `rest`.
     """
 
@@ -42,15 +46,11 @@ class PosedMatches:
         )
 
     def _side(self, uv: Tensor, lens: Tensor, own: Tensor | None) -> Tensor:
-        parameters = lens.to(uv.device).expand(len(uv), 4)
+        parameters = lens.to(uv.device).expand(len(uv), LENS)
         if own is not None:
             parameters = torch.where(own[:, None], parameters, self.rest.to(uv.device))
-        log_f, shift, k1 = (
-            parameters[:, None, :1],
-            parameters[:, None, 1:3],
-            parameters[:, None, 3:],
-        )
-        xy = (uv - shift) / log_f.exp()
+        log_f, shift, k1, taller = parameters[:, None].split([1, 2, 1, 1], dim=-1)
+        xy = (uv - shift) / torch.cat([log_f, log_f + taller], dim=-1).exp()
         xy = undistorted(xy, k1, 0.0) if bool(k1.any()) else xy
         return as_rays(xy, 1.0)
 
@@ -102,8 +102,9 @@ class Step:
     stays: float = 1.0
 
 
-FOCAL, CENTER, K1 = (
+FOCAL, TALLER, CENTER, K1 = (
     Step([0], [], stays=0.98),
+    Step([4], [0], least=0.01, stays=0.98),
     Step([1, 2], [0], least=0.002),
     Step([3], [0, 1, 2], least=0.01),
 )
@@ -121,6 +122,9 @@ def refined(lens: PosedMatches, start: Tensor, focal: float, steps: list[Step]) 
         begin = best.clone()
         if step is FOCAL:
             begin[0] = np.log(focal)
+        if step is TALLER:
+            shapes = [begin + torch.tensor([0, 0, 0, 0, shape]) for shape in _SHAPES]
+            begin = max(shapes, key=lens.score)
         beside = step.beside + step.parameters
         found, sigma = _gauss_newton(lens, begin, beside)
         off, sigma = (found - best)[step.parameters].abs(), sigma[len(step.beside) :]
@@ -137,12 +141,14 @@ def refined(lens: PosedMatches, start: Tensor, focal: float, steps: list[Step]) 
 # Gauss-Newton: matches of a pair, most steps, the longest and the shortest, difference for
 # derivatives.
 _REFINED_MATCHES, _STEPS, _LONGEST, _SHORTEST, _DELTA = 150, 20, 0.1, 1e-4, 1e-5
+# Where the ratio of fy to fx may begin, in logs.
+_SHAPES = (0.0, -0.3, -0.2, -0.1, 0.1, 0.2, 0.3)
 # First guess of the errors of relative rotations and directions in radians.
 _POSE_SIGMA = 0.005
 
 
 def _gauss_newton(lens: PosedMatches, start: Tensor, free: list[int]) -> tuple[Tensor, Tensor]:
-    """The lens (4,) after robust steps in the free parameters, and their standard deviations.
+    """The lens (LENS,) after robust steps in the free parameters, and their standard deviations.
 
     Cauchy weights on the Sampson distances of the inliers. The reference poses have errors of
     their own, common to all matches of a pair: its relative pose moves along, held by a prior as

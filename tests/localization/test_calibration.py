@@ -133,6 +133,19 @@ def test_unequal_focal_lengths_of_a_known_lens_are_kept_to(scene):
     assert found.camera == wide and found.explained > 0.9
 
 
+@pytest.mark.parametrize("taller", [0.75, 1.2])
+def test_unequal_focal_lengths_of_an_unknown_lens_are_found(scene, taller):
+    """As of images brought to another shape; those of a usual lens stay equal."""
+    true = Camera(400.0, 400.0 * taller, 320.0, 240.0, 640, 480)
+    views, poses = scene(71, n=12, camera=true, count=700)
+    camera = calibrate(views, written(poses)).camera
+    assert camera.fx == pytest.approx(true.fx, rel=0.01)
+    assert camera.fy == pytest.approx(true.fy, rel=0.01)
+    views, poses = scene(72, n=12, camera=replace(true, fy=true.fx), count=700)
+    camera = calibrate(views, written(poses)).camera
+    assert camera.fx == camera.fy == pytest.approx(true.fx, rel=0.01)
+
+
 @pytest.mark.parametrize("seed", [30, 35])
 def test_noisy_reference_poses_do_not_draw_the_lens_off(scene, seed):
     """Index poses err by 1 % of the depth and half a degree, alike in all matches of an image."""
