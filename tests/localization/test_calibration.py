@@ -133,10 +133,9 @@ def test_unequal_focal_lengths_of_a_known_lens_are_kept_to(scene):
     assert found.camera == wide and found.explained > 0.9
 
 
-@pytest.mark.parametrize("taller", [0.75, 1.2])
-def test_unequal_focal_lengths_of_an_unknown_lens_are_found(scene, taller):
+def test_unequal_focal_lengths_of_an_unknown_lens_are_found(scene):
     """As of images brought to another shape; those of a usual lens stay equal."""
-    true = Camera(400.0, 400.0 * taller, 320.0, 240.0, 640, 480)
+    true = Camera(400.0, 300.0, 320.0, 240.0, 640, 480)
     views, poses = scene(71, n=12, camera=true, count=700)
     camera = calibrate(views, written(poses)).camera
     assert camera.fx == pytest.approx(true.fx, rel=0.01)
