@@ -14,9 +14,8 @@ from localization.joint import LENS, Polished, Tracks, refine_with_points
 from localization.scoring import Evidence, epipolar_scores
 from localization.search import MANY_TRACKS, Answer, Estimate, Search, poses_of
 
-# A lens is another one when its focal length (or its center, over that) is off by so much and by so
-# many sigmas; the center is looked at with so many tracks; it is refined in so many rounds, or
-# until it stays within a share.
+# A lens is another one when it is off by so much (`_lens_change`) and by so many sigmas; it is refined
+# in so many rounds, or until it stays.
 SAME_LENS, SAME_LENS_SIGMA, LENS_ROUNDS, LENS_STAYS = 0.02, 4.0, 6, 0.003
 # Matches with points, below which no lens is looked for.
 MIN_POINTS = 12
@@ -43,7 +42,7 @@ def with_own_lens(
     more.
 
     The lens is refined beside the answer's pose; where it is not the given one, or the answer is
-    not sure or rests on little, the query is searched for with the lenses that its matches suggest.
+    not settled, the query is searched for with the lenses that its matches suggest.
     """
     if search.query.lens_is_sure or int(search.evidence.has_point.sum()) < MIN_POINTS:
         return answer and answer.estimate

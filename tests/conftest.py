@@ -14,6 +14,11 @@ from model import WARNINGS, NetVLADModel, calibrate_trunk, initialize_netvlad
 from tests.pittsburgh import write_pittsburgh
 
 
+def pytest_collection_modifyitems(items):
+    """What one process has to do alone comes first, so that none waits for it in the end."""
+    items.sort(key=lambda item: item.get_closest_marker("xdist_group") is None)
+
+
 @pytest.fixture(autouse=True)
 def unsaid():
     """No warning was said before a test, or before what a module's tests share, so that it is said again."""
