@@ -19,8 +19,8 @@ from localization.search import MANY_TRACKS, Answer, Estimate, Search, poses_of
 SAME_LENS, SAME_LENS_SIGMA, LENS_ROUNDS, LENS_STAYS = 0.02, 4.0, 6, 0.003
 # Matches with points, below which no lens is looked for.
 MIN_POINTS = 12
-# It is the query's own if it is so far off and has so many times the tracks and what they explain,
-# multiplied; if it is only off, or explains so many times as much, the answer is in doubt.
+# Where one so far off explains so many times as much the answer is in doubt (DOUBTFUL_SCORE); with so
+# many times the tracks and what is explained, multiplied, it is the query's own (OWN_SCORE).
 OTHER_LENS, OWN_SCORE, DOUBTFUL_SCORE = 0.05, 1.4, 1.15
 # Errors of points, which come from index poses, act together on a lens: by so much more it errs than
 # if each were on its own.
@@ -64,7 +64,9 @@ def with_own_lens(
         if other is None or _off(search.query.camera, other.polished.camera) < OTHER_LENS:
             continue
         tracks, explained = other.polished.tracks, _explained(search, other.polished)
-        off = off or explained > DOUBTFUL_SCORE * least
+        if explained <= DOUBTFUL_SCORE * least:
+            continue
+        off = True
         if tracks >= MANY_TRACKS and tracks * explained > OWN_SCORE * most:
             best, most = other, tracks * explained
     if best is None:
