@@ -13,7 +13,7 @@ from torch import Tensor
 
 from localization.hypotheses import MATCH_RATIO, Bearing, find_bearings
 from localization.matching import View
-from localization.relative_pose import scale_from_other_views
+from localization.relative_scale import scale_from_other_views
 from localization.scoring import SAMPSON_PX, Evidence, epipolar_scores
 
 ESSENTIAL_IMAGES, ESSENTIAL_SAMPLES = 8, 1000

@@ -12,8 +12,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from localization.absolute_pose import draw_samples, p3p, refine_pose, score_poses, squared_errors
+from localization.absolute_pose import draw_samples, refine_pose, score_poses, squared_errors
 from localization.matching import View
+from localization.p3p import p3p
 from localization.relative_pose import RelativePose, essential_ransac, query_in_world
 from localization.scoring import SAMPSON_PX, Evidence
 

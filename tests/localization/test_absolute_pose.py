@@ -8,13 +8,13 @@ import pytest
 import torch
 
 from localization.absolute_pose import (
-    p3p,
     pose_deviation,
     refine_pose,
     rotation_from_vector,
     score_poses,
     squared_errors,
 )
+from localization.p3p import p3p
 
 FOCAL_PX = 320.0
 F64 = torch.float64

@@ -18,9 +18,9 @@ from localization.relative_pose import (
     query_in_world,
     refine_relative_pose,
     sampson_squared,
-    scale_from_other_views,
     score_essentials,
 )
+from localization.relative_scale import scale_from_other_views
 
 FOCAL_PX = 320.0
 F64 = torch.float64
