@@ -249,7 +249,9 @@ def _where_images_are(images: ImageListDataset, root: Path) -> str:
     sentence = f"{count} are missing, the first is "
     if not _PATH.match(path.name):
         return f"{sentence}{str(path)!r}: write the path of one image a line."
-    deeper = next(root.rglob(glob.escape(path.name)), None)
+    found = root.rglob(glob.escape(path.name))  # first where folders have its folder's name
+    folder = path.parent.name
+    deeper = min(found, key=lambda p: (folder not in p.relative_to(root).parts, p), default=None)
     mend = f"it is at {deeper}: move" if deeper else "unpack"
     return f"{sentence}{path}; {mend} the archive's images to where the list says."
 

@@ -1,6 +1,6 @@
 """Pittsburgh-sized random data on a GPU: seconds of each phase, share of the card's peak, bf16 and float32.
 
-    python tests/bench/gpu.py FOLDER [--places 417] [--steps 100] [--device cuda]
+    python tests/bench/gpu.py FOLDER [--places 417] [--steps 100] [--precisions auto]
 
 Run by hand. FOLDER gets the images, 24 views at each place and 18 queries beside it, unless it has them.
 The peak is what a product of two matrices of SIDE x SIDE reaches here in the same precision; shares count
@@ -94,7 +94,7 @@ def measure(data: LoadDataset, precision: str, device: torch.device, steps: int)
     model.to(device)
     calibrate_trunk(model, torch.stack([data.index[i][0] for i in range(16)]).to(device))
     initialize_netvlad(model, [torch.stack([data.index[i][0] for i in range(32)])], device)
-    flops, frozen = (flops_of(work, data.index[0][0]) for work in (model, model.frozen_part))
+    flops, frozen = (flops_of(work, data.index[0][0].to(device)) for work in (model, model.frozen_part))
     inputs = Inputs(model, [data.queries, data.index], device, Store(Path("."), device=device))
 
     def say(what: str, took: float, images: int = 0, each: float = 0.0) -> None:
@@ -144,6 +144,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--places", type=int, default=417)
     parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--precisions", nargs="+", default=["auto", "float32"])
     parser.add_argument("--device", default="auto")
     args = parser.parse_args()
     device = choose_device(args.device)
@@ -152,7 +153,7 @@ def main() -> None:
     data = read_split(args.folder, "train")
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "the processor"
     print(f"{name}, {usable_cores()} cores; {len(data)} queries, {len(data.index)} index images")
-    for precision in ("auto", "float32"):
+    for precision in args.precisions:
         measure(data, precision, device, args.steps)
 
 
