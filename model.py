@@ -91,6 +91,7 @@ class NetVLAD(nn.Module):
                 f"{len(descriptors)} local descriptors cannot be clustered into {num_clusters}: "
                 "give more images or fewer --clusters."
             )
+        descriptors = descriptors.cpu()  # where sums have one order, so that a seed has one outcome
         centers = kmeans(descriptors, num_clusters, seed)
         weights, alpha = F.normalize(centers, dim=1), 1.0
         if num_clusters > 1:
@@ -450,7 +451,7 @@ def initialize_netvlad(
 
 
 def kmeans(x: Tensor, k: int, seed: int = 0) -> Tensor:
-    """Lloyd's algorithm from a greedy k-means++ start. x (n, D) -> centers (k, D)."""
+    """Lloyd's algorithm from a greedy k-means++ start. x (n, D), on the processor -> centers (k, D)."""
     generator = torch.Generator().manual_seed(seed)
     centers = _kmeans_seeds(x, k, generator)
     squares = x.square().sum(dim=1)
@@ -476,9 +477,9 @@ def _kmeans_seeds(x: Tensor, k: int, generator: torch.Generator) -> Tensor:
     chosen = [first]
     distance = (x - x[first]).square().sum(dim=1)
     for _ in range(1, k):
-        cumulative = distance.cpu().double().cumsum(0)  # Apple GPUs know no float64
+        cumulative = distance.double().cumsum(0)
         spots = torch.rand(draws, generator=generator, dtype=torch.float64) * cumulative[-1]
-        candidates = torch.searchsorted(cumulative, spots).clamp(max=len(x) - 1).to(x.device)
+        candidates = torch.searchsorted(cumulative, spots).clamp(max=len(x) - 1)
         to_candidates = torch.cdist(x[candidates], x).square()  # (draws, n)
         remaining = torch.minimum(to_candidates, distance)
         best = int(remaining.sum(dim=1).argmin())
@@ -532,9 +533,9 @@ def choose_device(name: str) -> torch.device:
     """The device for --device auto, cpu, cuda, cuda:N or mps; InputError if it is not there.
 
     auto is cuda where there is one, else cpu: Apple's GPUs are for who asks for them. On a CUDA GPU
-    convolutions are tuned for the sizes that come, which hardly vary.
+    convolutions are computed in one way, so that a run that goes on ends as an unbroken one.
     """
-    torch.backends.cudnn.benchmark = True
+    torch.backends.cudnn.deterministic = True
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     kind, _, number = name.partition(":")
