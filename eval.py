@@ -50,7 +50,7 @@ FULL_SCALES = (1, 255, 1023, 4095, 16383, 65535)  # of floats; of 8, 10, 12, 14 
 def transform_to(size: int) -> Callable[[Image.Image], torch.Tensor]:
     """What makes of an RGB image the network's input (3, size, size)."""
     steps = [transforms.Resize((size, size)), transforms.ToTensor()]
-    return transforms.Compose([*steps, transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD)])
+    return transforms.Compose([*steps, transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD, inplace=True)])
 
 
 TRANSFORM = transform_to(IMAGE_SIZE)
@@ -106,12 +106,8 @@ def to_8_bit(values: np.ndarray) -> np.ndarray:
 def read_batches(
     read: Callable[[int], tuple], batches: Iterable[Sequence[int]]
 ) -> Iterator[list[tuple]]:
-    """The items `read(row)` of each batch of rows, in order, read by threads two batches ahead.
-
-    They compute with one thread each: on many cores they would be in each other's way.
-    """
-    threads = torch.get_num_threads()
-    with ThreadPoolExecutor(usable_cores(), initializer=torch.set_num_threads, initargs=(1,)) as pool:
+    """The items `read(row)` of each batch of rows, in order, read by threads two batches ahead."""
+    with ThreadPoolExecutor(usable_cores()) as pool:
         ahead: deque = deque()
         try:
             for rows in batches:
@@ -123,7 +119,6 @@ def read_batches(
         finally:  # what nobody will ask for any more need not be read
             for item in (item for items in ahead for item in items):
                 item.cancel()
-            torch.set_num_threads(threads)  # threads started later take what was set last
 
 
 def describe(model: nn.Module, inputs: torch.Tensor, device: torch.device) -> torch.Tensor:

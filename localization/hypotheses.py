@@ -240,20 +240,3 @@ def bearing_hypotheses(
         center = views[b.view].c_world + away_m[:, None] * b.direction
         found.append(Hypotheses(b.R_world_from_cam.T.expand(len(center), 3, 3), center))
     return Hypotheses(*(torch.cat(part) for part in zip(*(vars(h).values() for h in found))))
-
-
-def shifted_hypotheses(
-    R_cam_from_world: Tensor, c_world: Tensor, turn_deg: float, least_m: float
-) -> Hypotheses:
-    """Each of h poses (h, 3, 3), (h, 3) moved by the offsets between any two, with its own
-    rotation.
-
-    Tiles repeat at equal distances: where poses one and two tiles off were found, the right one,
-    found by no search because few images show its place, lies one more step away. Offsets count
-    between poses turned by less than turn_deg to each other, if longer than least_m.
-    """
-    cosine = (torch.einsum("aij,bij->ab", R_cam_from_world, R_cam_from_world) - 1) / 2
-    offset = c_world[:, None] - c_world
-    used = (cosine >= math.cos(math.radians(turn_deg))) & (offset.norm(dim=2) > least_m)
-    moved = (c_world[:, None] + offset[used]).flatten(0, 1)
-    return Hypotheses(R_cam_from_world.repeat_interleave(int(used.sum()), dim=0), moved)

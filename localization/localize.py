@@ -1,12 +1,12 @@
 """Queries in, poses out: the table of contents of the localization.
 
-The index images of one world are matched with each other and triangulated once. Each query is
-matched with its most similar index images, P3P gives hypotheses, one score judges them, the best
-are refined and polished, and the answer is chosen by how far its score is what is to be expected
-there. A query that is an index image has its pose. Some index images, left out, are located first: the map tests itself. Only a query that stays
-unsure is searched further: with each index image alone, one step of what repeats away, with another
-lens. Sure queries then serve as index images for the rest. What is never sure is answered by the
-pose of least expected error, and every answer names its method.
+The index images of one world are matched with each other and triangulated once; some, left out, are
+located first: the map tests itself. Each query is matched with its most similar index images, P3P
+gives hypotheses, one score judges them, the best are refined and polished, and the answer is chosen
+by how far its score is what is to be expected there. A query that is an index image has its pose.
+Only a query that stays unsure is searched further: with each index image alone, with another lens.
+Sure queries then serve as index images for the rest. What is never sure is answered by the pose of
+least expected error, and every answer names its method.
 """
 
 import itertools
@@ -28,7 +28,6 @@ from localization.scoring import Evidence
 from localization.search import (
     POLISHED,
     REFINED,
-    SHIFTED_PROMISING,
     SURE,
     Estimate,
     Search,
@@ -204,7 +203,6 @@ def _locate(
             search = Search(query, index, order, evidence, search.refined)
             search.add(pooled_hypotheses(evidence, generator), REFINED, POLISHED)
         search.add(image_hypotheses(evidence, order, generator), REFINED, POLISHED)
-        search.add(search.shifted(), REFINED, POLISHED, SHIFTED_PROMISING)
         answer = search.best()
     estimate = with_own_lens(search, answer, generator)
     if estimate is not None and estimate.confidence >= SURE:

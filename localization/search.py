@@ -14,7 +14,6 @@ from localization.hypotheses import (
     Hypotheses,
     bearing_hypotheses,
     pooled_hypotheses,
-    shifted_hypotheses,
 )
 from localization.joint import Polished
 from localization.map import SAME_MODE_DEG, SAME_PLACE_DEG, Map
@@ -32,9 +31,8 @@ from localization.tracks import polish
 # Hypotheses refined and modes polished, at most: at first, and where that left doubt.
 QUICK_REFINED, QUICK_POLISHED = 3, 2
 REFINED, POLISHED = 8, 4
-# A hypothesis that scores less than this share of the best is not refined; one computed from others
-# is rougher.
-PROMISING, SHIFTED_PROMISING = 0.4, 0.25
+# A hypothesis that scores less than this share of the best is not refined.
+PROMISING = 0.4
 # A mode that explains less than this share of the best after refinement is not polished at first.
 # Where that leaves doubt it may be the right one yet: aliases beside index views explain more.
 RIVAL = 0.5
@@ -106,7 +104,6 @@ class Search:
         more: Hypotheses,
         most: int,
         modes: int,
-        promising: float = PROMISING,
         rival: float = 0.0,
     ) -> None:
         """Refine the new among the promising of more hypotheses, at most so many; polish the best
@@ -117,7 +114,7 @@ class Search:
         new = []
         for i in _distinct(more, scores, self.index.same_m, most):
             R, c = more.R_cam_from_world[i], more.c_world[i]
-            if float(scores[i]) >= promising * best and not bool(
+            if float(scores[i]) >= PROMISING * best and not bool(
                 _near(known, R, c, self.index.same_m).any()
             ):
                 new.append(i)
@@ -164,14 +161,6 @@ class Search:
     def _polish(self, R: Tensor, c: Tensor, *, with_single: bool = False) -> None:
         of = (self.query, self.index.views, self.order, self.map, self.evidence)
         self.polished += filter(None, [polish(*of, R, c, with_single=with_single)])
-
-    def shifted(self) -> Hypotheses:
-        """What the offsets between refined hypotheses lead to."""
-        poses = poses_of(self.refined)
-        modes = poses.select(_distinct(poses, self._scores(poses), self.index.same_m, REFINED))
-        return shifted_hypotheses(
-            modes.R_cam_from_world, modes.c_world, SAME_MODE_DEG, 2 * self.index.same_m
-        )
 
     def best(self) -> Answer | None:
         """The answer from the polished poses, whose errors are those of the matches; None if there

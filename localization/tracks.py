@@ -22,7 +22,6 @@ GUIDED_PX, GUIDED_SIMILARITY, GUIDED_DROP = 4.0, 0.85, 0.05
 # for less.
 NOISE_OF_SCALE, GUIDED_NOISE = 0.5, 4.0
 MIN_TRACKS = 6
-ROUNDS = 2
 
 
 @dataclass(frozen=True)
@@ -51,27 +50,22 @@ def polish(
     *,
     with_single: bool = False,
 ) -> Polished | None:
-    """The pose refined on its tracks, which are built anew each round; None if there are too few.
+    """The pose refined on its tracks; None if there are too few.
 
     order: the index views that count; with_single: distinct matches without points count too.
     """
     cameras = cameras_of([views[i] for i in order])
     column = torch.full((len(views),), -1)
     column[torch.tensor(order)] = torch.arange(len(order))
-    result = None
-    for _ in range(ROUNDS):
-        seen = _observe(query, column, points, evidence, R, c)
-        keypoint, position, covariance = _triangulate(cameras, seen)
-        if len(keypoint) < MIN_TRACKS:
-            return result
-        noise = query.features.scale_px[keypoint].double() * NOISE_OF_SCALE
-        noise = torch.where(seen.by_descriptor[keypoint], noise, GUIDED_NOISE * noise)
-        xy = query.features.xy_px[keypoint].double()
-        single = evidence.select(_single(seen, keypoint, evidence)) if with_single else None
-        tracks = Tracks(xy, position, covariance, noise, single)
-        result = refine_with_points(query.camera, R, c, tracks)
-        R, c = result.R_cam_from_world, result.c_world
-    return result
+    seen = _observe(query, column, points, evidence, R, c)
+    keypoint, position, covariance = _triangulate(cameras, seen)
+    if len(keypoint) < MIN_TRACKS:
+        return None
+    noise = query.features.scale_px[keypoint].double() * NOISE_OF_SCALE
+    noise = torch.where(seen.by_descriptor[keypoint], noise, GUIDED_NOISE * noise)
+    xy = query.features.xy_px[keypoint].double()
+    single = evidence.select(_single(seen, keypoint, evidence)) if with_single else None
+    return refine_with_points(query.camera, R, c, Tracks(xy, position, covariance, noise, single))
 
 
 def _observe(

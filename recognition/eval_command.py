@@ -47,6 +47,7 @@ from recognition.inference import (
     Pca,
     Pipeline,
     describe_images,
+    for_inference,
     rank,
     unit,
 )
@@ -123,7 +124,7 @@ def evaluate(
     report_split(name, split, max(args.recall_values))
     split.index.transform = framing(args.resize)
     split.queries.transform = framing(args.resize, args.test_method)
-    pipeline, store = Pipeline(model, args.scales), Store(run)
+    pipeline, store = Pipeline(for_inference(model, device), args.scales), Store(run)
     index = describe_images(pipeline, split.index, device, store, args.infer_batch_size)[:, :, 0]
     batch = 1 if args.test_method == "single_query" else args.infer_batch_size
     crops = 5 if args.test_method in OF_CROPS else 1
@@ -346,6 +347,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 print(f"Written: {args.export}.")
                 return 0
             if args.query:
+                model = for_inference(model, choose_device(args.device))
                 searched = ready_to_search(Combined(model, args.scales), args.resize)
                 eval.search_folder(args, lambda: searched)
                 return 0

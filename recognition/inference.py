@@ -3,6 +3,8 @@
 Definitions: deep-visual-geo-localization-benchmark (Berton et al., CVPR 2022), test.py.
 """
 
+import copy
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,11 +14,19 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.utils.data import Dataset, Subset
 from torchvision.transforms import functional as tvf
 
 from eval import compute_embeddings, load_image, search
-from model import IMAGE_CHANNELS, IMAGENET_MEAN, IMAGENET_STD, InputError
+from model import (
+    IMAGE_CHANNELS,
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    DescriptorModel,
+    InputError,
+    half_type,
+)
 from training.inputs import Store
 
 METHODS = (
@@ -55,7 +65,8 @@ def transform_for(method: str, size: tuple[int, int]) -> Callable[[Image.Image],
         return tvf.resize(image, [side])
 
     def transform(image: Image.Image) -> Tensor:
-        tensor = tvf.normalize(tvf.to_tensor(shrunk(image)), IMAGENET_MEAN, IMAGENET_STD)
+        tensor = tvf.to_tensor(shrunk(image))
+        tvf.normalize(tensor, IMAGENET_MEAN, IMAGENET_STD, inplace=True)
         return torch.cat(tvf.five_crop(tensor, [side])) if method in OF_CROPS else tensor
 
     return transform
@@ -74,6 +85,25 @@ class Plain(Dataset):
 
     def __getitem__(self, i: int) -> tuple:
         return self.transform(load_image(self.paths[i], self.at_least)), i, str(self.paths[i])
+
+
+def for_inference(model: DescriptorModel, device: torch.device | str) -> DescriptorModel:
+    """A copy whose descriptors are those of the model, up to rounding, and cost less; no more to be trained.
+
+    A BatchNorm that follows a convolution is part of it, and the trunk's weights are kept in what
+    `device` computes in, else they are converted for every batch.
+    """
+    model = copy.deepcopy(model).eval()
+    for module in model.trunk.modules():
+        children = list(module.named_children())
+        for (name, convolution), (next_name, norm) in itertools.pairwise(children):
+            if isinstance(convolution, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
+                setattr(module, name, fuse_conv_bn_eval(convolution, norm))
+                setattr(module, next_name, nn.Identity())
+    for module in model.trunk.modules():
+        if isinstance(module, (nn.Conv2d, nn.Linear)):
+            module.to(half_type(device, model.precision))
+    return model
 
 
 class Pipeline(nn.Module):

@@ -16,7 +16,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from eval import compute_embeddings
-from recognition.inference import Plain, transform_for
+from recognition.inference import Plain, for_inference, transform_for
 from recognition.recipes import build_model
 
 BATCH, SIZE = 16, (480, 640)
@@ -35,6 +35,7 @@ def main() -> None:
     paths = sorted(args.folder.rglob("*.jpg"))[: args.images]
     files = Plain(paths, transform_for("hard_resize", SIZE), max(SIZE))
     model = build_model(SETTINGS).to(memory_format=torch.channels_last).eval()
+    ready = for_inference(model, "cpu")
     images = torch.zeros(BATCH, 3, *SIZE).contiguous(memory_format=torch.channels_last)
 
     def bare() -> None:
@@ -44,7 +45,7 @@ def main() -> None:
 
     contestants = {
         "bare trunk": bare,
-        "JPEG to descriptor": lambda: compute_embeddings(model, files, "cpu", BATCH),
+        "JPEG to descriptor": lambda: compute_embeddings(ready, files, "cpu", BATCH),
     }
     best = dict.fromkeys(contestants, 0.0)
     bare()

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from recognition.inference import for_inference
 from recognition.multi_similarity import MultiSimilarity, multi_similarity
 from recognition.recipes import RECIPES, build_model
 from recognition.vit import PATCH_PX, SIZES
@@ -79,11 +80,12 @@ def main() -> None:
     objective = MultiSimilarity()
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], RATE)
 
+    ready = for_inference(model, CPU)
+
     @torch.inference_mode()
     def describe() -> None:
-        model.eval()
-        with model.autocast(CPU):
-            model(images)
+        with ready.autocast(CPU):
+            ready(images)
 
     def step() -> None:
         model.train()

@@ -17,12 +17,14 @@ from recognition.inference import (
     Pca,
     Pipeline,
     describe_images,
+    for_inference,
     merge_crops,
     rank,
     transform_for,
     unit,
     vote,
 )
+from recognition.recipes import build_model
 from recognition.reranking import (
     components,
     count_inliers,
@@ -185,6 +187,29 @@ def test_scales_are_resized_images_and_their_normalized_mean():
     plain = Pipeline(model)
     assert torch.allclose(plain(crops).view(2, 5, 4)[1, 2], model(crops[1, 6:9][None])[0])
     assert plain.variants == [""] and torch.equal(plain(x), F.normalize(model(x), dim=1))
+
+
+def test_the_copy_for_inference_describes_as_the_model_does():
+    torch.manual_seed(0)
+    images = torch.randn(2, 3, 70, 70)
+    for backbone in ("resnet18conv4", "resnet50conv5", "EfficientNet_B0", "vgg16", "dinov2_vits14"):
+        model = build_model({"backbone": backbone, "aggregation": "gem"}, "random").eval()
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.running_mean.normal_(0, 0.1)
+                module.running_var.uniform_(0.5, 2)
+        before = {k: v.clone() for k, v in model.state_dict().items()}
+        for precision, close in (("float32", 1e-5), ("bf16", 0)):
+            model.precision = precision
+            ready = for_inference(model, "cpu")
+            with torch.inference_mode(), model.autocast("cpu"):
+                mine, theirs = ready(images), model(images)
+            if precision == "bf16" and len(before) != len(ready.state_dict()):  # folded, rounded anew
+                assert float((mine * theirs).sum(1).min()) > 0.99
+            else:
+                torch.testing.assert_close(mine, theirs, atol=close, rtol=0)
+            assert not any(isinstance(module, nn.BatchNorm2d) for module in ready.modules())
+        assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
 
 @pytest.mark.parametrize("whiten", [False, True])
