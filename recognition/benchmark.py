@@ -76,6 +76,9 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
     option("--negs_num_per_query", type=positive, default=10, help="default: 10")
     option("--neg_samples_num", type=positive, default=1000, help="to mine in (default: 1000)")
     option("--train_positives_dist_threshold", type=above_zero, default=10.0, metavar="M")
+    option(
+        "--plain_start", action="store_true", help="keep pretrained weights as they are, as published"
+    )
     option = parser.add_argument_group("augmentation of queries").add_argument
     for name in ("brightness", "contrast", "saturation", "hue"):
         option(f"--{name}", type=float, default=0.0, help="strength, as of ColorJitter")
@@ -195,5 +198,6 @@ def prepare(
         size=tuple(args.resize),
         val_loader=RandomTriplets(val, inputs["val"], rows, args.train_batch_size, args.seed),
         kept=list(inputs.values()),
+        split=None if args.plain_start else train,
         record={"dropped_queries": tuples.dropped},
     )

@@ -40,7 +40,8 @@ class Job:
     and so on. start: the training images, of which random weights are calibrated and clusters begin.
     kept: inputs whose frozen outputs are computed once if there is room. images: numbers of training
     images, which must be the same when the run is taken up. size: height and width at which the work
-    is counted. record: more numbers for metrics.json.
+    is counted. split: places by which to choose how pretrained weights begin. record: more numbers for
+    metrics.json.
     """
 
     loader: Iterable
@@ -51,6 +52,7 @@ class Job:
     size: tuple[int, int]
     val_loader: Iterable = ()
     kept: Sequence[Inputs] = ()
+    split: FolderSplit | None = None
     record: dict = field(default_factory=dict)
 
 

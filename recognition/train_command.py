@@ -20,6 +20,7 @@ from pathlib import Path
 from types import ModuleType
 
 import torch
+from torch import nn
 
 from eval import describe
 from model import (
@@ -42,7 +43,7 @@ from recognition.flags import (
     add_training_flags,
     with_recipe,
 )
-from recognition.job import Where
+from recognition.job import Job, Where
 from recognition.optimization import make_optimizer, make_rate, make_stop
 from recognition.recipes import (
     ARCHITECTURE,
@@ -64,7 +65,7 @@ from training.distributed import (
     sum_over_processes,
 )
 from training.inputs import Inputs, Store
-from training.start import calibration_images, initialize_clusters
+from training.start import calibration_images, choose_start, initialize_clusters
 
 BEST, AVERAGED = "best_model.pth", "averaged_model.pth"
 SAVED = {"settings", "images", "model_state_dict", "origin", "training"}
@@ -164,15 +165,20 @@ def build(args: argparse.Namespace) -> DescriptorModel:
     return model
 
 
-def initialize(model: DescriptorModel, inputs: Inputs, device: torch.device, seed: int) -> None:
+def initialize(model: DescriptorModel, job: Job, device: torch.device, seed: int) -> None:
     """Calibrate random weights, and cluster local descriptors, of evenly spaced training images.
 
-    Layers whose shape depends on the size of the images are made for these.
+    Pretrained weights whose last layer is a convolution begin as ranks training queries best. Layers
+    whose shape depends on the size of the images are made for these.
     """
+    inputs = job.start
+    clustered = getattr(model.aggregation, "initialized", True)
     if not model.trunk.initialized:
         calibrate(model, calibration_images(inputs, range(len(inputs))))
+    elif job.split and not clustered and isinstance(model.trunk[-1], nn.Conv2d):
+        print(choose_start(model, job.split, device, seed))
     describe(model.eval(), inputs.take([0]), device)  # what is frozen is computed from now on
-    if not getattr(model.aggregation, "initialized", True):
+    if not clustered:
         print("- k-means of local descriptors ...", flush=True)
         initialize_clusters(model, inputs, range(len(inputs)), seed)
 
@@ -224,7 +230,7 @@ def run_training(
             f"there are {job.images}: bring back its data."
         )
     choose_kept(job.kept, store)
-    initialize(model, job.start, device, args.seed)
+    initialize(model, job, device, args.seed)
     for part in (model, job.objective.to(device)):
         share_weights(part, device)
     work = count_work(model, job.size)

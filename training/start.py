@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from dataset.folders import FolderSplit
 from dataset.lists import LoadDataset
 from eval import describe, positives_within
 from model import CALIBRATION_IMAGES, DescriptorModel, calibrate_trunk, initialize_netvlad, progress
@@ -67,7 +68,9 @@ def whiten_last(model: DescriptorModel, images: Tensor) -> None:
     last.bias.copy_(whiten @ (bias - mean))
 
 
-def choose_start(model: DescriptorModel, data: LoadDataset, device: torch.device, seed: int) -> str:
+def choose_start(
+    model: DescriptorModel, data: LoadDataset | FolderSplit, device: torch.device, seed: int
+) -> str:
     """Give the model's trunk the best of three starts; -> a line that says which, and by how much.
 
     The starts: as it is; the last convolution whitened; every convolution rescaled as random ones are
@@ -119,7 +122,7 @@ STARTS = {
 }
 
 
-def _some_places(data: LoadDataset) -> tuple[np.ndarray, np.ndarray]:
+def _some_places(data: LoadDataset | FolderSplit) -> tuple[np.ndarray, np.ndarray]:
     """Rows of queries, evenly spaced, with an index image near, and of index images near and far."""
     distance = [np.hypot(*(data.utm_index - utm).T) for utm in data.utm_query]
     near = [np.flatnonzero(row <= data.threshold) for row in distance]
