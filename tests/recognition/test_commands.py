@@ -179,6 +179,16 @@ def test_other_parts_train_too(more, folder, request):
         assert any(not torch.equal(value, raw[key]) for key, value in mean.items())
 
 
+def test_a_start_is_chosen_for_pretrained_weights_of_vgg16(folder, capsys):
+    trunk = build_model({"backbone": "vgg16", "aggregation": "netvlad"}, "none").trunk
+    torch.save({f"features.{name}": v for name, v in trunk.state_dict().items()}, "vgg16.pth")
+    words = ["--backbone=vgg16", "--weights=vgg16.pth", "--epochs_num=0"]
+    run_of(folder, "chosen", words)
+    assert "Start: the weights as they are (8 queries are too few" in capsys.readouterr().out
+    run_of(folder, "plain", [*words, "--plain_start"])
+    assert "Start:" not in capsys.readouterr().out
+
+
 def evaluated(
     trained: Path, save_dir: str, *more: str, data: str = "toy", file: str = "best_model.pth"
 ) -> Path:
