@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from localization.cameras import project
 from localization.joint import Polished, Tracks, refine_with_points
 from localization.matching import View
 from localization.refinement import PointMap, near_candidates, project_query, visible_points
@@ -22,6 +23,7 @@ GUIDED_PX, GUIDED_SIMILARITY, GUIDED_DROP = 4.0, 0.85, 0.05
 # for less.
 NOISE_OF_SCALE, GUIDED_NOISE = 0.5, 4.0
 MIN_TRACKS = 6
+ROUNDS = 2
 
 
 @dataclass(frozen=True)
@@ -50,22 +52,32 @@ def polish(
     *,
     with_single: bool = False,
 ) -> Polished | None:
-    """The pose refined on its tracks; None if there are too few.
+    """The pose refined on its tracks; None if there are too few. Where that moves their points out of
+    the reach of the guided search, they are built anew and it is refined once more.
 
     order: the index views that count; with_single: distinct matches without points count too.
     """
     cameras = cameras_of([views[i] for i in order])
     column = torch.full((len(views),), -1)
     column[torch.tensor(order)] = torch.arange(len(order))
-    seen = _observe(query, column, points, evidence, R, c)
-    keypoint, position, covariance = _triangulate(cameras, seen)
-    if len(keypoint) < MIN_TRACKS:
-        return None
-    noise = query.features.scale_px[keypoint].double() * NOISE_OF_SCALE
-    noise = torch.where(seen.by_descriptor[keypoint], noise, GUIDED_NOISE * noise)
-    xy = query.features.xy_px[keypoint].double()
-    single = evidence.select(_single(seen, keypoint, evidence)) if with_single else None
-    return refine_with_points(query.camera, R, c, Tracks(xy, position, covariance, noise, single))
+    result = None
+    for _ in range(ROUNDS):
+        seen = _observe(query, column, points, evidence, R, c)
+        keypoint, position, covariance = _triangulate(cameras, seen)
+        if len(keypoint) < MIN_TRACKS:
+            return result
+        noise = query.features.scale_px[keypoint].double() * NOISE_OF_SCALE
+        noise = torch.where(seen.by_descriptor[keypoint], noise, GUIDED_NOISE * noise)
+        xy = query.features.xy_px[keypoint].double()
+        single = evidence.select(_single(seen, keypoint, evidence)) if with_single else None
+        tracks = Tracks(xy, position, covariance, noise, single)
+        result = refine_with_points(query.camera, R, c, tracks)
+        before = project(query.camera, (position - c) @ R.T)
+        R, c = result.R_cam_from_world, result.c_world
+        moved = project(query.camera, (position - c) @ R.T) - before
+        if float(moved.norm(dim=1).median()) < GUIDED_PX:
+            break
+    return result
 
 
 def _observe(
