@@ -281,7 +281,8 @@ def test_any_checkpoint_searches_a_folder_in_its_own_way(trained, checkpoint, fo
         lines = [line.split() for line in capsys.readouterr().out.splitlines()]
         assert lines[1] == [str(query)] and len(lines) == 4 + bool(more)
         assert [line[2] for line in lines[2:4]] == [str(paths[i]) for i in best]
-        assert float(lines[2][1]) == pytest.approx(float(found[1 + best[0]] @ found[0]), abs=2e-3)
+        similarity = float(found[1 + best[0]] @ found[0])  # in bfloat16, folded weights round anew
+        assert float(lines[2][1]) == pytest.approx(similarity, abs=1e-2)
     assert Path("found.png").is_file() == bool(more)
 
 
