@@ -533,18 +533,15 @@ def choose_device(name: str) -> torch.device:
     """The device for --device auto, cpu, cuda, cuda:N or mps; InputError if it is not there.
 
     auto is cuda where there is one, else cpu: Apple's GPUs are for who asks for them. On a CUDA GPU
-    convolutions are computed in one way, so that a run that goes on ends as an unbroken one; the
-    processor then only reads images, in threads of which each would wait for a team of its own.
+    convolutions are computed in one way, so that a run that goes on ends as an unbroken one.
     """
+    torch.backends.cudnn.deterministic = True
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     kind, _, number = name.partition(":")
     count = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
     if not (number or "0").isdecimal() or int(number or 0) >= count.get(kind, 0):
         raise InputError(f"--device {name} is not available here: use --device auto.")
-    if kind == "cuda":
-        torch.backends.cudnn.deterministic = True
-        torch.set_num_threads(1)
     return torch.device(name)
 
 
