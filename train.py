@@ -148,8 +148,9 @@ def train(
     processes together train on, `share(step)`, how much of the epoch is done, `names(step)`, its
     files, `queries_per_epoch`, `state_dict` and `load_state_dict`.
     judge: scores (n,) of held-out queries, higher is better, and numbers to show, before the training
-    and after each epoch. The epoch of best scores is kept (_is_kept), 0 being the untrained model;
-    without a judge the one of lowest val loss. Weights that the optimizer averaged are judged too.
+    and after each epoch; `judge.queries`, if there, says in words which. The epoch of best scores is
+    kept (_is_kept), 0 being the untrained model; without a judge the one of lowest val loss. Weights
+    that the optimizer averaged are judged too.
     save: is given a state every SAVE_SECONDS and after each epoch, from which a later call with
     `state` goes on, to the same result. optimizer: makes one of groups of parameters.
     A module of the model or of the objective that carries `lr` is trained at that peak rate; with
@@ -281,7 +282,7 @@ def train(
     if run["best"]:
         set_weights(changed, run["best"]["weights"])
         if judge or not math.isnan(run["best"]["val_loss"]):
-            by = "held-out queries" if judge else "validation loss"
+            by = getattr(judge, "queries", "held-out queries") if judge else "validation loss"
             kept = f"epoch {run['best']['epoch']}" if run["best"]["epoch"] else "the untrained model"
             kept += ", its averaged weights" if run["best"].get("averaged") else ""
             tqdm.write(f"Kept: {kept}, chosen by the {by}.")

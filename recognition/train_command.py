@@ -250,6 +250,7 @@ def run_training(
             epoch = training["best"]["epoch"]
             save_tensors(run / BEST, {**described, "epoch_num": epoch, "model_state_dict": best})
 
+    job.judge.queries = "val queries"
     history = train(
         model,
         job.loader,

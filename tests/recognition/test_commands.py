@@ -81,7 +81,7 @@ def test_a_run_leaves_all_that_was_printed_and_its_numbers(trained):
         "Command: ", "Arguments: ", "Machine: python", "toy train: 8 queries, 24 database images.",
         "Descriptor dimension: 1024", "2,784,836 parameters, 2,101,764 trained, 11.1 MB, 0.17 GFLOPs",
         "WARNING: the backbone's weights are RANDOM", "Epoch 1/2: train loss", "val R@20",
-        "Kept: ", "toy test   ", "recall beyond 18 is that of all",
+        "chosen by the val queries.", "toy test   ", "recall beyond 18 is that of all",
     ):  # fmt: skip
         assert line in log, line
     assert (trained / "debug.log").read_text().count("\n") == log.count("\n")
