@@ -13,10 +13,13 @@ from dataset.sample import TINY, render_sample
 from model import WARNINGS, NetVLADModel, calibrate_trunk, initialize_netvlad
 from tests.pittsburgh import write_pittsburgh
 
+# A process runs whole files. Those that take longest come first, so that none waits for one in the end.
+LONG = ("end_to_end", "test", "localize", "calibration", "commands", "base", "contract", "check")
+
 
 def pytest_collection_modifyitems(items):
-    """What one process has to do alone comes first, so that none waits for it in the end."""
-    items.sort(key=lambda item: item.get_closest_marker("xdist_group") is None)
+    """The files in LONG before all others."""
+    items.sort(key=lambda item: item.path.stem.removeprefix("test_") not in LONG)
 
 
 @pytest.fixture(autouse=True)

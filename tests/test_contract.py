@@ -36,9 +36,6 @@ from tests.course_driver.tiny_data import (
     write_scene,
 )
 
-# Its fixture takes long: one process makes it for all.
-pytestmark = pytest.mark.xdist_group("contract")
-
 ROOT = Path(__file__).resolve().parent.parent
 DRIVERS = ROOT / "tests" / "course_driver"
 HANDED_IN = ("model.py", "train.py", "eval.py")

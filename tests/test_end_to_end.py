@@ -12,9 +12,6 @@ import torch
 
 from model import NetVLADModel
 
-# Its fixture takes long: one process makes it for all.
-pytestmark = pytest.mark.xdist_group("end to end")
-
 ROOT = Path(__file__).parents[1]
 FILES = (
     "checkpoints/netvlad_final.pth", "checkpoints/netvlad_final.json", "task3_result.png",

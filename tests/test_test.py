@@ -93,13 +93,21 @@ def read_estimates(output: Path) -> dict[str, list[str]]:
     return {Path(line.split("\t")[0]).name: line.split("\t")[1:] for line in lines}
 
 
+@pytest.fixture(scope="module", autouse=True)
+def features_found_once(tmp_path_factory):
+    """These tests look at the same images: what is found in them is kept as long as they run."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(task4, "CACHE", tmp_path_factory.mktemp("cache"))
+        yield
+
+
 @pytest.fixture(scope="module")
 def truthful(sample, checkpoint, tmp_path_factory) -> tuple[Path, Path]:
     """A scene and the output of test.py on it."""
     root = tmp_path_factory.mktemp("truthful")
     scene = min(p.name for p in (sample / "camera").iterdir())
     shutil.copytree(sample / "camera" / scene, root / "camera" / "room")
-    run = ["--camera", root / "camera", "--checkpoint", checkpoint, "--output", root / "out", "--no-cache",
+    run = ["--camera", root / "camera", "--checkpoint", checkpoint, "--output", root / "out",
            "--export", "colmap", root / "model", "--export", "hloc", root / "hloc.txt"]  # fmt: skip
     assert task4.main([str(word) for word in run]) == 0
     return root / "camera" / "room", root / "out"
@@ -155,7 +163,7 @@ def test_true_poses_and_file_names_of_queries_influence_nothing(truthful, checkp
     place_of = {row: place for place, row in enumerate(order)}
     split = [place_of[row] for row in queries], [place_of[row] for row in index]
     monkeypatch.setattr(task4, "split_frames", lambda *_: split)
-    run = ["--camera", tmp_path / "camera", "--checkpoint", checkpoint, "--output", tmp_path / "out", "--no-cache"]
+    run = ["--camera", tmp_path / "camera", "--checkpoint", checkpoint, "--output", tmp_path / "out"]
     assert task4.main([str(word) for word in run]) == 0
     before, after = read_estimates(output), read_estimates(tmp_path / "out")
     assert len(after) == len(before)
@@ -188,7 +196,7 @@ def room_and_photos(sample, tmp_path_factory) -> tuple[Path, list[Path], np.ndar
 def test_poses_of_new_images_in_a_posed_scene(room_and_photos, checkpoint, tmp_path, capsys):
     camera, photos, truth = room_and_photos
     argv = ["--camera", camera, "--scenes", "room", "--query", *photos, "--checkpoint", checkpoint,
-            "--output", tmp_path / "out", "--no-cache", "--quiet", "--export", "colmap", tmp_path / "model"]  # fmt: skip
+            "--output", tmp_path / "out", "--quiet", "--export", "colmap", tmp_path / "model"]  # fmt: skip
     assert task4.main([str(word) for word in argv]) == 0
     model = pycolmap.Reconstruction(str(tmp_path / "model" / "room"))
     assert {p.as_posix() for p in photos} < {image.name for image in model.images.values()} and len(model.points3D) > 300
@@ -207,7 +215,7 @@ def test_a_map_is_enough_without_the_images_and_known_from_others(
     room_and_photos, checkpoint, tmp_path, capsys
 ):
     camera, photos, _ = room_and_photos
-    words = ["--map", tmp_path / "room.map", "--query", photos[0], "--checkpoint", checkpoint, "--no-cache"]
+    words = ["--map", tmp_path / "room.map", "--query", photos[0], "--checkpoint", checkpoint]
 
     def run(output: str, *more: object) -> int:
         return task4.main([str(w) for w in (*words, "--output", tmp_path / output, "--quiet", *more)])
@@ -236,7 +244,7 @@ def test_an_index_image_that_cannot_be_read_is_left_out_and_said(checkpoint, tmp
     spoiled = tmp_path / f"camera/room/images/{index[2]:06d}_left.png"
     spoiled.write_bytes(spoiled.read_bytes()[:200])
     words = ["--camera", tmp_path / "camera", "--output", tmp_path / "o", "--checkpoint", checkpoint]
-    assert task4.main([*map(str, words), "--device", "cpu", "--no-cache", "--min-confidence", "0.9"]) == 0
+    assert task4.main([*map(str, words), "--device", "cpu", "--min-confidence", "0.9"]) == 0
     said = capsys.readouterr()
     assert "Not found, with a confidence below 0.9: 1 of 1 queries." in said.out
     assert (tmp_path / "o/estimated_poses.tsv").read_text().splitlines()[1].endswith("\tnot found")
@@ -251,7 +259,7 @@ def test_bad_input_of_new_images(room_and_photos, checkpoint, tmp_path, capsys):
         (["room"], tmp_path / "nothing.png", "nothing.png"), (["attic"], photos[0], "attic"),
     ):  # fmt: skip
         argv = ["--camera", camera, "--scenes", *scenes, "--query", query, "--checkpoint", checkpoint,
-                "--output", tmp_path / "out", "--no-cache"]  # fmt: skip
+                "--output", tmp_path / "out"]  # fmt: skip
         assert task4.main([str(word) for word in argv]) == 2
         assert named in capsys.readouterr().err
 
@@ -279,7 +287,7 @@ def test_poses_are_written_before_pictures_and_survive_one_that_fails(
         raise RuntimeError("no ink")
 
     monkeypatch.setattr(poses, "draw_poses", fail)
-    argv = ["--camera", room_and_photos[0], "--scenes", "room", "--checkpoint", checkpoint, "--output", tmp_path, "--no-cache"]
+    argv = ["--camera", room_and_photos[0], "--scenes", "room", "--checkpoint", checkpoint, "--output", tmp_path]
     assert task4.main([str(word) for word in argv]) == 0
     assert {"result_pose_eval.txt", "estimated_poses.tsv"} <= set(there)
     assert (tmp_path / "report/errors.png").is_file() and (tmp_path / "report/report.md").is_file()

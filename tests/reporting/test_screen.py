@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import base
+import test as task4
 from model import progress, warn
 from reporting.screen import always_printed, on_screen, phase
 
@@ -67,11 +69,9 @@ def test_letters_that_the_console_lacks_stop_nothing():
     assert done.stdout.strip() == rb"\ubc29/\xe9 \udcff"
 
 
-def test_the_scripts_take_quiet():
-    for script in ("base.py", "test.py"):
-        done = subprocess.run(
-            [sys.executable, script, "--quiet", "--output", "LICENSE"], cwd=ROOT, capture_output=True,
-            text=True, check=False,
-        )  # fmt: skip
-        assert done.returncode == 2 and done.stdout == ""
-        assert done.stderr.startswith(f"{script}: cannot write")
+def test_the_scripts_take_quiet(capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    for script in (base, task4):
+        assert script.main(["--quiet", "--output", "LICENSE"]) == 2
+        said = capsys.readouterr()
+        assert said.out == "" and said.err.startswith(f"{Path(script.__file__).name}: cannot write")
