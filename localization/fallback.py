@@ -1,7 +1,7 @@
 """Answers without points, where there are too few for P3P or nothing is sure.
 
-From strongest to weakest: the essential matrix with one index image and the scale from matches with
-others (E5+1); the rotation from one, at that image's place; the poses of the most similar index
+From strongest to weakest: the essential matrix with one index image, at the distance that the matches
+with others bear out; the rotation from one, at that image's place; the poses of the most similar index
 images. The last are always there.
 """
 
@@ -13,18 +13,18 @@ from torch import Tensor
 
 from localization.hypotheses import MATCH_RATIO, Bearing, find_bearings
 from localization.matching import View
-from localization.relative_scale import scale_from_other_views
-from localization.scoring import SAMPSON_PX, Evidence, epipolar_scores
+from localization.refinement import refine_on_matches
+from localization.scoring import Evidence, epipolar_scores
 
 ESSENTIAL_IMAGES, ESSENTIAL_SAMPLES = 8, 1000
-MIN_SCALE_INLIERS = 5
+# Distances tried along a bearing, over that of the farthest other index image; the best must explain so
+# many keypoints more than the worst, and those that explain but one less may be as right.
+DISTANCES = torch.logspace(-2.5, 1.5, 97, dtype=torch.float64)
+MIN_GAIN, MAY_BE = 3.0, 1.0
 # Index images whose poses are answers of their own.
 RETRIEVED = 3
 # With less parallax the direction of a relative pose means nothing.
 MIN_PARALLAX_DEG = 0.5
-# Index images no farther apart than this share of the query's distance from them tell nothing of
-# that distance.
-MIN_BASELINE = 0.01
 
 
 @dataclass(frozen=True)
@@ -62,48 +62,30 @@ def fall_back(
 
 
 def _scaled(evidence: Evidence, views: list[View], bearings: list[Bearing]) -> list[Guess]:
-    """E5+1: the bearing and scale that explain the query best, if matches with other views give a
-    scale.
+    """The bearing and distance that explain most of the distinct matches, refined on them; none where
+    no distance explains more than others.
     """
-    guesses = []
-    R_views, c_views = (
-        torch.stack([getattr(v, name) for v in views]) for name in ("R_world_from_cam", "c_world")
-    )
+    evidence = evidence.select(evidence.ratio <= MATCH_RATIO)
+    c_views = torch.stack([views[i].c_world for i in evidence.view.unique().tolist()])
+    found, most = [], 0.0
     for b in bearings:
-        rows = torch.nonzero((evidence.ratio <= MATCH_RATIO) & (evidence.view != b.view))[:, 0]
-        if b.relative.parallax_deg < MIN_PARALLAX_DEG or len(rows) == 0:
+        c_view = views[b.view].c_world
+        away_m = float((c_views - c_view).norm(dim=1).max()) * DISTANCES
+        c, R = c_view + away_m[:, None] * b.direction, b.R_world_from_cam.T
+        explained = epipolar_scores(evidence, R.expand(len(c), 3, 3), c)
+        best = int(explained.argmax())
+        gain, score = float(explained[best] - explained.min()), float(explained[best])
+        if b.relative.parallax_deg < MIN_PARALLAX_DEG or gain < MIN_GAIN or score <= most:
             continue
-        others = evidence.view[rows]
-        index_norm = (evidence.ray_world[rows, None] @ R_views[others])[:, 0, :2]
-        scale = scale_from_other_views(
-            c_views[b.view],
-            b.direction,
-            b.R_world_from_cam,
-            evidence.xy_norm[rows],
-            R_views[others],
-            c_views[others],
-            index_norm,
-            SAMPSON_PX / evidence.focal_px,
+        most, sigma_deg = score, _rotation_sigma_deg(evidence.focal_px, b)
+        likely_m = away_m[explained >= score - MAY_BE]
+        sigma_m = math.hypot(
+            float(likely_m.max() - likely_m.min()) / 2,
+            float(away_m[best]) * math.radians(sigma_deg),
         )
-        if (
-            scale is not None
-            and int(scale.inliers.sum()) >= MIN_SCALE_INLIERS
-            and math.isfinite(scale.scale)
-        ):
-            sigma_deg = _rotation_sigma_deg(evidence.focal_px, b)
-            sigma_m = math.hypot(scale.sigma, scale.scale * math.radians(sigma_deg))
-            baseline = float((c_views[others[scale.inliers]] - c_views[b.view]).norm(dim=1).max())
-            if baseline < MIN_BASELINE * scale.scale:
-                sigma_m = math.inf
-            center = c_views[b.view] + scale.scale * b.direction
-            guesses.append(
-                Guess(b.R_world_from_cam, center, "essential", b.inliers, sigma_m, sigma_deg)
-            )
-    if not guesses:
-        return []
-    R = torch.stack([g.R_world_from_cam.T for g in guesses])
-    scores = epipolar_scores(evidence, R, torch.stack([g.c_world for g in guesses]))
-    return [guesses[int(scores.argmax())]]
+        R, c = refine_on_matches(evidence, R[None], c[best][None], float(away_m[best]))
+        found = [Guess(R[0].T, c[0], "essential", b.inliers, sigma_m, sigma_deg)]
+    return found
 
 
 def _rotation_sigma_deg(focal_px: float, bearing: Bearing) -> float:
