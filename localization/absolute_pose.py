@@ -1,7 +1,6 @@
 """Camera pose from matches of image points with 3D points: MSAC scores, refinement.
 
-Every function works on plain tensors, in float64, with no loop over
-samples. A pose is `R_cam_from_world` (3, 3), `t_cam` (3,): x_cam = R X + t. Image points are
+Every function works on plain tensors, in float64, with no loop over samples. A pose is `R_cam_from_world` (3, 3), `t_cam` (3,): x_cam = R X + t. Image points are
 `xy_norm`, normalized coordinates (x/z, y/z) = K⁻¹ pixel; thresholds are in the same unit, that is
 pixels divided by the focal length. "Correspondence" i is the pair xy_norm[i], points[i].
 """
@@ -14,23 +13,8 @@ import torch
 from torch import Tensor
 
 SCORE_CHUNK = 1 << 18  # pose × correspondence pairs scored at once: stays in a core's cache
-REFINE_CHUNK = 1 << 18  # pose × correspondence pairs refined at once (about 25 MB of Jacobian)
 MISS_PROBABILITY = 1e-4  # RANSAC stops when a better pose is missed with this probability
 MIN_DEPTH = 1e-6  # nearer than this counts as behind the camera
-
-
-@dataclass(frozen=True)
-class RefinedPose:
-    """Result of `refine_pose`; every field has the leading dimension of the poses given, if any.
-
-    inliers (h, n) bool, covariance (h, 6, 6), cost (h,): the minimized sum of robust losses.
-    """
-
-    R_cam_from_world: Tensor
-    t_cam: Tensor
-    inliers: Tensor
-    covariance: Tensor
-    cost: Tensor
 
 
 # ---------------------------------------------------------------- rotations
@@ -73,14 +57,12 @@ def score_poses(
     xy_norm: Tensor,
     points: Tensor,
     threshold: float,
-    *,
-    weights: Tensor | None = None,
+    weights: Tensor,
     keypoint_ids: Tensor | None = None,
 ) -> Tensor:
     """MSAC scores of h poses, higher is better: Σ w · max(0, 1 − e²/T²), e the reprojection error.
 
-    R (h, 3, 3), t (h, 3), xy_norm (n, 2), points (n, 3), weights (n,) or None for ones; all finite.
-    Returns (h,) float64; 1 is one perfect correspondence, and n − score is the usual MSAC cost
+    R (h, 3, 3), t (h, 3), xy_norm (n, 2), points (n, 3), weights (n,), all finite. Returns (h,) float64; 1 is one perfect correspondence, and n − score is the usual MSAC cost
     over T². A point behind the camera scores 0, that is, costs T². With keypoint_ids (n,) only
     the best correspondence of each keypoint counts: several points tried on one keypoint are not
     independent evidence. The products run in float32, about the center of the points.
@@ -91,21 +73,17 @@ def score_poses(
     layers = [n]
     if keypoint_ids is not None:
         order, layers = _keypoint_layers(keypoint_ids)
-        xy_norm, points = xy_norm[order], points[order]
-        weights = None if weights is None else weights[order]
+        xy_norm, points, weights = xy_norm[order], points[order], weights[order]
     middle = points.to(torch.float64).mean(0)
     shifted = (points - middle).to(torch.float32).transpose(0, 1).contiguous()
     x, y = xy_norm.to(torch.float32).transpose(0, 1).contiguous()
-    w = None if weights is None else weights.to(torch.float32)
-    R = R_cam_from_world.to(torch.float32)
+    w, R = weights.to(torch.float32), R_cam_from_world.to(torch.float32)
     t = (t_cam + R_cam_from_world @ middle).to(torch.float32)
     scores = torch.empty(h, dtype=torch.float64)
     step = max(1, SCORE_CHUNK // n)
     for start in range(0, h, step):
         rows = slice(start, start + step)
-        gain = _gains(R[rows], t[rows], x, y, shifted, threshold)
-        if w is not None:
-            gain *= w
+        gain = _gains(R[rows], t[rows], x, y, shifted, threshold).mul_(w)
         best = gain[:, : layers[0]]
         offset = layers[0]
         for size in layers[1:]:
@@ -167,93 +145,52 @@ def squared_errors(
 
 def refine_pose(
     R_cam_from_world: Tensor,
-    t_cam: Tensor,
+    c_world: Tensor,
     xy_norm: Tensor,
     points: Tensor,
     threshold: float,
-    *,
-    weights: Tensor | None = None,
+    weights: Tensor,
     iterations: int = 25,
-) -> RefinedPose:
-    """Minimize the robust reprojection error of one pose, or of h poses at once.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Minimize the robust reprojection errors of h poses, each on matches of its own.
 
-    R (3, 3), t (3,) or R (h, 3, 3), t (h, 3). xy_norm (n, 2) or, each pose having found its own
-    matches, (h, n, 2); points (n, 3) or (h, n, 3); weights None, (n,) or (h, n), a boolean mask
-    included. A correspondence of weight 0 does not exist, nor does one that holds a NaN.
+    R (h, 3, 3), c_world (h, 3), xy_norm (h, n, 2), points (h, n, 3), weights (h, n), 0 or False where
+    there is none. Returns R, c_world and the minimized sums of losses (h,), float64.
 
     The loss of an error e is c² log(1 + e²/c²), c = T/2 (Cauchy), never more than T²; that is
     also what a point behind the camera costs. Levenberg–Marquardt.
-
-    The covariance (6, 6) is that of (rotation vector in radians about the axes of the camera, to
-    be applied on its left: R_true = exp(ω) R; camera center in meters along the axes of the
-    world), taken at the inliers, their weights as inverse variances, scaled by their residual
-    variance. It is infinite where the inliers do not fix the pose. `pose_deviation` sums it up.
     """
-    single = R_cam_from_world.dim() == 2
-    R = R_cam_from_world.to(torch.float64).reshape(-1, 3, 3)
-    t = t_cam.to(torch.float64).reshape(-1, 3)
-    h, n = R.shape[0], points.shape[-2]
-    xy, X = _batched(xy_norm.to(torch.float64), 3), _batched(points.to(torch.float64), 3)
-    w = R.new_ones(1, n) if weights is None else _batched(weights.to(R), 2)
-    finite = torch.isfinite(X).all(-1) & torch.isfinite(xy).all(-1)
-    w = torch.where(finite, w, 0.0)
-    xy, X = torch.where(finite[..., None], xy, 0.0), torch.where(finite[..., None], X, 0.0)
-    step = max(1, REFINE_CHUNK // max(n, 1))
-    parts = []
-    for start in range(0, h, step):
-        rows = torch.arange(start, min(start + step, h))
-        problem = _Reprojection(_rows(xy, rows), _rows(X, rows), _rows(w, rows), threshold)
-        parts.append(_refine_chunk(R[rows], t[rows], problem, iterations))
-    if not parts:
-        return RefinedPose(R, t, R.new_zeros(0, n).bool(), R.new_zeros(0, 6, 6), R.new_zeros(0))
-    fields = [torch.cat(field) for field in zip(*parts, strict=True)]
-    return RefinedPose(*(field[0] if single else field for field in fields))
-
-
-def _refine_chunk(R: Tensor, t: Tensor, problem: "_Reprojection", iterations: int) -> tuple:
-    center = -(R.transpose(1, 2) @ t[..., None])[..., 0]
-    R, center, cost = levenberg_marquardt(
-        R, center, problem.cost, problem.normal_equations, _move_camera, iterations
-    )
-    inliers, covariance = problem.covariance(R, center)
-    return R, -(R @ center[..., None])[..., 0], inliers, covariance, cost
+    problem = _Reprojection(xy_norm, points, weights.to(points), threshold)
+    of_problem = problem.cost, problem.normal_equations
+    return levenberg_marquardt(R_cam_from_world, c_world, *of_problem, _move_camera, iterations)
 
 
 def _move_camera(R: Tensor, center: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
     return rotation_from_vector(delta[:, :3]) @ R, center + delta[:, 3:]
 
 
-def _batched(values: Tensor, dimensions: int) -> Tensor:
-    return values if values.dim() == dimensions else values[None]
-
-
-def _rows(values: Tensor, rows: Tensor) -> Tensor:
-    """Rows of a tensor whose first dimension may be 1 = shared by all."""
-    return values if values.shape[0] == 1 else values[rows]
-
-
 @dataclass(frozen=True)
 class _Reprojection:
     """Robust reprojection error of poses (rows: which of the h poses R, center belong to)."""
 
-    xy: Tensor  # (h or 1, n, 2)
-    points: Tensor  # (h or 1, n, 3)
-    weights: Tensor  # (h or 1, n)
+    xy: Tensor  # (h, n, 2)
+    points: Tensor  # (h, n, 3)
+    weights: Tensor  # (h, n)
     threshold: float
 
     def _residuals(self, R: Tensor, center: Tensor, rows: Tensor) -> tuple[Tensor, ...]:
         """Residuals (k, 2, n), projections (k, 2, n), inverse depths and in front (k, n)."""
-        cam = R @ (_rows(self.points, rows) - center[:, None]).transpose(1, 2)
+        cam = R @ (self.points[rows] - center[:, None]).transpose(1, 2)
         front = cam[:, 2] > MIN_DEPTH
         inverse = 1 / torch.where(front, cam[:, 2], 1.0)
         projected = cam[:, :2] * inverse[:, None]
-        return projected - _rows(self.xy, rows).transpose(1, 2), projected, inverse, front
+        return projected - self.xy[rows].transpose(1, 2), projected, inverse, front
 
     def cost(self, R: Tensor, center: Tensor, rows: Tensor) -> Tensor:
         residual, _, _, front = self._residuals(R, center, rows)
         loss, _ = robust_loss(residual.square().sum(1), self.threshold)
         loss = torch.where(front, loss, self.threshold**2)
-        return (_rows(self.weights, rows) * loss).sum(1)
+        return (self.weights[rows] * loss).sum(1)
 
     def _jacobian(self, R: Tensor, projected: Tensor, inverse: Tensor) -> Tensor:
         """d(projection) / d(rotation vector, center) (k, 6, 2, n)."""
@@ -271,22 +208,9 @@ class _Reprojection:
         residual, projected, inverse, front = self._residuals(R, center, rows)
         J = self._jacobian(R, projected, inverse)
         _, slope = robust_loss(residual.square().sum(1), self.threshold)
-        w = _rows(self.weights, rows) * slope * front
+        w = self.weights[rows] * slope * front
         JW = J * w[:, None, None]
         return JW.flatten(2) @ J.flatten(2).transpose(1, 2), (JW * residual[:, None]).sum((2, 3))
-
-    def covariance(self, R: Tensor, center: Tensor) -> tuple[Tensor, Tensor]:
-        """Inliers (h, n) and covariance (h, 6, 6) at a minimum."""
-        rows = torch.arange(R.shape[0])
-        residual, projected, inverse, front = self._residuals(R, center, rows)
-        squared = residual.square().sum(1)
-        inliers = front & (squared < self.threshold**2) & (self.weights > 0)
-        w = self.weights * inliers
-        J = self._jacobian(R, projected, inverse).flatten(2)
-        information = (J * w.repeat(1, 2)[:, None]) @ J.transpose(1, 2)
-        freedom = 2 * inliers.sum(1) - 6
-        variance = (w * squared).sum(1) / freedom.clamp_min(1)
-        return inliers, scaled_inverse(information, variance, freedom > 0)
 
 
 def robust_loss(squared: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
@@ -320,7 +244,7 @@ def scaled_inverse(information: Tensor, variance: Tensor, determined: Tensor) ->
 
 
 def pose_deviation(covariance: Tensor) -> tuple[Tensor, Tensor]:
-    """Covariance (..., 6, 6) of `refine_pose` -> (sigma_m, sigma_deg), each (...).
+    """Covariance (..., 6, 6) of (rotation vector, center) -> (sigma_m, sigma_deg), each (...).
 
     They are the root mean square distance of the center (meters) and rotation angle (degrees).
     """

@@ -157,11 +157,9 @@ def _modes(
     left = torch.ones_like(xy[:, 0])
     some = slice(None, None, math.ceil(len(rows) / PREVIEW))
     while len(R) and len(found) < search.modes:
-        preview = score_poses(R, t, xy[some], X[some], threshold, weights=left[some])
+        preview = score_poses(R, t, xy[some], X[some], threshold, left[some])
         best = preview.topk(min(REVIEWED, len(R))).indices
-        scores = score_poses(
-            R[best], t[best], xy, X, threshold, weights=left, keypoint_ids=keypoint
-        )
+        scores = score_poses(R[best], t[best], xy, X, threshold, left, keypoint_ids=keypoint)
         if float(scores.max()) <= CHANCE_SCORE and found:
             break
         best = best[scores.argmax()]
@@ -184,12 +182,10 @@ def _refined(evidence: Evidence, seeds: list[tuple[_Search, Tensor, Tensor]]) ->
         error = squared_errors(R_k, t_k, xy_norm[search.rows], evidence.point[search.rows])
         nearest = error.topk(min(longest, len(error)), largest=False).indices
         rows[k, : len(nearest)], used[k, : len(nearest)] = search.rows[nearest], True
-    refined = refine_pose(
-        R, t, xy_norm[rows], evidence.point[rows], THRESHOLD_PX / evidence.focal_px,
-        weights=used, iterations=REFINE_STEPS,
-    )  # fmt: skip
-    R = refined.R_cam_from_world
-    return Hypotheses(R, -(R.transpose(1, 2) @ refined.t_cam[..., None])[..., 0])
+    c = -(R.transpose(1, 2) @ t[..., None])[..., 0]
+    threshold = THRESHOLD_PX / evidence.focal_px
+    of_seeds = xy_norm[rows], evidence.point[rows], threshold, used, REFINE_STEPS
+    return Hypotheses(*refine_pose(R, c, *of_seeds)[:2])
 
 
 def find_bearings(

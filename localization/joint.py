@@ -33,9 +33,10 @@ _DELTA = 1e-3
 class Polished:
     """A pose after the last refinement, and what it was refined on.
 
-    covariance (6, 6): as of absolute_pose.refine_pose; tracks: how many agree, with the matches that
-    have no point; camera: the query's, with lens_sigma (lens,), the standard deviations of what of it was refined too; cost: the sum of
-    robust losses; observed: the tracks.
+    covariance (6, 6): of (rotation vector in radians about the camera's axes, to be applied on the left
+    of R, center in meters); tracks: how many agree, with the matches that have no point; camera: the
+    query's, with lens_sigma (lens,), the standard deviations of what of it was refined too; cost: the
+    sum of robust losses; observed: the tracks.
     """
 
     R_cam_from_world: Tensor
@@ -190,11 +191,11 @@ def refine_with_points(
     lens as is asked for.
 
     lens: 0 nothing, 1 the focal length, LENS the ratio of fy to fx and the principal point too.
-    Eliminating the points from the
-    joint least-squares problem (Schur complement, index cameras fixed, linearized at the points)
-    leaves each reprojection error weighed by the inverse of noise^2 (I + J covariance J^T), J =
-    d(pixel)/d(point): a point from a short baseline counts only across the direction it may slide
-    in. A match without a point counts across its epipolar line. Cauchy loss.
+    Eliminating the points from the joint least-squares problem (Schur complement, index cameras
+    fixed, linearized at the points) leaves each reprojection error weighed by the inverse of noise^2
+    (I + J covariance J^T), J = d(pixel)/d(point): a point from a short baseline counts only across
+    the direction it may slide in. A match without a point counts across its epipolar line. Cauchy
+    loss.
     """
     problem = _Problem.of(camera, R, c, tracks, lens)
     v = torch.cat([c, c.new_zeros(LENS)])

@@ -176,40 +176,39 @@ def _half_planes(a: View, b: View) -> tuple[_HalfPlanes, _HalfPlanes]:
     return _HalfPlanes.of(a, b, axis, frame), _HalfPlanes.of(b, a, axis, frame)
 
 
-def _meet(a: _HalfPlanes, b: _HalfPlanes, band_px: float, slack: float) -> Tensor:
+def _meet(a: _HalfPlanes, b: _HalfPlanes, slack: float) -> Tensor:
     """Which pairs of keypoints, of broadcastable shapes, may show one point; see `in_band`."""
     turn = b.angle - a.angle
     off, cosine = turn.sin().abs(), turn.cos()
-    near = (off * b.size <= band_px * a.line) & (off * a.size <= band_px * b.line)
+    near = off * b.size <= EPIPOLAR_BAND_PX * a.line
+    near &= off * a.size <= EPIPOLAR_BAND_PX * b.line
     near &= (off <= MAX_TURN) & (cosine > 0)
     product = a.along * b.along + a.across * b.across * cosine
     front = (a.along - product * b.along >= slack) & (product * a.along - b.along >= slack)
     return near & front
 
 
-def _slack(a: View, b: View, band_px: float) -> float:
+def _slack(a: View, b: View) -> float:
     """How far behind, in baselines, a point may seem by an error of the band."""
-    return -band_px / min(a.camera.fx, b.camera.fx)
+    return -EPIPOLAR_BAND_PX / min(a.camera.fx, b.camera.fx)
 
 
-def in_band(a: View, b: View, i: Tensor, j: Tensor, band_px: float = EPIPOLAR_BAND_PX) -> Tensor:
+def in_band(a: View, b: View, i: Tensor, j: Tensor) -> Tensor:
     """Which of k pairs of keypoints i (k,) of a and j (k,) of b the known poses allow.
 
-    Allowed is a pair within band_px of each other's epipolar line, in both images, on one side of
+    Allowed is a pair within EPIPOLAR_BAND_PX of each other's epipolar line, in both images, on one side of
     the line through the cameras (and clearly so: not beside an epipole), that meets in front of
     both. Depths come from the point where the two rays are nearest; rays parallel to within the
     band (a far point) pass. Of cameras at one place the rays must be parallel.
     """
     if bool((a.c_world == b.c_world).all()):
         da, db = (world_rays(view, view.features.xy_px) for view in (a, b))
-        return (da[i] - db[j]).norm(dim=1) <= band_px / min(a.camera.fx, b.camera.fx)
+        return (da[i] - db[j]).norm(dim=1) <= -_slack(a, b)
     of_a, of_b = _half_planes(a, b)
-    return _meet(of_a.select(i), of_b.select(j), band_px, _slack(a, b, band_px))
+    return _meet(of_a.select(i), of_b.select(j), _slack(a, b))
 
 
-def epipolar_pairs(
-    a: View, b: View, band_px: float = EPIPOLAR_BAND_PX
-) -> tuple[Tensor, Tensor, Tensor]:
+def epipolar_pairs(a: View, b: View) -> tuple[Tensor, Tensor, Tensor]:
     """All pairs of keypoints that `in_band` allows: numbers (k,) in a and in b, and the similarity of
     their descriptors; none for cameras at one place.
 
@@ -220,35 +219,37 @@ def epipolar_pairs(
     if min(len(a.features), len(b.features)) == 0 or bool((a.c_world == b.c_world).all()):
         return none, none, torch.zeros(0)
     of_a, of_b = _half_planes(a, b)
-    count, order = len(a.features), of_b.angle.argsort()
     # Twice around, so that no run is broken.
-    by_angle = of_a.angle.argsort().repeat(2)
-    of_a, of_b = of_a.select(by_angle), of_b.select(order)
+    by_angle, order = of_a.angle.argsort().repeat(2), of_b.angle.argsort()
+    count, angle = len(a.features), of_b.angle[order]
     of_a_rows, of_b_rows = a.features.descriptors[by_angle], b.features.descriptors[order]
     # Pixels apart are at least the focal length times the sine of the angle from the half-plane.
-    focal_px = min(b.camera.fx, b.camera.fy)
-    reach = torch.asin((band_px / (focal_px * of_b.across)).clamp(max=MAX_TURN)) + 1e-5
-    around = torch.cat([of_a.angle[:count] + turn for turn in (-2 * math.pi, 0, 2 * math.pi)])
-    blocks = range(0, len(order), _BLOCK)
-    low = torch.stack([part.min() for part in (of_b.angle - reach).split(_BLOCK)])
-    high = torch.stack([part.max() for part in (of_b.angle + reach).split(_BLOCK)])
+    least_px = min(b.camera.fx, b.camera.fy) * of_b.across[order]
+    reach = torch.asin((EPIPOLAR_BAND_PX / least_px).clamp(max=MAX_TURN)) + 1e-5
+    around = torch.cat(
+        [of_a.angle[by_angle[:count]] + turn for turn in (-2 * math.pi, 0, 2 * math.pi)]
+    )
+    low = torch.stack([part.min() for part in (angle - reach).split(_BLOCK)])
+    high = torch.stack([part.max() for part in (angle + reach).split(_BLOCK)])
     first = torch.searchsorted(around, low)
     length = (torch.searchsorted(around, high, right=True) - first).clamp(max=count)
-    slack, parts = _slack(a, b, band_px), []
-    for start, begin, size in zip(blocks, (first % count).tolist(), length.tolist()):
-        block, run = slice(start, start + _BLOCK), slice(begin, begin + size)
-        allowed = _meet(of_a.select(run), of_b.select((block, None)), band_px, slack)
-        column, row = torch.nonzero(allowed, as_tuple=True)
+    parts = []
+    for start, begin, size in zip(range(0, len(order), _BLOCK), first.tolist(), length.tolist()):
+        block, run = slice(start, start + _BLOCK), slice(begin % count, begin % count + size)
+        turn = around[begin : begin + size] - angle[block, None]
+        column, row = torch.nonzero(turn.abs() <= reach[block, None], as_tuple=True)
         similarity = (of_b_rows[block] @ of_a_rows[run].T)[column, row]
         parts.append((by_angle[run][row], order[block][column], similarity))
-    return tuple(torch.cat(part) for part in zip(*parts))
+    i, j, similarity = (torch.cat(part) for part in zip(*parts))
+    allowed = _meet(of_a.select(i), of_b.select(j), _slack(a, b))
+    return i[allowed], j[allowed], similarity[allowed]
 
 
-def guided_matches(a: View, b: View, band_px: float = EPIPOLAR_BAND_PX) -> Matches:
+def guided_matches(a: View, b: View) -> Matches:
     """Mutual matches of two posed views inside the known epipolar band, with the ratio test inside
     the band.
     """
-    i, j, similarity = epipolar_pairs(a, b, band_px)
+    i, j, similarity = epipolar_pairs(a, b)
     top_a = best_of(similarity, i, len(a.features))
     best = (similarity == top_a[i]) & (similarity == best_of(similarity, j, len(b.features))[j])
     best &= similarity >= GUIDED_SIMILARITY

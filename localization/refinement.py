@@ -199,11 +199,7 @@ def guided_refinement(points: PointMap, query: View, R: Tensor, c: Tensor) -> li
                 )
             )
         )
-        R, c = R[kept], c[kept]
-        t = -(R @ c[..., None])[..., 0]
-        refined = refine_pose(R, t, x, X, radius / focal, weights=used, iterations=GUIDED_STEPS)
-        R = refined.R_cam_from_world
-        c = -(R.transpose(1, 2) @ refined.t_cam[..., None])[..., 0]
+        R, c, _ = refine_pose(R[kept], c[kept], x, X, radius / focal, used, GUIDED_STEPS)
     found = []
     for *pose, (visible, near), count in zip(R, c, nearby, counts):
         close = near.select(_errors(query, *pose, visible, near) <= FOUND_PX)

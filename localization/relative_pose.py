@@ -1,6 +1,6 @@
-"""Pose from two views and what serves where points are too few.
+"""The relative pose of two views: five-point essential matrices in MSAC with local optimization.
 
-Five-point essential matrices in MSAC with local optimization. Plain tensors in, float64 out. A relative pose is x_b =
+Plain tensors in, float64 out. A relative pose is x_b =
 R_b_from_a x_a + t_b_from_a; E = [t]× R, so that x_bᵀ E x_a = 0. Image points are normalized (K⁻¹
 pixel, z = 1) and thresholds are pixels over the focal length.
 """
@@ -143,23 +143,15 @@ def sampson_squared(E: Tensor, xy_a: Tensor, xy_b: Tensor) -> Tensor:
     return value.square() / size.clamp_min(1e-20)
 
 
-def score_essentials(
-    E: Tensor,
-    xy_a: Tensor,
-    xy_b: Tensor,
-    threshold: float,
-    *,
-    weights: Tensor | None = None,
-) -> Tensor:
-    """MSAC scores (h,) of E (h, 3, 3), higher is better: Σ w · max(0, 1 − e²/T²), e Sampson's.
+def score_essentials(E: Tensor, xy_a: Tensor, xy_b: Tensor, threshold: float) -> Tensor:
+    """MSAC scores (h,) of E (h, 3, 3), higher is better: Σ max(0, 1 − e²/T²), e Sampson's.
 
-    xy_a, xy_b (n, 2), weights (n,) or None for ones. Computed in float32; does not look at depths.
+    xy_a, xy_b (n, 2). Computed in float32; does not look at depths.
     """
     h, n = E.shape[0], xy_a.shape[0]
     E, xy_a, xy_b = (v.to(torch.float32) for v in (E, xy_a, xy_b))
     one = torch.ones_like(xy_a[:, :1])
     a, b = torch.cat([xy_a, one], 1).T.contiguous(), torch.cat([xy_b, one], 1).T.contiguous()
-    w = a.new_ones(n) if weights is None else weights.to(torch.float32)
     scores = torch.zeros(h, dtype=torch.float64)
     step = max(1, SCORE_CHUNK // max(n, 1))
     for start in range(0, h, step):
@@ -170,7 +162,7 @@ def score_essentials(
         value = line_b[2].addcmul_(line_b[0], b[0]).addcmul_(line_b[1], b[1])
         size = line_b[:2].square_().sum(0).add_(line_a.square_().sum(0)).clamp_min_(1e-20)
         gain = value.square_().div_(size).mul_(-1 / threshold**2).add_(1).clamp_min_(0)
-        scores[start : start + step] = gain @ w
+        scores[start : start + step] = gain.sum(1)
     return scores
 
 
@@ -190,11 +182,11 @@ def in_front(R_b_from_a: Tensor, t_b_from_a: Tensor, xy_a: Tensor, xy_b: Tensor)
 
 
 def decompose_essential(
-    E: Tensor, xy_a: Tensor, xy_b: Tensor, mask: Tensor | None = None
+    E: Tensor, xy_a: Tensor, xy_b: Tensor, mask: Tensor
 ) -> tuple[Tensor, Tensor]:
     """The relative pose of each essential matrix that puts most matches in front of both cameras.
 
-    E (h, 3, 3), xy_a, xy_b (n, 2), mask None or (h, n) bool: the matches that vote. Returns
+    E (h, 3, 3), xy_a, xy_b (n, 2), mask (h, n) bool: the matches that vote. Returns
     R_b_from_a (h, 3, 3) and unit t_b_from_a (h, 3). Always a rotation, whatever E is (Hartley,
     Zisserman, "Multiple View Geometry", 9.6.2).
     """
@@ -205,9 +197,7 @@ def decompose_essential(
     R1, R2, t = U @ turn @ Vt, U @ turn.T @ Vt, U[:, :, 2]
     R = torch.stack([R1, R1, R2, R2], 1)
     t = torch.stack([t, -t, t, -t], 1)
-    votes = in_front(R, t, xy_a.to(torch.float64), xy_b.to(torch.float64))
-    if mask is not None:
-        votes = votes & mask[:, None]
+    votes = in_front(R, t, xy_a.to(torch.float64), xy_b.to(torch.float64)) & mask[:, None]
     best = votes.sum(2).argmax(1)
     rows = torch.arange(len(best))
     return R[rows, best], t[rows, best]
@@ -219,18 +209,15 @@ def refine_relative_pose(
     xy_a: Tensor,
     xy_b: Tensor,
     threshold: float,
-    *,
-    weights: Tensor | None = None,
+    weights: Tensor,
     iterations: int = 25,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Minimize the robust Sampson error of h relative poses at once.
 
-    R (h, 3, 3), unit t (h, 3), xy_a, xy_b (n, 2), weights None, (n,) or (h, n). The loss is that
-    of `refine_pose`. Returns (R, unit t, cost (h,)). Depths are not looked at.
+    R (h, 3, 3), unit t (h, 3), xy_a, xy_b (n, 2), weights (h, n). The loss is that of `refine_pose`. Returns (R, unit t, cost (h,)). Depths are not looked at.
     """
     a, b = homogeneous(xy_a.to(torch.float64)), homogeneous(xy_b.to(torch.float64))
-    w = a.new_ones(1, len(a)) if weights is None else weights.to(a).reshape(-1, len(a))
-    problem = _Epipolar(a, b, w, threshold)
+    problem = _Epipolar(a, b, weights.to(a), threshold)
     R, t = R_b_from_a.to(torch.float64), torch.nn.functional.normalize(t_b_from_a.to(a), dim=1)
     return levenberg_marquardt(
         R, t, problem.cost, problem.normal_equations, _move_relative, iterations
@@ -255,15 +242,12 @@ class _Epipolar:
 
     a: Tensor  # (n, 3)
     b: Tensor  # (n, 3)
-    weights: Tensor  # (h or 1, n)
+    weights: Tensor  # (h, n)
     threshold: float
-
-    def _weights(self, rows: Tensor) -> Tensor:
-        return self.weights if self.weights.shape[0] == 1 else self.weights[rows]
 
     def cost(self, R: Tensor, t: Tensor, rows: Tensor) -> Tensor:
         squared = sampson_squared(essential_from_pose(R, t), self.a[:, :2], self.b[:, :2])
-        return (self._weights(rows) * robust_loss(squared, self.threshold)[0]).sum(1)
+        return (self.weights[rows] * robust_loss(squared, self.threshold)[0]).sum(1)
 
     def normal_equations(self, R: Tensor, t: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
         E = essential_from_pose(R, t)
@@ -281,7 +265,7 @@ class _Epipolar:
         residual = value * size.rsqrt()
         J = (d_value - (value / size)[:, None] * half_d_size) * size.rsqrt()[:, None]
         _, slope = robust_loss(residual.square(), self.threshold)
-        JW = J * (self._weights(rows) * slope)[:, None]
+        JW = J * (self.weights[rows] * slope)[:, None]
         return JW @ J.transpose(1, 2), (JW * residual[:, None]).sum(2)
 
 
@@ -292,52 +276,44 @@ def essential_ransac(
     *,
     generator: torch.Generator,
     iterations: int = 2000,
-    weights: Tensor | None = None,
 ) -> RelativePose | None:
     """Relative pose of the best MSAC score among five-point samples, locally optimized.
 
     xy_a, xy_b (n, 2) matched normalized points; threshold on the Sampson distance; iterations:
-    most samples drawn; weights (n,) ≥ 0: share in the score, and how often a match is drawn. A
-    match counts only if it lies in front of both cameras. Returns None where no pose has
-    MIN_INLIERS inliers.
+    most samples drawn. A match counts only if it lies in front of both cameras. Returns None where
+    no pose has MIN_INLIERS inliers.
     """
     a, b = xy_a.to(torch.float64), xy_b.to(torch.float64)
-    w = a.new_ones(len(a)) if weights is None else weights.to(a)
-    usable = torch.isfinite(a).all(1) & torch.isfinite(b).all(1) & (w > 0)
-    if int(usable.sum()) < MIN_INLIERS:
+    if len(a) < MIN_INLIERS:
         return None
-    a, b = torch.where(usable[:, None], a, 0.0), torch.where(usable[:, None], b, 0.0)
-    w = torch.where(usable, w, 0.0)
-    rays_a, rays_b = homogeneous(a), homogeneous(b)
+    rays_a, rays_b, all_alike = homogeneous(a), homogeneous(b), a.new_ones(len(a))
 
     best_R, best_t, best_score, drawn, needed = None, None, 0.0, 0, math.inf
     while drawn < min(iterations, needed):
         count = min(ROUND_SAMPLES, iterations - drawn)
         drawn += count
-        sample = draw_samples(w, 5, count, generator)
+        sample = draw_samples(all_alike, 5, count, generator)
         E, valid = five_point(rays_a[sample], rays_b[sample])
         E = E[valid]
-        scores = score_essentials(E, a, b, threshold, weights=w)
+        scores = score_essentials(E, a, b, threshold)
         E = E[torch.topk(scores, min(LOCAL_CANDIDATES, len(scores))).indices]
-        near = sampson_squared(E, a, b) < threshold**2
-        R, t = decompose_essential(E, a, b, near)
-        R, t, _ = refine_relative_pose(
-            R, t, a, b, threshold, weights=w, iterations=LOCAL_ITERATIONS
-        )
-        scores = _score_relative(R, t, a, b, threshold, w)
+        R, t = decompose_essential(E, a, b, sampson_squared(E, a, b) < threshold**2)
+        weights = all_alike.expand(len(R), -1)
+        R, t, _ = refine_relative_pose(R, t, a, b, threshold, weights, LOCAL_ITERATIONS)
+        scores = _score_relative(R, t, a, b, threshold)
         if len(scores) and float(scores.max()) > best_score:
             leader = scores.argmax()
             best_R, best_t, best_score = R[leader], t[leader], float(scores[leader])
-            share = float(w[_relative_inliers(best_R, best_t, a, b, threshold)].sum() / w.sum())
-            needed = samples_needed(share, 5)
+            inliers = _relative_inliers(best_R, best_t, a, b, threshold)
+            needed = samples_needed(float(inliers.double().mean()), 5)
     if best_R is None:
         return None
     R, t = best_R[None], best_t[None]
     for _ in range(2):  # an epipolar line passes many a wrong match: the end is for inliers alone
-        mask = _relative_inliers(R, t, a, b, threshold)
-        R, t, _ = refine_relative_pose(R, t, a, b, threshold, weights=w * mask)
+        inliers = _relative_inliers(R, t, a, b, threshold)
+        R, t, _ = refine_relative_pose(R, t, a, b, threshold, inliers)
     R, t = R[0], t[0]
-    inliers = _relative_inliers(R, t, a, b, threshold) & (w > 0)
+    inliers = _relative_inliers(R, t, a, b, threshold)
     if int(inliers.sum()) < MIN_INLIERS:
         return None
     turned = torch.nn.functional.normalize(rays_a[inliers] @ R.T, dim=1)
@@ -351,12 +327,10 @@ def _relative_inliers(R: Tensor, t: Tensor, a: Tensor, b: Tensor, threshold: flo
     return near & in_front(R, t, a, b)
 
 
-def _score_relative(
-    R: Tensor, t: Tensor, a: Tensor, b: Tensor, threshold: float, weights: Tensor
-) -> Tensor:
+def _score_relative(R: Tensor, t: Tensor, a: Tensor, b: Tensor, threshold: float) -> Tensor:
     """MSAC scores (h,) of relative poses, matches behind a camera scoring nothing."""
     squared = sampson_squared(essential_from_pose(R, t), a, b)
-    return ((1 - squared / threshold**2).clamp_min(0) * in_front(R, t, a, b)) @ weights
+    return ((1 - squared / threshold**2).clamp_min(0) * in_front(R, t, a, b)).sum(1)
 
 
 def homogeneous(xy: Tensor) -> Tensor:
