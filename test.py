@@ -358,8 +358,9 @@ def run(args: argparse.Namespace) -> None:
     queries, index, atlas = task.queries, task.index, task.atlas
     paths, scenes, _ = zip(*frames.frames)
     views = dict(zip([*index, *queries], [*atlas.views, *views]))
-    posed = PosedFrames(paths, scenes, frames.poses, views, queries, index, conventions_of(atlas))
     maps = [([index[k] for k in world.rows], world.map.views, world.map.points) for world in atlas.worlds]
+    points = {row: of_view for numbers, _, of_views in maps for row, of_view in zip(numbers, of_views)}
+    posed = PosedFrames(paths, scenes, frames.poses, views, queries, index, conventions_of(atlas))
     if args.query:
         with always_printed():
             tell_poses(rows, posed.conventions, args.output / "query_poses.tsv", args.min_confidence > 0)
@@ -368,7 +369,7 @@ def run(args: argparse.Namespace) -> None:
     handin.write_text(args.output / "result_pose_eval.txt", pose_text(rows, len(index)))
     handin.write_text(args.output / "estimated_poses.tsv", poses_tsv(rows, args.min_confidence > 0))
     with phase("pictures", seconds):
-        pictures = write_pose_pictures(args.output, posed, rows)
+        pictures = write_pose_pictures(args.output, posed, rows, points)
         scene_views = handin.draw_or_warn(
             "report/scene_*.html", lambda: write_scene_views(args.output, posed, rows, structure_of(maps))
         )

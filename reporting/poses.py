@@ -1,7 +1,7 @@
 """The pictures of task 4, computed from the views and poses of a run and drawn by pose_figures.py.
 
-Only three queries are shown with their matches, so matches and points are found again for these
-instead of being carried along for all.
+Only three queries are shown with their matches, so these are found again instead of being carried
+along for all.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -17,7 +17,7 @@ from localization.cameras import Convention, poses_from_file, project
 from localization.matching import Matches, View, in_band, mutual_matches
 from localization.structure import Structure
 from localization.threads import in_threads
-from localization.triangulation import triangulate_views
+from localization.triangulation import Points
 from model import InputError
 from reporting.canvas import Block, save
 from reporting.figures import meters
@@ -25,7 +25,6 @@ from reporting.handin import draw_or_warn, read_metrics
 from reporting.pose_figures import ShownMatches, draw_errors, draw_matches, draw_poses
 
 SHOWN_RATIO = 0.9  # matches less distinct than this are neither drawn nor counted
-PARTNERS = 8  # index images, nearest to the shown one, from which its points are triangulated
 SKETCH = 800  # strongest keypoints by whose matches the index image to show is chosen
 
 
@@ -45,10 +44,13 @@ class PosedFrames:
     conventions: dict[str, Convention]
 
 
-def write_pose_pictures(output: Path, frames: PosedFrames, answers: Sequence[dict]) -> list[dict]:
+def write_pose_pictures(
+    output: Path, frames: PosedFrames, answers: Sequence[dict], points: Mapping[int, Points]
+) -> list[dict]:
     """Write errors, scenes and matches into `output`/report; -> {"file", "caption"} of each.
 
-    answers: the dictionaries "per_query" of metrics.json, one a query in the order of frames.queries.
+    answers: the dictionaries "per_query" of metrics.json, one a query in the order of frames.queries;
+    points: of the keypoints of each row of frames.index.
     A picture that fails is left out with a warning. Pictures that metrics.json names, those of the
     run before, are removed: so this comes before update_metrics.
     """
@@ -60,7 +62,7 @@ def write_pose_pictures(output: Path, frames: PosedFrames, answers: Sequence[dic
     for scene in dict.fromkeys(frames.scenes):
         caption = f"Scene {scene}: index cameras, true and estimated query cameras."
         drawings.append((f"poses_{scene}.png", caption, partial(_scene, frames, answers, scene)))
-    drawings += _matches(frames, answers)
+    drawings += _matches(frames, answers, points)
 
     def drawn(drawing: tuple[str, str, Callable]) -> bool | None:
         name, _, draw = drawing
@@ -125,7 +127,9 @@ def _centers_and_directions(
     return c.numpy(), R[:, :, 2].numpy()
 
 
-def _matches(frames: PosedFrames, answers: Sequence[dict]) -> list[tuple[str, str, Callable]]:
+def _matches(
+    frames: PosedFrames, answers: Sequence[dict], points: Mapping[int, Points]
+) -> list[tuple[str, str, Callable]]:
     """Worst, median and best query: the name of its picture, the caption, and what draws it."""
     errors = np.array([answer["error_m"] for answer in answers], float)
     measured = bool(np.isfinite(errors).any())
@@ -138,7 +142,7 @@ def _matches(frames: PosedFrames, answers: Sequence[dict]) -> list[tuple[str, st
     for number, names in reversed(ranks.items()):
         answer, path = answers[number], Path(answers[number]["path"])
         caption = f"{' and '.join(names).capitalize()} query by {by}: {_verdict(answer)}."
-        draw = partial(_match_picture, frames, answers, number, caption)
+        draw = partial(_match_picture, frames, answers[number], number, caption, points)
         drawings.append(
             (f"matches_{frames.scenes[frames.queries[number]]}_{path.stem}.png", caption, draw)
         )
@@ -154,16 +158,16 @@ def choose_queries(error_m: Sequence[float]) -> dict[str, int]:
 
 
 def _match_picture(
-    frames: PosedFrames, answers: Sequence[dict], number: int, caption: str
+    frames: PosedFrames, answer: dict, number: int, caption: str, points: Mapping[int, Points]
 ) -> Block | None:
     """A query with the index image that its pose explains best; None where its scene has none."""
     query = frames.queries[number]
     index = [row for row in frames.index if frames.scenes[row] == frames.scenes[query]]
     if not index:
         return None
-    view = placed(frames, query, answers[number])
-    best, shown = _best_explained(view, [frames.views[row] for row in index])
-    return draw_matches((frames.paths[query], frames.paths[index[best]]), shown, caption)
+    view = placed(frames, query, answer)
+    row, shown = _best_explained(view, {row: frames.views[row] for row in index}, points)
+    return draw_matches((frames.paths[query], frames.paths[row]), shown, caption)
 
 
 def _verdict(answer: dict) -> str:
@@ -180,21 +184,23 @@ def placed(frames: PosedFrames, query: int, answer: dict) -> View:
     return replace(frames.views[query], R_world_from_cam=R[0], c_world=c[0])
 
 
-def _best_explained(query: View, views: Sequence[View]) -> tuple[int, ShownMatches]:
-    """Number of the index view in which most matches of a posed query fit its pose, and these."""
+def _best_explained(
+    query: View, views: Mapping[int, View], points: Mapping[int, Points]
+) -> tuple[int, ShownMatches]:
+    """The row of the index view in which most matches of a posed query fit its pose, and these."""
     sketch = _only(query, slice(SKETCH))
-    fitting = [int(_fitting_matches(sketch, _only(view, slice(SKETCH)))[1].sum()) for view in views]
-    number = int(np.argmax(fitting))
-    view = views[number]
+
+    def fitting(row: int) -> int:
+        return int(_fitting_matches(sketch, _only(views[row], slice(SKETCH)))[1].sum())
+
+    row = max(views, key=fitting)
+    view, of_view = views[row], points[row]
     matches, inlier = _fitting_matches(query, view)
-    others = [other for other in views if other is not view]
-    others.sort(key=lambda other: float((other.c_world - view.c_world).norm()))
-    (points,) = triangulate_views([view, *others[:PARTNERS]], [0])
-    in_camera = (points.position[matches.b] - query.c_world) @ query.R_world_from_cam
-    seen = points.valid[matches.b] & (in_camera[:, 2] > 0)
+    in_camera = (of_view.position[matches.b] - query.c_world) @ query.R_world_from_cam
+    seen = of_view.valid[matches.b] & (in_camera[:, 2] > 0)
     projected = project(query.camera, in_camera).where(seen[:, None], torch.nan)
     pixels = (query.features.xy_px[matches.a], view.features.xy_px[matches.b], inlier, projected)
-    return number, ShownMatches(*(values.numpy() for values in pixels))
+    return row, ShownMatches(*(values.numpy() for values in pixels))
 
 
 def _fitting_matches(query: View, view: View) -> tuple[Matches, torch.Tensor]:

@@ -233,3 +233,12 @@ def test_lens_on_an_image_of_another_size():
     assert camera_for(camera, 240, 320, quarter_turns=3) == camera_for(turned(camera, 3), 240, 320)
     upright = camera_for(camera, 480, 640)  # turned nobody knows which way
     assert (upright.fx, upright.fy, upright.cx, upright.cy) == (510.0, 500.0, 239.5, 319.5)
+
+
+@pytest.mark.parametrize("lens", [(0, 0, 9, -7), (5, 50, 90, 70), (0, 0, 1e5, 0)])
+def test_rays_are_numbers_whatever_the_lens(lens):
+    """A file may claim a distortion that no image has."""
+    k1, k2, p1, p2 = lens
+    camera = Camera(320.0, 320.0, 320.0, 240.0, 640, 480, k1=k1, k2=k2, p1=p1, p2=p2)
+    xy_px = torch.rand(1000, 2, generator=torch.Generator().manual_seed(0)) * 640
+    assert torch.isfinite(rays(camera, xy_px)).all()
