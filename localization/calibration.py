@@ -192,12 +192,9 @@ def calibrate(
     which nominally is its row (default: all in order); orders: other rows (N,) of the frames that
     their names suggest, each with its reason in words.
     """
-    device = views[0].features.xy_px.device if views else torch.device("cpu")
-    pose7 = torch.as_tensor(pose7, dtype=torch.float64, device=device).reshape(-1, 7)
-    frame = torch.as_tensor(
-        range(len(views)) if frames is None else frames, dtype=torch.long, device=device
-    )
-    rows = torch.arange(max([len(pose7), *(frame + 1).tolist()]), device=device)
+    pose7 = torch.as_tensor(pose7, dtype=torch.float64).reshape(-1, 7)
+    frame = torch.as_tensor(range(len(views)) if frames is None else frames, dtype=torch.long)
+    rows = torch.arange(max([len(pose7), *(frame + 1).tolist()]))
     rows = torch.where(rows < len(pose7), rows, -1)
     posed = [
         i for i, row in enumerate(rows[frame].tolist()) if row >= 0 and pose7[row].isfinite().all()
@@ -211,7 +208,7 @@ def calibrate(
         [View(v.features, camera_for(camera, *s)) for v, s in zip(views, sizes)],
         pose7[rows[frame], 3:],
     )
-    same = torch.tensor([s == size for s in sizes], dtype=torch.bool, device=device)
+    same = torch.tensor([s == size for s in sizes], dtype=torch.bool)
     one_size = everything.select(same[everything.a] & same[everything.b])
     pairs = one_size if one_size.enough() else everything
 
@@ -221,9 +218,7 @@ def calibrate(
     )
     read = judge.read([convention] if convention else CONVENTIONS, rows)
     if pairs.enough():
-        orders = {
-            what: torch.as_tensor(order, device=device) for what, order in (orders or {}).items()
-        }
+        orders = {what: torch.as_tensor(order) for what, order in (orders or {}).items()}
         read = _other_reading(judge, read, orders, convention, warnings)
         focal_known = focal_known and read.focal == prior
     read, source = _decide(judge, read, convention)
@@ -241,7 +236,7 @@ def calibrate(
         found = found + _zoomed(np.log(read.focal / prior))
     cameras = {size: _camera(camera, found)}
     for other in sorted(set(sizes) - {size}) if pairs.enough() else ():
-        own = torch.tensor([s == other for s in sizes], dtype=torch.bool, device=device)
+        own = torch.tensor([s == other for s in sizes], dtype=torch.bool)
         near = everything.select((own | same)[everything.a] & (own | same)[everything.b])
         near = near.select(own[near.a] | own[near.b])
         theirs = PosedMatches(
@@ -280,7 +275,7 @@ def calibrate(
         read.convention,
         cameras[size],
         cameras,
-        read.rows.cpu().numpy(),
+        read.rows.numpy(),
         still,
         explained,
         read.margin,

@@ -169,8 +169,8 @@ def project(camera: Camera, point_cam: Tensor) -> Tensor:
         rising = 1 + 3 * camera.k1 * r2 + 5 * camera.k2 * r2.square() > 0
         bent = xy * (1 + camera.k1 * r2 + camera.k2 * r2.square()) + _tangential(camera, xy)
         xy = torch.where(rising, bent, xy)
-    focal = torch.tensor([camera.fx, camera.fy], dtype=xy.dtype, device=xy.device)
-    center = torch.tensor([camera.cx, camera.cy], dtype=xy.dtype, device=xy.device)
+    focal = torch.tensor([camera.fx, camera.fy], dtype=xy.dtype)
+    center = torch.tensor([camera.cx, camera.cy], dtype=xy.dtype)
     return xy * focal + center
 
 
@@ -332,14 +332,14 @@ def poses_from_file(pose7, convention: Convention) -> tuple[Tensor, Tensor]:
         R_file = R_file.transpose(-1, -2)
     if convention.direction == "world_to_camera":
         t = -(R_file @ t[..., None]).squeeze(-1)
-    mirror = convention.world_from_file().to(t.device)
-    return mirror @ R_file @ convention.file_from_cv().to(t.device), t @ mirror
+    mirror = convention.world_from_file()
+    return mirror @ R_file @ convention.file_from_cv(), t @ mirror
 
 
 def poses_to_file(R_world_from_cam: Tensor, c_world: Tensor, convention: Convention) -> Tensor:
     """The inverse of `poses_from_file`: rows (n, 7), float64, the quaternion with w >= 0."""
-    mirror = convention.world_from_file().to(R_world_from_cam.device)
-    R = mirror @ R_world_from_cam.double() @ convention.file_from_cv().to(mirror.device).T
+    mirror = convention.world_from_file()
+    R = mirror @ R_world_from_cam.double() @ convention.file_from_cv().T
     t = c_world.double() @ mirror
     if convention.direction != "camera_to_world":
         R = R.transpose(-1, -2)

@@ -46,9 +46,9 @@ class PosedMatches:
         )
 
     def _side(self, uv: Tensor, lens: Tensor, own: Tensor | None) -> Tensor:
-        parameters = lens.to(uv.device).expand(len(uv), LENS)
+        parameters = lens.expand(len(uv), LENS)
         if own is not None:
-            parameters = torch.where(own[:, None], parameters, self.rest.to(uv.device))
+            parameters = torch.where(own[:, None], parameters, self.rest)
         log_f, shift, k1, taller = parameters[:, None].split([1, 2, 1, 1], dim=-1)
         xy = (uv - shift) / torch.cat([log_f, log_f + taller], dim=-1).exp()
         xy = undistorted(xy, k1, 0.0) if bool(k1.any()) else xy
@@ -193,11 +193,11 @@ def _gauss_newton(lens: PosedMatches, start: Tensor, free: list[int]) -> tuple[T
             ]
         )
         spread = (by.square() + inverse.diagonal(dim1=1, dim2=2)).mean(0).sqrt()
-        parameters[free] += step.cpu()
+        parameters[free] += step
         of_image = of_pair.new_zeros(int(torch.maximum(a, b).max()) + 1, count)
         of_image.index_add_(0, a, of_pair).index_add_(0, b, of_pair)
         meat = of_image.T @ of_image * (images / (images - count))
-        sigma = (covariance @ meat @ covariance).diagonal().clamp_min(0).sqrt().cpu()
+        sigma = (covariance @ meat @ covariance).diagonal().clamp_min(0).sqrt()
         if bool((step.abs() < _SHORTEST).all()):
             break
     return parameters, sigma

@@ -97,21 +97,19 @@ def matched_pairs(views: list[View], quaternion: Tensor) -> tuple[PosedPairs, St
     quaternion (n, 4): of the views' poses, in any order; only the angle between two of them is
     used.
     """
-    device = views[0].features.xy_px.device if views else torch.device("cpu")
     rows = _matched(views)
     still = _still_cells(views, rows, torch.nn.functional.normalize(quaternion, dim=1))
     if still is not None:
         rows = _matched([_without(view, still) for view in views])
     rows = [row for row in rows if len(row[2]) >= MIN_MATCHES]
-    uv = torch.zeros(2, len(rows), MATCHES, 2, dtype=torch.float64, device=device)
-    used = torch.zeros(len(rows), MATCHES, dtype=torch.bool, device=device)
+    uv = torch.zeros(2, len(rows), MATCHES, 2, dtype=torch.float64)
+    used = torch.zeros(len(rows), MATCHES, dtype=torch.bool)
     for row, (i, j, a, b) in enumerate(rows):
         count = min(MATCHES, len(a))
         uv[0, row, :count] = centered(views[i], a[:count])
         uv[1, row, :count] = centered(views[j], b[:count])
         used[row, :count] = True
-    numbers = torch.tensor([row[:2] for row in rows], dtype=torch.long, device=device)
-    numbers = numbers.reshape(-1, 2)
+    numbers = torch.tensor([row[:2] for row in rows], dtype=torch.long).reshape(-1, 2)
     return PosedPairs(numbers[:, 0], numbers[:, 1], uv[0], uv[1], used), still
 
 
@@ -222,7 +220,7 @@ def _still_cells(views: list[View], rows: list[tuple], q: Tensor) -> StillCells 
     columns = max(1, round(_CELLS * width / max(width, height)))
     grid = (max(1, round(_CELLS * height / max(width, height))), columns)
     shape = grid[0] * grid[1]
-    matches, still, pairs = (torch.zeros(shape, device=q.device) for _ in range(3))
+    matches, still, pairs = torch.zeros(3, shape)
     for i, j, a, b in rows:
         turned = 2 * math.acos(min(1.0, float((q[i] * q[j]).sum().abs())))
         if (

@@ -223,9 +223,9 @@ class Judge:
         for column, focal in enumerate(focals):
             near, far = gains(R, t, as_rays(uv_a, focal), as_rays(uv_b, focal), self.limit / focal)
             near, far = near.where(used, 0.0), far.where(used, 0.0)
-            score[..., column] = (near + far).sum(2).double().cpu()
-            explained[..., column] = (near > 0).sum(2).double().cpu()
-        return score, explained, used.sum(2).double().cpu()[..., None]
+            score[..., column] = (near + far).sum(2).double()
+            explained[..., column] = (near > 0).sum(2).double()
+        return score, explained, used.sum(2).double()[..., None]
 
     def other_rows(
         self, read: Reading, orders: dict[str, Tensor], usual: list[Convention]
@@ -251,7 +251,7 @@ class Judge:
 
         Where rows are missing at `start`, the frames there have none.
         """
-        number = torch.arange(frames, device=self.frame.device)
+        number = torch.arange(frames)
         row = torch.where(number < start, number + before, number + after)
         missing = (number >= start) & (number < start + before - after) if start else number < 0
         return torch.where(missing | (row < 0) | (row >= len(self.pose7)), -1, row)
@@ -273,12 +273,8 @@ class Judge:
             if (start == 0) != (before == after):
                 continue
             rows = self._rows(frames, start, _SHIFTS[before], _SHIFTS[after])[self.frame]
-            shift = (
-                torch.where(self.frame < start, before, after).where(rows >= 0, len(_SHIFTS)).cpu()
-            )
-            total = float(
-                score[pair, shift[self.pairs.a.cpu()], shift[self.pairs.b.cpu()]].sum(0).amax()
-            )
+            shift = torch.where(self.frame < start, before, after).where(rows >= 0, len(_SHIFTS))
+            total = float(score[pair, shift[self.pairs.a], shift[self.pairs.b]].sum(0).amax())
             best = max(best, (total, -start, before, after))
         start, before, after = -best[1], *(_SHIFTS[i] for i in best[2:])
         what = _row_of("frame i", before) + (
