@@ -19,8 +19,10 @@ from localization.scoring import SAMPSON_PX, Evidence
 
 POOLED_RATIOS = (0.8, 0.9, 0.97)
 POOLED_MODES, POOLED_SAMPLES = 4, 1000
-# What the query's focal length may be, over the one assumed, and the searches for it.
-FOCAL_RATIOS = (0.55, 0.67, 0.82, 1.22, 1.5, 1.82)
+# What the query's focal lengths in x and y may be, over those assumed, and the searches for it: another
+# zoom, or an image that was squeezed or stretched.
+_ZOOMS = (0.55, 0.67, 0.82, 1.22, 1.5, 1.82)
+FOCAL_RATIOS = (*((zoom, zoom) for zoom in _ZOOMS), (1.0, 0.8), (1.0, 1.25))
 FOCAL_MODES, FOCAL_SAMPLES = 2, 500
 # Index images whose essential matrices are computed, from so many samples; how far from them the
 # query is then tried, in typical distances of what is seen; ratio of the matches and fewest inliers.
@@ -104,14 +106,12 @@ def pooled_hypotheses(evidence: Evidence, generator: torch.Generator) -> Hypothe
 def focal_hypotheses(
     evidence: Evidence, generator: torch.Generator
 ) -> list[tuple[Evidence, Hypotheses]]:
-    """Pooled hypotheses for each of several other focal lengths of the query, with the evidence
-    seen so.
-    """
+    """Pooled hypotheses for each of several other lenses of the query, with the evidence seen so."""
     found = []
     rows = _rows(evidence.has_point & (evidence.ratio < POOLED_RATIOS[1]))
-    for ratio in FOCAL_RATIOS:
+    for wide, tall in FOCAL_RATIOS:
         camera = evidence.camera
-        seen = evidence.seen_with(replace(camera, fx=ratio * camera.fx, fy=ratio * camera.fy))
+        seen = evidence.seen_with(replace(camera, fx=wide * camera.fx, fy=tall * camera.fy))
         found.append((seen, _found(seen, [_Search(rows, FOCAL_SAMPLES, FOCAL_MODES)], generator)))
     return found
 
