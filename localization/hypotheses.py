@@ -6,6 +6,7 @@ always contain it. Which one is right is not decided here (scoring.py).
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -19,6 +20,7 @@ from localization.scoring import SAMPSON_PX, Evidence
 
 POOLED_RATIOS = (0.8, 0.9, 0.97)
 POOLED_MODES, POOLED_SAMPLES = 4, 1000
+IMAGE_MODES, IMAGE_SAMPLES = 3, 500
 # What the query's focal lengths in x and y may be, over those assumed, and the searches for it: another
 # zoom, or an image that was squeezed or stretched.
 _ZOOMS = (0.55, 0.67, 0.82, 1.22, 1.5, 1.82)
@@ -100,6 +102,16 @@ def pooled_hypotheses(evidence: Evidence, generator: torch.Generator) -> Hypothe
     limits = [evidence.has_point & (evidence.ratio < r) for r in POOLED_RATIOS]
     return _found(
         evidence, [_Search(_rows(mask), POOLED_SAMPLES, POOLED_MODES) for mask in limits], generator
+    )
+
+
+def image_hypotheses(
+    evidence: Evidence, views: Sequence[int], generator: torch.Generator
+) -> Hypotheses:
+    """P3P hypotheses from each index image of `views` alone."""
+    masks = [evidence.has_point & (evidence.view == i) for i in views]
+    return _found(
+        evidence, [_Search(_rows(mask), IMAGE_SAMPLES, IMAGE_MODES) for mask in masks], generator
     )
 
 

@@ -20,7 +20,7 @@ import torch
 from localization.cameras import camera_for
 from localization.fallback import Guess, fall_back
 from localization.features import Features
-from localization.hypotheses import pooled_hypotheses
+from localization.hypotheses import image_hypotheses, pooled_hypotheses
 from localization.lens import with_own_lens
 from localization.map import Map
 from localization.matching import QUICK_IMAGES, View, in_band, mutual_matches
@@ -201,7 +201,8 @@ def _locate(
         if len(order) > len(search.order):
             evidence = matched(query, index, order)
             search = Search(query, index, order, evidence, search.refined)
-        search.add(pooled_hypotheses(evidence, generator), REFINED, POLISHED)
+            search.add(pooled_hypotheses(evidence, generator), REFINED, POLISHED)
+        search.add(image_hypotheses(evidence, order, generator), REFINED, POLISHED)
         answer = search.best()
     estimate = with_own_lens(search, answer, generator)
     if estimate is not None and estimate.confidence >= SURE:
