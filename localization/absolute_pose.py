@@ -1,8 +1,9 @@
 """Camera pose from matches of image points with 3D points: MSAC scores, refinement.
 
-Every function works on plain tensors, in float64, with no loop over samples. A pose is `R_cam_from_world` (3, 3), `t_cam` (3,): x_cam = R X + t. Image points are
-`xy_norm`, normalized coordinates (x/z, y/z) = K⁻¹ pixel; thresholds are in the same unit, that is
-pixels divided by the focal length. "Correspondence" i is the pair xy_norm[i], points[i].
+Every function works on plain tensors, in float64, with no loop over samples. A pose is
+`R_cam_from_world` (3, 3), `t_cam` (3,): x_cam = R X + t, or its center c_world = -Rᵀ t. Image points
+are `xy_norm`, normalized coordinates (x/z, y/z) = K⁻¹ pixel; thresholds are in the same unit, that
+is pixels divided by the focal length. "Correspondence" i is the pair xy_norm[i], points[i].
 """
 
 import math
@@ -62,10 +63,11 @@ def score_poses(
 ) -> Tensor:
     """MSAC scores of h poses, higher is better: Σ w · max(0, 1 − e²/T²), e the reprojection error.
 
-    R (h, 3, 3), t (h, 3), xy_norm (n, 2), points (n, 3), weights (n,), all finite. Returns (h,) float64; 1 is one perfect correspondence, and n − score is the usual MSAC cost
-    over T². A point behind the camera scores 0, that is, costs T². With keypoint_ids (n,) only
-    the best correspondence of each keypoint counts: several points tried on one keypoint are not
-    independent evidence. The products run in float32, about the center of the points.
+    R (h, 3, 3), t (h, 3), xy_norm (n, 2), points (n, 3), weights (n,), all finite. Returns (h,)
+    float64; 1 is one perfect correspondence, and Σ w − score is the usual MSAC cost over T². A point
+    behind the camera scores 0, that is, costs T². With keypoint_ids (n,) only the best
+    correspondence of each keypoint counts: several points tried on one keypoint are not independent
+    evidence. The products run in float32, about the center of the points.
     """
     h, n = R_cam_from_world.shape[0], points.shape[0]
     if h == 0 or n == 0:

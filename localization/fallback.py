@@ -65,6 +65,8 @@ def _scaled(evidence: Evidence, views: list[View], bearings: list[Bearing]) -> l
     """The bearing and distance that explain most of the distinct matches, refined on them; none where
     no distance explains more than others.
     """
+    if not bearings:
+        return []
     evidence = evidence.select(evidence.ratio <= MATCH_RATIO)
     c_views = torch.stack([views[i].c_world for i in evidence.view.unique().tolist()])
     found, most = [], 0.0

@@ -196,9 +196,9 @@ def _slack(a: View, b: View) -> float:
 def in_band(a: View, b: View, i: Tensor, j: Tensor) -> Tensor:
     """Which of k pairs of keypoints i (k,) of a and j (k,) of b the known poses allow.
 
-    Allowed is a pair within EPIPOLAR_BAND_PX of each other's epipolar line, in both images, on one side of
-    the line through the cameras (and clearly so: not beside an epipole), that meets in front of
-    both. Depths come from the point where the two rays are nearest; rays parallel to within the
+    Allowed is a pair within EPIPOLAR_BAND_PX of each other's epipolar line, in both images, on one
+    side of the line through the cameras (and clearly so: not beside an epipole), that meets in front
+    of both. Depths come from the point where the two rays are nearest; rays parallel to within the
     band (a far point) pass. Of cameras at one place the rays must be parallel.
     """
     if bool((a.c_world == b.c_world).all()):

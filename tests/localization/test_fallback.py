@@ -43,3 +43,10 @@ def test_one_view_tells_no_distance(random_world, random_poses):
         found = guesses(index, query)
         assert [guess.method for guess in found][:2] == ["rotation", "retrieval"]
         assert math.isinf(found[0].sigma_m) and torch.equal(found[0].c_world, view.c_world)
+
+
+def test_a_query_without_matches_is_where_the_first_retrieved_is(random_world, random_poses):
+    world = random_world(4)
+    *index, query = (world.view(*pose) for pose in random_poses(4, 6))
+    blank = View(query.features.select(slice(0)), query.camera)
+    assert [guess.method for guess in guesses(index, blank)] == 3 * ["retrieval"]
