@@ -156,8 +156,8 @@ def refine_pose(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Minimize the robust reprojection errors of h poses, each on matches of its own.
 
-    R (h, 3, 3), c_world (h, 3), xy_norm (h, n, 2), points (h, n, 3), weights (h, n), 0 or False where
-    there is none. Returns R, c_world and the minimized sums of losses (h,), float64.
+    R (h, 3, 3), c_world (h, 3), xy_norm (h, n, 2), points (h, n, 3), finite float64; weights (h, n),
+    0 or False where there is none. Returns R, c_world and the minimized sums of losses (h,).
 
     The loss of an error e is c² log(1 + e²/c²), c = T/2 (Cauchy), never more than T²; that is
     also what a point behind the camera costs. Levenberg–Marquardt.

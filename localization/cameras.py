@@ -148,9 +148,10 @@ def rays(camera: Camera, xy_px: Tensor) -> Tensor:
     seen = xy
     if camera.k1 or camera.k2:
         xy = undistorted(seen, camera.k1, camera.k2)
-    for _ in range(_NEWTON_STEPS if camera.p1 or camera.p2 else 0):
-        xy = undistorted(seen - _tangential(camera, xy), camera.k1, camera.k2)
-    xy = torch.where(xy.isfinite(), xy, seen)  # where no lens is bent that far
+    if camera.p1 or camera.p2:
+        for _ in range(_NEWTON_STEPS):
+            xy = undistorted(seen - _tangential(camera, xy), camera.k1, camera.k2)
+        xy = torch.where(xy.isfinite(), xy, seen)  # where no lens is bent that far
     return torch.cat([xy, torch.ones_like(xy[..., :1])], dim=-1)
 
 

@@ -69,25 +69,26 @@ def _scaled(evidence: Evidence, views: list[View], bearings: list[Bearing]) -> l
         return []
     evidence = evidence.select(evidence.ratio <= MATCH_RATIO)
     c_views = torch.stack([views[i].c_world for i in evidence.view.unique().tolist()])
-    found, most = [], 0.0
+    best, most = None, 0.0
     for b in bearings:
+        if b.relative.parallax_deg < MIN_PARALLAX_DEG:
+            continue
         c_view = views[b.view].c_world
         away_m = float((c_views - c_view).norm(dim=1).max()) * DISTANCES
         c, R = c_view + away_m[:, None] * b.direction, b.R_world_from_cam.T
         explained = epipolar_scores(evidence, R.expand(len(c), 3, 3), c)
-        best = int(explained.argmax())
-        gain, score = float(explained[best] - explained.min()), float(explained[best])
-        if b.relative.parallax_deg < MIN_PARALLAX_DEG or gain < MIN_GAIN or score <= most:
-            continue
-        most, sigma_deg = score, _rotation_sigma_deg(evidence.focal_px, b)
-        likely_m = away_m[explained >= score - MAY_BE]
-        sigma_m = math.hypot(
-            float(likely_m.max() - likely_m.min()) / 2,
-            float(away_m[best]) * math.radians(sigma_deg),
-        )
-        R, c = refine_on_matches(evidence, R[None], c[best][None], float(away_m[best]))
-        found = [Guess(R[0].T, c[0], "essential", b.inliers, sigma_m, sigma_deg)]
-    return found
+        k, score = int(explained.argmax()), float(explained.max())
+        if score - float(explained.min()) >= MIN_GAIN and score > most:
+            likely_m = away_m[explained >= score - MAY_BE]
+            best, most = (b, R, c[k], float(away_m[k]), likely_m), score
+    if best is None:
+        return []
+    b, R, c, away_m, likely_m = best
+    sigma_deg = _rotation_sigma_deg(evidence.focal_px, b)
+    half_m = float(likely_m.max() - likely_m.min()) / 2
+    sigma_m = math.hypot(half_m, away_m * math.radians(sigma_deg))
+    R, c = refine_on_matches(evidence, R[None], c[None], away_m)
+    return [Guess(R[0].T, c[0], "essential", b.inliers, sigma_m, sigma_deg)]
 
 
 def _rotation_sigma_deg(focal_px: float, bearing: Bearing) -> float:

@@ -1,8 +1,8 @@
 """The relative pose of two views: five-point essential matrices in MSAC with local optimization.
 
-Plain tensors in, float64 out. A relative pose is x_b =
-R_b_from_a x_a + t_b_from_a; E = [t]× R, so that x_bᵀ E x_a = 0. Image points are normalized (K⁻¹
-pixel, z = 1) and thresholds are pixels over the focal length.
+Plain tensors in, float64 out. A relative pose is x_b = R_b_from_a x_a + t_b_from_a; E = [t]× R, so
+that x_bᵀ E x_a = 0. Image points are normalized (K⁻¹ pixel, z = 1) and thresholds are pixels over the
+focal length.
 """
 
 import functools
@@ -214,7 +214,8 @@ def refine_relative_pose(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Minimize the robust Sampson error of h relative poses at once.
 
-    R (h, 3, 3), unit t (h, 3), xy_a, xy_b (n, 2), weights (h, n). The loss is that of `refine_pose`. Returns (R, unit t, cost (h,)). Depths are not looked at.
+    R (h, 3, 3), unit t (h, 3), xy_a, xy_b (n, 2), weights (h, n). The loss is that of `refine_pose`.
+    Returns (R, unit t, cost (h,)). Depths are not looked at.
     """
     a, b = homogeneous(xy_a.to(torch.float64)), homogeneous(xy_b.to(torch.float64))
     problem = _Epipolar(a, b, weights.to(a), threshold)
@@ -279,7 +280,7 @@ def essential_ransac(
 ) -> RelativePose | None:
     """Relative pose of the best MSAC score among five-point samples, locally optimized.
 
-    xy_a, xy_b (n, 2) matched normalized points; threshold on the Sampson distance; iterations:
+    xy_a, xy_b (n, 2) matched normalized points, finite; threshold on the Sampson distance; iterations:
     most samples drawn. A match counts only if it lies in front of both cameras. Returns None where
     no pose has MIN_INLIERS inliers.
     """

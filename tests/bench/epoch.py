@@ -63,7 +63,7 @@ def described(model: DescriptorModel, dataset: torch.utils.data.Dataset, rows: n
 
 
 def plain(data: FolderSplit, queries: int) -> float:
-    """Seconds of an epoch as it is defined (SYSTEMS 2.6)."""
+    """Seconds of an epoch as Berton et al. (CVPR 2022) define it."""
     model, rng, begun = fresh_model(), np.random.default_rng(0), time.perf_counter()
     model.precision = "float32"
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], LR)

@@ -218,6 +218,15 @@ def test_scores_of_nothing():
     assert torch.equal(none, torch.zeros(len(R), dtype=F64))
 
 
+def test_squared_errors_are_infinite_behind_the_camera():
+    R, t, xy, points = scoring_problem()
+    errors = squared_errors(R, t, xy, points)
+    assert torch.isinf(errors[:, :5]).all()
+    gain = (1 - errors / 0.02**2).clamp_min(0)
+    assert np.allclose(gain, gains_by_hand(R, t, xy, points, 0.02), atol=1e-9)
+    assert torch.equal(squared_errors(R[0], t[0], xy, points), errors[0])
+
+
 # ---------------------------------------------------------------- refinement
 
 
@@ -337,22 +346,3 @@ def test_covariances_are_infinite_where_nothing_is_determined():
     assert not torch.isnan(found).any()
     sigma_m, sigma_deg = pose_deviation(torch.diag(torch.tensor([1, 4, 4, 1, 2, 6], dtype=F64)))
     assert (float(sigma_m), float(sigma_deg)) == pytest.approx((3.0, math.degrees(3)))
-
-
-# ---------------------------------------------------------------- robust estimation
-
-
-def contaminated(seed, count, outliers, noise_px=1.0):
-    R, t, xy, points = noisy_problem(seed, count, noise_px)
-    wrong = int(count * outliers)
-    points[:wrong] = points[:wrong][torch.randperm(wrong, generator=seeded(seed + 500))]
-    return R, t, xy, points
-
-
-def test_squared_errors_are_infinite_behind_the_camera():
-    R, t, xy, points = scoring_problem()
-    errors = squared_errors(R, t, xy, points)
-    assert torch.isinf(errors[:, :5]).all()
-    gain = (1 - errors / 0.02**2).clamp_min(0)
-    assert np.allclose(gain, gains_by_hand(R, t, xy, points, 0.02), atol=1e-9)
-    assert torch.equal(squared_errors(R[0], t[0], xy, points), errors[0])
