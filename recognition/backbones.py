@@ -14,6 +14,7 @@ from model import (
     DOWNLOAD_STALL_S,
     DescriptorModel,
     InputError,
+    Trunk,
     calibrate_trunk,
     progress,
     warn,
@@ -98,7 +99,7 @@ def build_trunk(name: str, weights: str | None = None) -> tuple[nn.Sequential, s
     if state is not None:
         load_fitting(network, state, origin)
     kept = getattr(network, "features", None) or nn.Sequential(*network.children())
-    trunk = kept[: backbone.stages]
+    trunk = Trunk(*kept[: backbone.stages])
     if state is None:
         _draw_weights(trunk)
     trunk.initialized = state is not None

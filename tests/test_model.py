@@ -8,6 +8,7 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 from torchvision.models import vgg16
 
 from model import (
@@ -17,6 +18,7 @@ from model import (
     InputError,
     NetVLAD,
     NetVLADModel,
+    Trunk,
     calibrate_trunk,
     choose_device,
     half_precision,
@@ -144,6 +146,20 @@ def test_hooks_on_the_trunk_see_its_map():
     model.trunk.register_forward_hook(lambda module, given, map: seen.append(map.shape))
     model(torch.randn(1, 3, 32, 48))
     assert seen == [(1, 512, 2, 3)]
+
+
+def test_in_inference_mode_a_trunk_makes_the_same_of_few_images_at_a_time(monkeypatch):
+    monkeypatch.setattr("model.CACHED_PIXELS", 2 * 12 * 16)
+    torch.manual_seed(0)
+    stages = [nn.Conv2d(3, 8, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(8, 4, 3), nn.ReLU()]
+    images, sizes = torch.randn(5, 3, 12, 16), []
+    stages[0].register_forward_hook(lambda module, given, map: sizes.append(len(map)))
+    with torch.no_grad():
+        plain = nn.Sequential(*stages)(images)
+    with torch.inference_mode():
+        found = Trunk(*stages)(images)
+    assert sizes == [5, 2, 2, 1]
+    torch.testing.assert_close(found, plain)
 
 
 @pytest.mark.parametrize("how", ["pickle", "torch.save", "deepcopy"])
