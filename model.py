@@ -72,9 +72,13 @@ class NetVLAD(nn.Module):
         """x (N, D, H, W) -> (N, K * D), cluster-major, L2-normalized within clusters and over all."""
         # The assignment's logits reach hundreds: in half precision they would be off by whole units.
         with half_precision(x.device, "float32"):
-            x = F.normalize(x.float(), dim=1)
-            assignment = self.assignment(x).flatten(2).softmax(dim=1)  # (N, K, L)
-            weighted_sum = assignment @ x.flatten(2).transpose(1, 2)  # (N, K, D)
+            x = x.float()
+            # Local descriptors of norm 1, without a copy: what is made of them is divided, not they.
+            norm = x.norm(dim=1, keepdim=True).clamp_min(1e-12)  # (N, 1, H, W)
+            logits = F.conv2d(x, self.assignment.weight) / norm + self.assignment.bias[:, None, None]
+            assignment = logits.flatten(2).softmax(dim=1)  # (N, K, L)
+            shares = assignment / norm.flatten(2)
+            weighted_sum = shares @ x.flatten(2).transpose(1, 2)  # (N, K, D)
             residuals = weighted_sum - assignment.sum(dim=2, keepdim=True) * self.centers
             return F.normalize(F.normalize(residuals, dim=2).flatten(1), dim=1)
 
