@@ -142,7 +142,7 @@ def same_size(paths: Sequence[Path]) -> bool:
 
 @dataclass
 class FolderSplit:
-    """One split: queries and index images, and what is a positive: at most `threshold` m away.
+    """The split in `folder`: queries and index images; what is a positive: at most `threshold` m away.
 
     positives: for each query the rows of its positives, empty where there are none.
     """
@@ -150,6 +150,7 @@ class FolderSplit:
     queries: FolderImages
     index: FolderImages
     threshold: float
+    folder: Path
     positives: list[np.ndarray] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -208,7 +209,7 @@ def read_split(
         warn(f"{folder} spans the UTM zones {names}: images of different zones count as far apart.")
         for part in images:
             part.utm[:, 0] += [ZONE_APART_M * zones.index(z) if z else 0.0 for z in part.zones]
-    return FolderSplit(*images, threshold)
+    return FolderSplit(*images, threshold, folder)
 
 
 def find_data_set(datasets_folder: Path | None, name: str) -> Path | None:

@@ -176,4 +176,7 @@ def add_test_flags(parser: argparse.ArgumentParser) -> None:
         help="pictures of the first N found",
     )
     option("--save_only_wrong_preds", action="store_true", help="of wrongly answered queries only")
-    option("--save_descriptors", type=Path, metavar="FILE.npz")
+    option(
+        "--save_descriptors", type=Path, metavar="FILE.npz",
+        help="of several data sets a file each, with its name added",
+    )  # fmt: skip
