@@ -400,9 +400,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                 searched = ready_to_search(Combined(model, args.scales), args.resize)
                 eval.search_folder(args, lambda: searched)
                 return 0
-            tests = read_tests(family.locate(args, training=False).tests, args)
             run = records.new_run_folder(args.save_dir)
             with records.logged(run, argv):
+                tests = read_tests(family.locate(args, training=False).tests, args)
                 began = time.perf_counter()
                 work = count_work(model, size)
                 records.print_model(model, work, size)

@@ -74,7 +74,9 @@ def logged(run: Path, argv: Sequence[str] | None) -> Iterator[None]:
             print("Machine: " + ", ".join(f"{k} {v}" for k, v in versions().items()))
             try:
                 yield
-            except BaseException:
+            except BaseException as error:
+                if isinstance(error, InputError):
+                    info.write(f"{error}\n")
                 debug.write(traceback.format_exc())
                 raise
 

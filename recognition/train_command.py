@@ -319,15 +319,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         device, last = join_processes(choose_device(args.device)), family.LAST
         first = rank_and_world()[0] == 0
         with on_screen(), silent_unless_first():
-            with first_process_first():
-                where = family.locate(args, training=True)
-            if where.is_sample and not args.saved:
-                args, family = parse(argv, family.SAMPLE_SETTINGS)
             if args.saved:
                 run = args.resume.parent
             else:
                 run = records.new_run_folder(args.save_dir) if first else Path("logs")
             with records.logged(run, argv) if first else contextlib.nullcontext():
+                with first_process_first():
+                    where = family.locate(args, training=True)
+                if where.is_sample and not args.saved:
+                    args, family = parse(argv, family.SAMPLE_SETTINGS)
                 run_training(args, family, where, run, device)
     except InputError as error:
         return refuse("train.py", error)

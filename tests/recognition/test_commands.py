@@ -14,6 +14,7 @@ from PIL import Image
 
 from dataset.lists import read_split
 from dataset.sample.folders import DATA_SETS
+from model import InputError
 from recognition import benchmark, eval_command, records, train_command
 from recognition.augmentation import SMART
 from recognition.inference import transform_for
@@ -395,6 +396,8 @@ def test_the_sample_and_its_night_are_found_by_name(trained, monkeypatch, tmp_pa
     found = benchmark.locate(args, training=False)
     assert found.tests == {"night test": tmp_path / "night" / "images" / "test"}
     assert not found.is_sample
+    log = (evaluated(trained, "by_night", data="night") / "info.log").read_text()
+    assert "using the built-in one, 'night'" in log and "night test: 3 queries" in log
 
 
 def test_a_data_set_without_test_is_evaluated_on_val(tmp_path):
@@ -441,3 +444,6 @@ def test_a_log_has_whole_lines_only(tmp_path, capsys):
         print("WARNING: mind", file=sys.stderr)
     log = (tmp_path / "info.log").read_text().splitlines()
     assert log[-2:] == ["one line", "WARNING: mind"] and log[0].endswith("--a 'b c'")
+    with pytest.raises(InputError), records.logged(tmp_path, []):
+        raise InputError("nothing there.")
+    assert (tmp_path / "info.log").read_text().endswith("\nnothing there.\n")
