@@ -117,7 +117,8 @@ def _files_in(folder: Path) -> Iterable[Path]:
     """Files in a folder and below, or those that <folder>_images_paths.txt lists."""
     listed = folder.absolute().with_name(f"{folder.absolute().name}_images_paths.txt")
     if not listed.is_file():
-        return folder.rglob("*")
+        walk = os.walk(folder, followlinks=True)  # data sets are put together of links
+        return (Path(place, name) for place, _, names in walk for name in names)
     paths = [folder / line.strip() for line in read_lines(listed, "the list") if line.strip()]
     if paths and not paths[0].is_file():
         raise InputError(
