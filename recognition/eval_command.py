@@ -402,6 +402,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 return 0
             run = records.new_run_folder(args.save_dir)
             with records.logged(run, argv):
+                records.print_arguments(records.plain(args), choose_device(args.device))
                 tests = read_tests(family.locate(args, training=False).tests, args)
                 began = time.perf_counter()
                 work = count_work(model, size)

@@ -215,7 +215,7 @@ def run_training(
     torch.manual_seed(args.seed)
     first = rank_and_world()[0] == 0
     settings = {k: v for k, v in records.plain(args).items() if k != "saved"}
-    print("Arguments: " + ", ".join(f"{k} {v}" for k, v in settings.items()))
+    records.print_arguments(settings, device)
     data, tests = family.read(args, where), read_tests(where.tests, args)
     with first_process_first():
         model = build(args).to(device, memory_format=torch.channels_last)

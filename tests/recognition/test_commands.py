@@ -82,7 +82,7 @@ def test_a_run_leaves_all_that_was_printed_and_its_numbers(trained):
     }  # fmt: skip
     log = (trained / "info.log").read_text()
     for line in (
-        "Command: ", "Arguments: ", "Machine: python", "toy train: 8 queries, 24 database images.",
+        "Command: ", "Arguments: ", "Device: c", "Machine: python", "toy train: 8 queries, 24 database images.",
         "Descriptor dimension: 1024", "2,784,836 parameters, 2,101,764 trained, 11.1 MB, 0.17 GFLOPs",
         "WARNING: the backbone's weights are RANDOM", "Epoch 1/2: train loss", "val R@20",
         "chosen by the val queries.", "toy test   ", "recall beyond 18 is that of all",
@@ -213,6 +213,7 @@ def test_evaluating_repeats_what_training_said(trained):
     run = evaluated(trained, "repeated")
     assert metrics(run)["recall"]["toy test"] == metrics(trained)["recall"]["toy test"]
     assert metrics(run)["checkpoint"] == metrics(trained)["checkpoint"]
+    assert "val_positive_dist_threshold 25.0" in (run / "info.log").read_text()
 
 
 def test_all_of_the_test_options_together(trained, tmp_path):
