@@ -389,7 +389,8 @@ def search_folder(args: argparse.Namespace, load: Callable[[], nn.Module]) -> No
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(
-        description="Recall@1/5/10 of a trained model, or retrieval in a folder."
+        description="Recall@1/5/10 of a trained model, or retrieval in a folder.",
+        epilog="Flags of recognition/'s systems: python eval.py --recipe=netvlad --help",
     )
     option = parser.add_argument
     option(

@@ -117,7 +117,8 @@ def _files_in(folder: Path) -> Iterable[Path]:
     """Files in a folder and below, or those that <folder>_images_paths.txt lists."""
     listed = folder.absolute().with_name(f"{folder.absolute().name}_images_paths.txt")
     if not listed.is_file():
-        return folder.rglob("*")
+        walk = os.walk(folder, followlinks=True)  # data sets are put together of links
+        return (Path(place, name) for place, _, names in walk for name in names)
     paths = [folder / line.strip() for line in read_lines(listed, "the list") if line.strip()]
     if paths and not paths[0].is_file():
         raise InputError(
@@ -142,7 +143,7 @@ def same_size(paths: Sequence[Path]) -> bool:
 
 @dataclass
 class FolderSplit:
-    """One split: queries and index images, and what is a positive: at most `threshold` m away.
+    """The split in `folder`: queries and index images; what is a positive: at most `threshold` m away.
 
     positives: for each query the rows of its positives, empty where there are none.
     """
@@ -150,6 +151,7 @@ class FolderSplit:
     queries: FolderImages
     index: FolderImages
     threshold: float
+    folder: Path
     positives: list[np.ndarray] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -208,7 +210,7 @@ def read_split(
         warn(f"{folder} spans the UTM zones {names}: images of different zones count as far apart.")
         for part in images:
             part.utm[:, 0] += [ZONE_APART_M * zones.index(z) if z else 0.0 for z in part.zones]
-    return FolderSplit(*images, threshold)
+    return FolderSplit(*images, threshold, folder)
 
 
 def find_data_set(datasets_folder: Path | None, name: str) -> Path | None:

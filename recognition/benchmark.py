@@ -19,7 +19,7 @@ from dataset.sample import folders as sample_folders
 from model import DescriptorModel, InputError
 from recognition.augmentation import SMART, Augmentation
 from recognition.batches import MINING, BenchmarkTuples, RandomTriplets
-from recognition.flags import above_zero, positive
+from recognition.flags import above_zero, positive, share, strength
 from recognition.inference import transform_for
 from recognition.job import Job, Where, report_split, val_judge
 from recognition.objectives import CRITERIA, build_objective
@@ -77,16 +77,18 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
     option("--neg_samples_num", type=positive, default=1000, help="to mine in (default: 1000)")
     option("--train_positives_dist_threshold", type=above_zero, default=10.0, metavar="M")
     option(
-        "--plain_start", action="store_true", help="keep pretrained weights as they are, as published"
+        "--plain_start",
+        action="store_true",
+        help="keep pretrained weights as they are, as published",
     )
     option = parser.add_argument_group("augmentation of queries").add_argument
     for name in ("brightness", "contrast", "saturation", "hue"):
-        option(f"--{name}", type=float, default=0.0, help="strength, as of ColorJitter")
-    option("--rand_perspective", type=float, default=0.0, help="distortion, of every second query")
-    option("--random_resized_crop", type=float, default=0.0, help="down to 1 - this of the area")
-    option("--random_rotation", type=float, default=0.0, help="up to so many degrees")
+        option(f"--{name}", type=strength, default=0.0, help="strength, as of ColorJitter")
+    option("--rand_perspective", type=share, default=0.0, help="distortion, of every second query")
+    option("--random_resized_crop", type=share, default=0.0, help="down to 1 - this of the area")
+    option("--random_rotation", type=strength, default=0.0, help="up to so many degrees")
     option("--horizontal_flip", action="store_true", help="mirror half of the batches")
-    option("--night", type=float, default=0.0, metavar="P", help="share of queries made dark")
+    option("--night", type=share, default=0.0, metavar="P", help="share of queries made dark")
     option("--augment", choices=["smart"], help="color, blur, erasing, perspective, crop by chance")
 
 

@@ -32,7 +32,7 @@ from model import (
 from recognition.augmentation import Augmentation
 from recognition.class_batches import ClassBatches, square
 from recognition.classification import LOSS_FUNCTIONS, Adversary, ClassObjective
-from recognition.flags import above_zero, half_precision_flag, positive
+from recognition.flags import above_zero, half_precision_flag, positive, share, strength
 from recognition.inference import Plain
 from recognition.job import Job, Judge, Where, framing, judged, report_split, val_judge
 from training.inputs import Inputs, Store
@@ -102,12 +102,12 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
     option("--grl_weight", type=above_zero, help="of the adversary that tells the domains (0.3)")
     option = parser.add_argument_group("augmentation").add_argument
     for name, default in zip(JITTER, (0.7, 0.7, 0.5, 0.7)):
-        option(f"--{name}", type=float, default=default, help=f"as of ColorJitter ({default})")
-    option("--random_resized_crop", type=float, default=0.5, help="down to 1 - this of the area")
-    option("--rand_perspective", type=float, default=0.0, help="distortion, of every second image")
-    option("--random_rotation", type=float, default=0.0, help="up to so many degrees")
+        option(f"--{name}", type=strength, default=default, help=f"as of ColorJitter ({default})")
+    option("--random_resized_crop", type=share, default=0.5, help="down to 1 - this of the area")
+    option("--rand_perspective", type=share, default=0.0, help="distortion, of every second image")
+    option("--random_rotation", type=strength, default=0.0, help="up to so many degrees")
     for name in ("random_erasing", "blur", "night"):
-        option(f"--{name}", type=float, default=0.0, metavar="P", help="share of the images")
+        option(f"--{name}", type=share, default=0.0, metavar="P", help="share of the images")
 
 
 def settle(args: argparse.Namespace) -> None:

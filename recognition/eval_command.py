@@ -7,9 +7,10 @@ python eval.py --resume=… --export model.onnx
 """
 
 import argparse
+import re
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 
@@ -52,13 +53,21 @@ from recognition.inference import (
     unit,
 )
 from recognition.job import framing, recall_at, report_split
-from recognition.recipes import ARCHITECTURE, RECIPES, count_work, load_model, read_settings
+from recognition.recipes import (
+    ARCHITECTURE,
+    RECIPES,
+    count_work,
+    load_model,
+    read_settings,
+    refuse_others,
+)
 from recognition.reranking import (
     RERANKED,
     rerank_clusters,
     rerank_expansion,
     rerank_geometric,
 )
+from recognition.weights import SYSTEMS, read_weights, system_of
 from reporting import figures
 from reporting.handin import file_sha256, write_whole
 from reporting.predictions import save_predictions
@@ -103,11 +112,14 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, ModuleType]:
     argv = sys.argv[1:] if argv is None else list(argv)
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--recipe", choices=families.RECIPES)
-    first.add_argument("--resume", "--resume_model", type=Path)
+    first.add_argument("--resume", "--resume_model", "--checkpoint", type=Path)
     asked, _ = first.parse_known_args(argv)
     own = read_settings(asked.resume) if asked.resume else {}
     family, recipe = families.choose(argv, asked.recipe, own.get("recipe"))
-    args = with_recipe(build_parser(family), argv, recipe, {"resize": None})
+    built = {name: own[name] for name in ARCHITECTURE if name in own}
+    how = {"resize": own.get("resize"), **built}
+    args = with_recipe(build_parser(family), argv, recipe, how)
+    refuse_others(args.resume, built, vars(args))
     family.settle(args)
     return args, family
 
@@ -115,12 +127,31 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, ModuleType]:
 # ---------------------------------------------------------------- evaluation
 
 
+def read_tests(tests: Mapping[str, Path], args: argparse.Namespace) -> dict[str, FolderSplit]:
+    """The splits in the folders `tests`. InputError, before anything is computed, for what is wrong there."""
+    how = (args.val_positive_dist_threshold, None, max(args.resize, default=None))
+    splits = {name: read_split(folder, *how) for name, folder in tests.items()}
+    night = args.night_queries
+    if night and not any(is_night(split, night).any() for split in splits.values()):
+        raise InputError(f"--night_queries {night} names none of the queries' files.")
+    if args.pca_dim:
+        pca_folder(args, next(iter(tests.values())))
+    return splits
+
+
 def evaluate(
-    model: DescriptorModel, folder: Path, name: str, args: argparse.Namespace, run: Path
+    model: DescriptorModel,
+    split: FolderSplit,
+    name: str,
+    args: argparse.Namespace,
+    run: Path,
+    one_of_several: bool = False,
 ) -> dict[str, Row]:
-    """Recall on the split in `folder`: prints a table, writes what args ask for; its rows by name."""
-    device, least = choose_device(args.device), max(args.resize, default=None)
-    split = read_split(folder, args.val_positive_dist_threshold, None, least)
+    """Recall on a split: prints a table, writes what args ask for; its rows by name.
+
+    one_of_several: whether files that args ask for have `name` in theirs, for other splits' lie beside.
+    """
+    device, file_name = choose_device(args.device), re.sub(r"[\s/\\:]+", "_", name).strip("_")
     report_split(name, split, max(args.recall_values))
     split.index.transform = framing(args.resize)
     split.queries.transform = framing(args.resize, args.test_method)
@@ -130,13 +161,16 @@ def evaluate(
     crops = 5 if args.test_method in OF_CROPS else 1
     queries = describe_images(pipeline, split.queries, device, store, batch, crops)
     if args.pca_dim:
-        queries, index = reduce(pipeline, queries, index, args, folder, device, store)
+        queries, index = reduce(pipeline, queries, index, args, split.folder, device, store)
     if args.save_descriptors:
         of_crops = queries[-1] if crops > 1 else queries[-1][:, 0]
         arrays = {"queries": of_crops, "database": index[-1]}
         paths = {"queries_paths": split.queries.paths, "database_paths": split.index.paths}
         names = {key: [str(path) for path in value] for key, value in paths.items()}
-        write_whole(args.save_descriptors, lambda part: np.savez(part, **arrays, **names))
+        file = args.save_descriptors
+        if one_of_several:
+            file = file.with_name(f"{file.stem}_{file_name}{file.suffix}")
+        write_whole(file, lambda part: save_arrays(part, {**arrays, **names}))
     k = min(len(split.index), max(*args.recall_values, RERANKED, args.num_preds_to_save))
     usual = {0: "own size", 1: "shorter side resized", 2: args.test_method}[len(args.resize)]
     rankings, by_distance = {}, not (pipeline.unit_norm or args.pca_dim)
@@ -158,14 +192,20 @@ def evaluate(
                 "hits": hits[chosen].tolist(),
             }
     print_table(name, table, args.recall_values, k)
-    picture = run / f"{name.replace(' ', '_')}.png"
-    draw_found(picture, name, split, described, index[-1], ranking)
+    draw_found(run / f"{file_name}.png", name, split, described, index[-1], ranking)
     if args.num_preds_to_save:
         what = (split.queries.paths, split.index.paths, ranking, split.positives)
         how = (args.num_preds_to_save, args.save_only_wrong_preds)
-        count = save_predictions(run / "preds", *what, *how)
-        print(f"Written: {count} predictions in {run / 'preds'}.")
+        folder = run / "preds" / file_name if one_of_several else run / "preds"
+        count = save_predictions(folder, *what, *how)
+        print(f"Written: {count} predictions in {folder}.")
     return table
+
+
+def save_arrays(path: Path, arrays: dict) -> None:
+    """numpy.savez, to a path with any ending."""
+    with open(path, "wb") as file:
+        np.savez(file, **arrays)
 
 
 def draw_found(
@@ -205,17 +245,7 @@ def reduce(
     store: Store,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Queries (V, nq, C, D) and index (V, nd, D) after a PCA fitted on --pca_dataset_folder."""
-    if args.pca_dataset_folder is None:
-        raise InputError("--pca_dim needs --pca_dataset_folder, the images to fit the PCA on.")
-    places = [
-        getattr(args, "datasets_folder", None) or Path(),
-        Path(),
-        tested.absolute().parents[2],
-    ]
-    folders = [place / args.pca_dataset_folder for place in places]
-    folder = next((f for f in folders if f.is_dir()), None)
-    if folder is None:
-        raise InputError(f"--pca_dataset_folder {args.pca_dataset_folder} is no folder: name one.")
+    folder = pca_folder(args, tested)
     images = FolderImages([folder], framing(args.resize), max(args.resize, default=None))
     if not len(images):
         raise InputError(f"{folder} holds no image to fit the PCA on: name another folder.")
@@ -228,6 +258,21 @@ def reduce(
         np.stack([pca(part) for pca, part in zip(pcas, queries)]),
         np.stack([pca(part) for pca, part in zip(pcas, index)]),
     )
+
+
+def pca_folder(args: argparse.Namespace, tested: Path) -> Path:
+    """Where --pca_dataset_folder is. InputError if it is nowhere, or not given."""
+    if args.pca_dataset_folder is None:
+        raise InputError("--pca_dim needs --pca_dataset_folder, the images to fit the PCA on.")
+    places = [
+        getattr(args, "datasets_folder", None) or Path(),
+        Path(),
+        tested.absolute().parents[2],
+    ]
+    for folder in (place / args.pca_dataset_folder for place in places):
+        if folder.is_dir():
+            return folder
+    raise InputError(f"--pca_dataset_folder {args.pca_dataset_folder} is no folder: name one.")
 
 
 def rerank(
@@ -247,25 +292,23 @@ def rerank(
 
 
 def parts_of(split: FolderSplit, night_list: Path | None) -> dict[str, np.ndarray]:
-    """Which queries each line of the table is about: all and, where both occur, day and night.
-
-    Night queries are those that the list names, or whose note begins with "night".
-    """
-    everything = np.arange(len(split))
-    if night_list is None:
-        night = np.array([note.lower().startswith("night") for note in split.queries.notes])
-    else:
-        try:
-            lines = night_list.read_text(encoding="utf-8").splitlines()
-            names = {Path(line.strip()).name for line in lines}
-        except (OSError, ValueError) as error:
-            raise InputError(f"--night_queries {night_list} cannot be read ({error}).") from None
-        night = np.array([Path(path).name in names for path in split.queries.paths])
-        if not night.any():
-            raise InputError(f"--night_queries {night_list} names none of the queries' files.")
+    """Which queries each line of the table is about: all and, where both occur, day and night."""
+    everything, night = np.arange(len(split)), is_night(split, night_list)
     if night.all() or not night.any():
         return {"": everything}
     return {"": everything, ", day": np.flatnonzero(~night), ", night": np.flatnonzero(night)}
+
+
+def is_night(split: FolderSplit, night_list: Path | None) -> np.ndarray:
+    """Which queries are of the night: those the list names; without one whose note begins with "night"."""
+    if night_list is None:
+        return np.array([note.lower().startswith("night") for note in split.queries.notes])
+    try:
+        lines = night_list.read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError) as error:
+        raise InputError(f"--night_queries {night_list} cannot be read ({error}).") from None
+    names = {Path(line.strip()).name for line in lines}
+    return np.array([path.name in names for path in split.queries.paths])
 
 
 def print_table(name: str, table: dict[str, Row], values: Sequence[int], k: int) -> None:
@@ -291,16 +334,22 @@ def print_table(name: str, table: dict[str, Row], values: Sequence[int], k: int)
 
 def command(argv: Sequence[str] | None = None) -> int:
     """What eval.py runs: the assignment's lists or a folder, or with this room's flags `main`."""
-    _, others = eval.build_parser().parse_known_args(argv)
+    argv = sys.argv[1:] if argv is None else list(argv)
+    words = [word for word in argv if word not in ("-h", "--help")]
+    _, others = eval.build_parser().parse_known_args(words)
     return main(argv) if others else eval.main(argv, recall_of_lists, load_any)
 
 
 def load_any(checkpoint: Path) -> nn.Module:
     """The model in a checkpoint of any recipe, with what it wants done to images."""
-    if "backbone" not in read_settings(checkpoint):
-        return load_checkpoint(checkpoint)
-    model, settings = load_model(checkpoint, {})
-    return ready_to_search(model, settings["resize"])
+    settings = read_settings(checkpoint)
+    if "backbone" not in settings:
+        system = system_of(read_weights(checkpoint))
+        if system is None:
+            return load_checkpoint(checkpoint)
+        settings = RECIPES[SYSTEMS[system].recipe].defaults
+    model, settings = load_model(checkpoint, settings)
+    return ready_to_search(model, settings.get("resize", RESIZE))
 
 
 def ready_to_search(model: nn.Module, resize: Sequence[int]) -> nn.Module:
@@ -351,9 +400,10 @@ def main(argv: Sequence[str] | None = None) -> int:
                 searched = ready_to_search(Combined(model, args.scales), args.resize)
                 eval.search_folder(args, lambda: searched)
                 return 0
-            where = family.locate(args, training=False)
             run = records.new_run_folder(args.save_dir)
             with records.logged(run, argv):
+                records.print_arguments(records.plain(args), choose_device(args.device))
+                tests = read_tests(family.locate(args, training=False).tests, args)
                 began = time.perf_counter()
                 work = count_work(model, size)
                 records.print_model(model, work, size)
@@ -367,8 +417,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                     "checkpoint": file_sha256(args.resume),
                     "warnings": WARNINGS,
                 }
-                for name, folder in where.tests.items():
-                    metrics["recall"][name] = evaluate(model, folder, name, args, run)
+                for name, split in tests.items():
+                    several = len(tests) > 1
+                    metrics["recall"][name] = evaluate(model, split, name, args, run, several)
                     metrics["seconds"] = time.perf_counter() - began
                     records.write(run, metrics)
     except InputError as error:

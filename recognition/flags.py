@@ -37,8 +37,8 @@ def positive(text: str) -> int:
 
 def not_negative(text: str) -> int:
     """A whole number, 0 or above."""
-    if (number := int(text)) < 0:
-        raise argparse.ArgumentTypeError(f"{text} is less than 0")
+    if not 0 <= (number := int(text)) < 2**63:
+        raise argparse.ArgumentTypeError(f"{text} is less than 0, or too large")
     return number
 
 
@@ -46,6 +46,20 @@ def above_zero(text: str) -> float:
     """A number above 0."""
     if not 0 < (number := float(text)) < float("inf"):
         raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    return number
+
+
+def strength(text: str) -> float:
+    """A number, 0 or above."""
+    if not 0 <= (number := float(text)) < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not 0 or above")
+    return number
+
+
+def share(text: str) -> float:
+    """A number between 0 and 1."""
+    if not 0 <= (number := float(text)) <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
     return number
 
 
@@ -86,7 +100,7 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
         choices=PRECISIONS,
         help="auto: bf16 where it is fast; fp16: float16 on GPUs without bf16",
     )
-    option("--seed", type=int, default=0, help="of everything random (default: 0)")
+    option("--seed", type=not_negative, default=0, help="of everything random (default: 0)")
 
 
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
@@ -119,15 +133,15 @@ def add_training_flags(parser: argparse.ArgumentParser, last: str) -> None:
         help="of the backbone: imagenet (default), none (random, calibrated), a file",
     )  # fmt: skip
     option("--resume_model", type=Path, metavar="FILE", help="begin with this model's weights")
-    option("--epochs_num", type=int, help="at most; 0: test only")
+    option("--epochs_num", type=not_negative, help="at most; 0: test only")
     option("--lr", type=above_zero, help="peak rate")
     option("--optim", choices=OPTIMIZERS, default="adam", help="default: adam")
-    option("--weight_decay", type=float, help="default: 0, of adamw 1e-2, of sgd 1e-3")
+    option("--weight_decay", type=strength, help="default: 0, of adamw 1e-2, of sgd 1e-3")
     option("--scheduler", choices=SCHEDULERS, default="none", help="of the rate (default: none)")
     option("--scheduler_epochs", type=positive, default=5, help="of step, patience of plateau")
     option("--scheduler_factor", type=above_zero, default=0.3, help="of all but cosine")
     option("--scheduler_milestones", type=positive, nargs="+", default=[], help="of multistep")
-    option("--warmup_epochs", type=float, default=0.0, help="may be a share of one (default: 0)")
+    option("--warmup_epochs", type=strength, default=0.0, help="may be a share of one (default: 0)")
     option("--patience", type=positive, help="epochs without a better val recall")
     option(
         "--drift_batchnorm", action="store_true", help="let frozen statistics drift, as published"
@@ -140,7 +154,7 @@ def add_test_flags(parser: argparse.ArgumentParser) -> None:
     option("--resize", type=positive, nargs=2, default=RESIZE, metavar=("H", "W"))
     option("--infer_batch_size", type=positive, default=16, help="default: 16")
     option("--test_method", choices=METHODS, default="hard_resize", help="of queries")
-    option("--majority_weight", type=float, default=0.01, help="of maj_voting (default: 0.01)")
+    option("--majority_weight", type=strength, default=0.01, help="of maj_voting (default: 0.01)")
     option(
         "--scales", type=above_zero, nargs="+", default=[1.0], help="of queries and index images"
     )
@@ -156,10 +170,13 @@ def add_test_flags(parser: argparse.ArgumentParser) -> None:
     option("--night_queries", type=Path, metavar="FILE", help="names of night queries, one a line")
     option(
         "--num_preds_to_save",
-        type=int,
+        type=not_negative,
         default=0,
         metavar="N",
         help="pictures of the first N found",
     )
     option("--save_only_wrong_preds", action="store_true", help="of wrongly answered queries only")
-    option("--save_descriptors", type=Path, metavar="FILE.npz")
+    option(
+        "--save_descriptors", type=Path, metavar="FILE.npz",
+        help="of several data sets a file each, with its name added",
+    )  # fmt: skip

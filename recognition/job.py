@@ -113,9 +113,9 @@ def judged(
 
 
 def report_split(name: str, split: FolderSplit, most: int) -> None:
-    """Print how large a split is, and what cannot be answered in it."""
+    """Print how large a split is and, where recall up to K = `most` is asked for, what cannot be answered."""
     print(f"{name}: {len(split)} queries, {len(split.index)} database images.")
-    if split.without_positives:
+    if split.without_positives and most:
         print(
             f"{name}: {split.without_positives} queries have no database image within "
             f"{split.threshold:g} m; each counts as a miss."

@@ -197,6 +197,13 @@ def load_model(path: Path, settings: Mapping) -> tuple[DescriptorModel, dict]:
     return model.eval(), settings
 
 
+def refuse_others(path: Path, own: Mapping, asked: Mapping) -> None:
+    """InputError if a file's own settings are not those that are asked for."""
+    for name in own.keys() & asked.keys():
+        if own[name] != asked[name]:
+            raise InputError(f"{path} has --{name} {own[name]}, not {asked[name]}: say so.")
+
+
 def read_settings(path: Path) -> dict:
     """The settings in a checkpoint of train.py, or beside one of base.py with another network.
 

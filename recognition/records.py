@@ -6,11 +6,13 @@ import shlex
 import sys
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from datetime import datetime
 from pathlib import Path
 from typing import TextIO
+
+import torch
 
 from model import DescriptorModel, InputError
 from reporting.handin import write_whole
@@ -74,9 +76,17 @@ def logged(run: Path, argv: Sequence[str] | None) -> Iterator[None]:
             print("Machine: " + ", ".join(f"{k} {v}" for k, v in versions().items()))
             try:
                 yield
-            except BaseException:
+            except BaseException as error:
+                if isinstance(error, InputError):
+                    info.write(f"{error}\n")
                 debug.write(traceback.format_exc())
                 raise
+
+
+def print_arguments(settings: Mapping, device: torch.device) -> None:
+    """Print all settings, and what is computed on."""
+    print("Arguments: " + ", ".join(f"{name} {value}" for name, value in settings.items()))
+    print(f"Device: {device}")
 
 
 def print_model(model: DescriptorModel, work: dict, size: Sequence[int]) -> None:

@@ -35,7 +35,7 @@ from model import (
 from recognition import families, records
 from recognition.aggregation import fit_to
 from recognition.backbones import calibrate
-from recognition.eval_command import TEST_SETTINGS, evaluate
+from recognition.eval_command import TEST_SETTINGS, evaluate, read_tests
 from recognition.flags import (
     add_model_flags,
     add_run_flags,
@@ -51,6 +51,7 @@ from recognition.recipes import (
     count_work,
     let_batchnorm_drift,
     load_model,
+    refuse_others,
 )
 from reporting.handin import file_sha256, write_whole
 from reporting.screen import on_screen
@@ -147,11 +148,7 @@ def build(args: argparse.Namespace) -> DescriptorModel:
     settings = {name: getattr(args, name) for name in ARCHITECTURE}
     if args.resume_model and not args.saved:
         model, own = load_model(args.resume_model, settings)
-        for name in settings.keys() & own.keys():
-            if own[name] != settings[name]:
-                raise InputError(
-                    f"{args.resume_model} has --{name} {own[name]}, not {settings[name]}: say so."
-                )
+        refuse_others(args.resume_model, own, settings)
     else:
         model = build_model(settings, "random" if args.saved else args.weights)
     if args.saved:
@@ -218,8 +215,8 @@ def run_training(
     torch.manual_seed(args.seed)
     first = rank_and_world()[0] == 0
     settings = {k: v for k, v in records.plain(args).items() if k != "saved"}
-    print("Arguments: " + ", ".join(f"{k} {v}" for k, v in settings.items()))
-    data = family.read(args, where)
+    records.print_arguments(settings, device)
+    data, tests = family.read(args, where), read_tests(where.tests, args)
     with first_process_first():
         model = build(args).to(device, memory_format=torch.channels_last)
     store = Store(run, device=device)
@@ -297,8 +294,8 @@ def run_training(
         "warnings": WARNINGS,
     }
     records.write(run, metrics)
-    for name, folder in where.tests.items():
-        metrics["recall"][name] = evaluate(model.eval(), folder, name, args, run)
+    for name, split in tests.items():
+        metrics["recall"][name] = evaluate(model.eval(), split, name, args, run, len(tests) > 1)
         records.write(run, metrics)
     print(f"Written: {run / BEST}, {run / family.LAST}, {run / 'metrics.json'}.")
 
@@ -322,15 +319,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         device, last = join_processes(choose_device(args.device)), family.LAST
         first = rank_and_world()[0] == 0
         with on_screen(), silent_unless_first():
-            with first_process_first():
-                where = family.locate(args, training=True)
-            if where.is_sample and not args.saved:
-                args, family = parse(argv, family.SAMPLE_SETTINGS)
             if args.saved:
                 run = args.resume.parent
             else:
                 run = records.new_run_folder(args.save_dir) if first else Path("logs")
             with records.logged(run, argv) if first else contextlib.nullcontext():
+                with first_process_first():
+                    where = family.locate(args, training=True)
+                if where.is_sample and not args.saved:
+                    args, family = parse(argv, family.SAMPLE_SETTINGS)
                 run_training(args, family, where, run, device)
     except InputError as error:
         return refuse("train.py", error)

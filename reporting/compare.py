@@ -84,9 +84,12 @@ def _rows_of(folder: Path, run: dict) -> list[tuple[tuple, Row]]:
 
 
 def differing(rows: Sequence[Row]) -> list[str]:
-    """Names of the settings that are not the same in all rows."""
-    names = list(dict.fromkeys(name for row in rows for name in row["settings"]))
-    return [n for n in names if len({json.dumps(row["settings"].get(n)) for row in rows}) > 1]
+    """Names of the settings that are not the same in all rows that have them."""
+    values: dict[str, set] = {}
+    for row in rows:
+        for name, value in row["settings"].items():
+            values.setdefault(name, set()).add(json.dumps(value))
+    return [name for name, found in values.items() if len(found) > 1]
 
 
 def make_table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
@@ -100,7 +103,7 @@ def make_table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
     header += ["seconds", "dimension"]
     cells = []
     for row in rows:
-        line = [row["run"], row["test"], *(_text(row["settings"].get(name)) for name in names)]
+        line = [row["run"], row["test"], *(_text(row["settings"].get(name, "–")) for name in names)]
         for name in data_sets:
             recall = row["recall"].get(name, {})
             line += [f"{100 * recall[k]:.1f}" if k in recall else "–" for k in SHOWN_K]
@@ -116,8 +119,8 @@ def short_table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
     cells = []
     for row in rows:
         first = rows[0]["settings"]
-        other = [n for n in names if row["settings"].get(n) != first.get(n)]
-        words = ", ".join(f"{n} {_text(row['settings'].get(n))}" for n in other) or "–"
+        own = {name: row["settings"][name] for name in names if name in row["settings"]}
+        words = ", ".join(f"{n} {_text(v)}" for n, v in own.items() if v != first.get(n)) or "–"
         line = [row["run"], row["test"], words]
         for name in data_sets:
             recall = row["recall"].get(name, {})

@@ -14,6 +14,7 @@ from PIL import Image
 
 from dataset.lists import read_split
 from dataset.sample.folders import DATA_SETS
+from model import InputError
 from recognition import benchmark, eval_command, records, train_command
 from recognition.augmentation import SMART
 from recognition.inference import transform_for
@@ -38,6 +39,9 @@ def folder(tmp_path_factory) -> Path:
     write_split(mixed, range(60, 63), note="day_forward")
     write_split(mixed, range(63, 65), note="night_forward")
     write_split(folder / "dataset" / "toyval" / "images" / "test", range(20, 26))  # toy's val
+    empty = write_data_set(folder / "dataset" / "untested") / "test" / "queries"
+    for file in empty.iterdir():
+        file.unlink()
     picture(99, 0).save(mixed / "queries" / name(EAST, NORTH - 900, note="night"))
     return folder
 
@@ -78,7 +82,7 @@ def test_a_run_leaves_all_that_was_printed_and_its_numbers(trained):
     }  # fmt: skip
     log = (trained / "info.log").read_text()
     for line in (
-        "Command: ", "Arguments: ", "Machine: python", "toy train: 8 queries, 24 database images.",
+        "Command: ", "Arguments: ", "Device: c", "Machine: python", "toy train: 8 queries, 24 database images.",
         "Descriptor dimension: 1024", "2,784,836 parameters, 2,101,764 trained, 11.1 MB, 0.17 GFLOPs",
         "WARNING: the backbone's weights are RANDOM", "Epoch 1/2: train loss", "val R@20",
         "chosen by the val queries.", "toy test   ", "recall beyond 18 is that of all",
@@ -145,12 +149,16 @@ def test_resuming_refuses_other_settings_and_other_files(trained, capsys):
         (["--weights=nothing.pth"], "nothing.pth does not exist"),
         (["--device=cuda:77"], "--device cuda:77 is not available"),
         (["--train_positives_dist_threshold=0.1"], "has an index image within 0.1 m"),
+        (["--dataset_name=untested"], "untested/images/test/queries holds no image"),
+        (["--pca_dim=4", "--pca_dataset_folder=nowhere"], "nowhere is no folder"),
+        (["--night_queries=nowhere.txt"], "--night_queries nowhere.txt cannot be read"),
     ],
 )
-def test_bad_settings_are_one_sentence(more, says, capsys):
+def test_bad_settings_are_one_sentence_before_the_training(more, says, capsys):
     assert train_command.main([*TINY, "--save_dir=bad", *more]) == 2
-    err = capsys.readouterr().err.splitlines()
-    assert says in err[-1] and err[-1].startswith("train.py: ")
+    said = capsys.readouterr()
+    err = said.err.splitlines()
+    assert says in err[-1] and err[-1].startswith("train.py: ") and "Untrained" not in said.out
 
 
 @pytest.mark.parametrize(
@@ -205,6 +213,7 @@ def test_evaluating_repeats_what_training_said(trained):
     run = evaluated(trained, "repeated")
     assert metrics(run)["recall"]["toy test"] == metrics(trained)["recall"]["toy test"]
     assert metrics(run)["checkpoint"] == metrics(trained)["checkpoint"]
+    assert "val_positive_dist_threshold 25.0" in (run / "info.log").read_text()
 
 
 def test_all_of_the_test_options_together(trained, tmp_path):
@@ -231,6 +240,20 @@ def test_all_of_the_test_options_together(trained, tmp_path):
         red, green, _ = sheet.getpixel((562 + 4, 300))
         right = table["re-ranked, expansion"]["hits"][0] == 0
         assert (green if right else red) > 150 and (red if right else green) < 100
+
+
+def test_what_is_saved_of_several_data_sets_lies_apart(folder):
+    night = folder / "night_of_test.txt"
+    queries = folder / "dataset" / "toy" / "images" / "test" / "queries"
+    night.write_text(min(path.name for path in queries.iterdir()) + "\n")
+    saved = ["--num_preds_to_save=1", "--save_descriptors=vectors", f"--night_queries={night}"]
+    run = run_of(folder, "saved", [*saved, "--epochs_num=0"])
+    for split, count, rows in (("toy_val", 6, 1), ("toy_test", 5, 3)):
+        assert len(list((run / "preds" / split).glob("*.txt"))) == count
+        assert len(metrics(run)["recall"][split.replace("_", " ")]) == rows
+        with np.load(folder / f"vectors_{split}") as file:
+            assert len(file["queries"]) == count
+    assert not [path for path in folder.iterdir() if path.name.startswith(".")]
 
 
 @pytest.mark.parametrize("rerank", ["clusters", "geometric"])
@@ -297,6 +320,7 @@ def test_any_checkpoint_searches_a_folder_in_its_own_way(trained, checkpoint, fo
             "--pca_dim 99 is too much",
         ),
         (["--query=no.jpg", "--index=empty"], "empty holds no image"),
+        (["--backbone=vgg16"], "has --backbone resnet18conv4, not vgg16"),
     ],
 )
 def test_bad_settings_of_a_test_are_one_sentence(trained, more, says, capsys):
@@ -352,6 +376,13 @@ def test_programs_hand_over_and_the_assignment_s_flags_stay(capsys):
         assert done.returncode == 2 and done.stderr.startswith(says), done.stderr
     assert eval_command.command(["--checkpoint=z.pth", "--query", "a.jpg"]) == 2
     assert capsys.readouterr().err.startswith("eval.py: --query needs --index")
+    for argv, says in (
+        (["--help"], "--recipe=netvlad --help"),
+        (["--recipe=cosplace", "-h"], "--rerank"),
+    ):
+        with pytest.raises(SystemExit):
+            eval_command.command(argv)
+        assert says in capsys.readouterr().out
 
 
 def test_the_sample_and_its_night_are_found_by_name(trained, monkeypatch, tmp_path, capsys):
@@ -366,6 +397,8 @@ def test_the_sample_and_its_night_are_found_by_name(trained, monkeypatch, tmp_pa
     found = benchmark.locate(args, training=False)
     assert found.tests == {"night test": tmp_path / "night" / "images" / "test"}
     assert not found.is_sample
+    log = (evaluated(trained, "by_night", data="night") / "info.log").read_text()
+    assert "using the built-in one, 'night'" in log and "night test: 3 queries" in log
 
 
 def test_a_data_set_without_test_is_evaluated_on_val(tmp_path):
@@ -386,6 +419,9 @@ def test_smart_takes_night_along():
 def test_compared_runs_are_one_table(trained, capsys, tmp_path):
     evaluated(trained, "repeated")
     evaluated(trained, "scaled", "--scales", "0.75", "1", data="mixed")
+    foreign = metrics(trained)  # of weights whose training nobody knows
+    foreign["settings"] = {"recipe": "netvlad", "scales": [1.0]}
+    (tmp_path / "metrics.json").write_text(json.dumps({**foreign, "checkpoint": "another"}))
     runs = [trained, *Path("logs/repeated").iterdir(), *Path("logs/scaled").iterdir(), tmp_path]
     capsys.readouterr()
     assert compare.main([*map(str, runs), "--output", str(tmp_path / "out")]) == 0
@@ -394,7 +430,8 @@ def test_compared_runs_are_one_table(trained, capsys, tmp_path):
         header, *rows = csv.reader(file)
     assert "toy test R@1" in header and "mixed test R@5" in header and "scales" in header
     assert "lr" not in header and "save_dir" not in header
-    assert [row[1] for row in rows].count("hard_resize") == 1  # the evaluation joined its training
+    assert [row[1] for row in rows].count("hard_resize") == 2  # the evaluation joined its training
+    assert rows[-1][header.index("scales")] == "1.0" and "weights" not in header
     assert "all scales" in [row[1] for row in rows]
     assert text.startswith("| run |") and (tmp_path / "out" / "compare.png").is_file()
     assert compare.main([str(tmp_path / "out")]) == 2
@@ -408,3 +445,6 @@ def test_a_log_has_whole_lines_only(tmp_path, capsys):
         print("WARNING: mind", file=sys.stderr)
     log = (tmp_path / "info.log").read_text().splitlines()
     assert log[-2:] == ["one line", "WARNING: mind"] and log[0].endswith("--a 'b c'")
+    with pytest.raises(InputError), records.logged(tmp_path, []):
+        raise InputError("nothing there.")
+    assert (tmp_path / "info.log").read_text().endswith("\nnothing there.\n")

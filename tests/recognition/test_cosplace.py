@@ -1,6 +1,7 @@
 """The CosPlace project's commands on a toy data set: what they print, refuse, and take up."""
 
 import json
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -97,6 +98,18 @@ def test_the_trained_model_is_tested_elsewhere_with_pictures(trained):
     (run,) = Path("logs/tested").iterdir()
     assert metrics(run)["recall"]["tokyo_xs test"] == metrics(trained)["recall"]["tokyo_xs test"]
     assert len(list((run / "preds").glob("*.jpg"))) == 3
+
+
+def test_sets_of_one_name_are_saved_apart_and_within_the_run(trained, folder):
+    sets = [folder / place / "tokyo_xs" / "test" for place in ("here", "there")]
+    for place in sets:
+        shutil.copytree(folder / "tokyo_xs" / "test", place)
+    argv = ["--resume_model", str(trained / "best_model.pth"), "--test_set_folder", *map(str, sets)]
+    assert eval_command.command([*argv, "--num_preds_to_save=1", "--save_dir=twice"]) == 0
+    (run,) = Path("logs/twice").iterdir()
+    assert len(list(run.glob("*_tokyo_xs_test.png"))) == 2
+    assert sorted(len(list(part.glob("*.jpg"))) for part in (run / "preds").iterdir()) == [3, 3]
+    assert not list(folder.glob("*ere/**/*.png"))
 
 
 def test_a_stopped_run_with_all_its_parts_goes_on_to_the_same_result(folder, monkeypatch):

@@ -15,6 +15,7 @@ from dataset.folders import (
 from dataset.sample.folders import write_folders
 from dataset.truth import read_truth
 from model import WARNINGS, InputError
+from recognition.job import report_split
 from tests.recognition.toy import EAST, NORTH, name, picture, write_data_set, write_split
 
 
@@ -64,6 +65,14 @@ def test_one_name_in_degrees_among_meters_is_refused_and_named(tmp_path):
     put(tmp_path, "database", "@40.43870@-80.00613@.jpg")
     with pytest.raises(InputError, match=r"1 names .* degrees \(first: @40\.43870@-80"):
         FolderImages([tmp_path])
+
+
+def test_folders_below_may_be_links(tmp_path):
+    (tmp_path / "city").mkdir()
+    picture(0, 0).save(tmp_path / "city" / name(EAST, NORTH))
+    (tmp_path / "database").mkdir()
+    (tmp_path / "database" / "city").symlink_to(tmp_path / "city", target_is_directory=True)
+    assert len(FolderImages([tmp_path / "database"])) == 1
 
 
 def test_a_list_of_paths_beside_a_folder_says_which_images_it_has(tmp_path, capsys):
@@ -167,3 +176,13 @@ def test_the_toy_has_what_other_tests_count_on(tmp_path):
     write_split(tmp_path, range(3), 2)
     split = read_split(tmp_path, 25)
     assert (len(split), len(split.index)) == (6, 9) and not split.without_positives
+
+
+def test_a_query_without_positives_is_a_miss_only_where_recall_is_asked_for(tmp_path, capsys):
+    write_split(tmp_path, range(2))
+    put(tmp_path, "queries", name(EAST, NORTH + 900))
+    split = read_split(tmp_path, 25)
+    report_split("toy train", split, 0)
+    assert capsys.readouterr().out == "toy train: 3 queries, 6 database images.\n"
+    report_split("toy val", split, 5)
+    assert "toy val: 1 queries have no database image within 25 m" in capsys.readouterr().out

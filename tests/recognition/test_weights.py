@@ -9,12 +9,14 @@ import timm
 import torch
 import torch.nn.functional as F
 import torchvision
+from PIL import Image
 from torch import nn
 
 from model import InputError
 from recognition import vit
 from recognition.aggregation import AGGREGATION_SETTINGS
 from recognition.backbones import BACKBONES, Backbone
+from recognition.eval_command import load_any
 from recognition.recipes import RECIPES, load_model
 from recognition.weights import SYSTEMS, read_weights, system_of
 
@@ -247,6 +249,14 @@ def test_a_published_file_describes_as_its_own_layers_do(case, tmp_path):
         expected, found = net(images), model(images)
     assert found.shape == (1, model.descriptor_dim)
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+
+
+def test_a_published_file_is_searched_with_as_its_recipe_says(tmp_path):
+    file = tmp_path / "published.pth"
+    as_published(SuperVlad(4, 1, encoder=False), "SuperVLAD", file)
+    model = load_any(file)
+    assert model.descriptor_dim == 4 * TINY.dim
+    assert model.transform(Image.new("RGB", (400, 300))).shape == (3, 322, 322)
 
 
 def test_every_system_knows_its_own_files_only():
