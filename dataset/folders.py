@@ -10,7 +10,7 @@ for what is wrong.
 
 import math
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -113,12 +113,22 @@ class FolderImages(Dataset):
         return self.transform(image) if self.transform else image, i, str(self.paths[i])
 
 
+def _walk(folder: Path) -> Iterator[Path]:
+    """Files in a folder and below, linked folders too, each folder once: links may lead around in circles."""
+    seen = set()
+    for place, below, names in os.walk(folder, followlinks=True):
+        if (real := os.path.realpath(place)) in seen:
+            below.clear()
+            continue
+        seen.add(real)
+        yield from (Path(place, name) for name in names)
+
+
 def _files_in(folder: Path) -> Iterable[Path]:
     """Files in a folder and below, or those that <folder>_images_paths.txt lists."""
     listed = folder.absolute().with_name(f"{folder.absolute().name}_images_paths.txt")
     if not listed.is_file():
-        walk = os.walk(folder, followlinks=True)  # data sets are put together of links
-        return (Path(place, name) for place, _, names in walk for name in names)
+        return _walk(folder)
     paths = [folder / line.strip() for line in read_lines(listed, "the list") if line.strip()]
     if paths and not paths[0].is_file():
         raise InputError(

@@ -72,6 +72,7 @@ def test_folders_below_may_be_links(tmp_path):
     picture(0, 0).save(tmp_path / "city" / name(EAST, NORTH))
     (tmp_path / "database").mkdir()
     (tmp_path / "database" / "city").symlink_to(tmp_path / "city", target_is_directory=True)
+    (tmp_path / "city" / "round").symlink_to(tmp_path / "database", target_is_directory=True)
     assert len(FolderImages([tmp_path / "database"])) == 1
 
 
