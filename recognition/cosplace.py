@@ -112,12 +112,12 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
 
 def settle(args: argparse.Namespace) -> None:
     """Sizes of test images; InputError for settings that contradict each other."""
-    if args.aggregation == "mixvpr" and not args.resize:
-        args.resize = [args.image_size, args.image_size]
-    elif args.resize_test_imgs and not args.resize:
+    if args.resize_test_imgs and not args.resize:
         args.resize = [args.image_size]
     if not hasattr(args, "target_folder"):  # eval.py
         return
+    if args.aggregation == "mixvpr" and len(args.resize) < 2:
+        args.resize = [args.image_size, args.image_size]
     if args.grl_weight and args.target_folder is None:
         raise InputError("--grl_weight needs --target_folder DIR, images of the other domain.")
     if args.loss_function == "none" and args.ssl is None:

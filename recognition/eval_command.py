@@ -99,7 +99,7 @@ def build_parser(family: ModuleType) -> argparse.ArgumentParser:
 
 
 def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, ModuleType]:
-    """The command line, and the family of its flags or else of the checkpoint."""
+    """The command line, and the family of its data: by its flags, or else of the checkpoint."""
     argv = sys.argv[1:] if argv is None else list(argv)
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--recipe", choices=families.RECIPES)
@@ -107,7 +107,9 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, ModuleType]:
     asked, _ = first.parse_known_args(argv)
     own = read_settings(asked.resume) if asked.resume else {}
     family, recipe = families.choose(argv, asked.recipe, own.get("recipe"))
-    args = with_recipe(build_parser(family), argv, recipe, {"resize": None})
+    family = families.with_data(argv, family)
+    trained_on = {"image_size": own.get("image_size", OWN_SIZE_PX)}
+    args = with_recipe(build_parser(family), argv, recipe, {"resize": None, **trained_on})
     family.settle(args)
     return args, family
 
@@ -339,8 +341,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 args.resize = settings.get("resize", usual)
             model.precision = args.precision
             if hasattr(model.aggregation, "encoder_mode"):
-                model.aggregation.encoder_mode = getattr(args, "encoder_mode", "alone")
-            side = settings.get("image_size", getattr(args, "image_size", 0))
+                model.aggregation.encoder_mode = args.encoder_mode
+            side = settings.get("image_size", getattr(args, "image_size", OWN_SIZE_PX))
             size = tuple(args.resize) if len(args.resize) == 2 else (side, side)
             if args.export:
                 export_onnx(model, size, args.export)

@@ -196,6 +196,26 @@ def test_other_parts_train_too(more, folder):
     assert eval_command.main([*again, "--precision=float32", f"--save_dir={save_dir}"]) == 0
     (other,) = Path("logs", save_dir).iterdir()
     assert metrics(other)["recall"]["sf_xs val"] == metrics(run)["recall"]["sf_xs val"]
+    wanted = metrics(run)["settings"]
+    asked = [word for word in more if word.startswith(("--aggregation", "--resize_test_imgs"))]
+    args, _ = eval_command.parse([*again, *asked])
+    assert (args.resize or wanted["resize"]) == wanted["resize"]
+
+
+def test_published_weights_are_tested_on_other_layouts(folder):
+    model = build_model({"backbone": "ResNet18", "aggregation": "gem", "fc_output_dim": 512})
+    names = {"trunk.": "backbone.", "aggregation.pool.p": "aggregation.1.p",
+             "aggregation.fc.": "aggregation.2."}  # fmt: skip
+    state = {}
+    for key, value in model.state_dict().items():
+        ours = next(part for part in names if key.startswith(part))
+        state[key.replace(ours, names[ours])] = value
+    torch.save(state, "ResNet18_512_cosplace.pth")
+    write_split(folder / "vg" / "toy" / "images" / "test", range(3))
+    argv = ["--resume=ResNet18_512_cosplace.pth", "--recipe=cosplace", "--save_dir=other"]
+    assert eval_command.command([*argv, "--datasets_folder=vg", "--dataset_name=toy"]) == 0
+    (run,) = Path("logs/other").iterdir()
+    assert list(metrics(run)["recall"]) == ["toy test"] and metrics(run)["gflops"] > 0
 
 
 def test_a_model_is_a_beginning(trained, folder):
