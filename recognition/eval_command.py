@@ -32,6 +32,7 @@ from model import (
     warn,
 )
 from recognition import families, records
+from recognition.cosplace import seen_in_training
 from recognition.export import export_onnx
 from recognition.flags import (
     RESIZE,
@@ -365,6 +366,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                     "recall_values": args.recall_values,
                     "recall": {},
                     **work,
+                    "transductive": seen_in_training(settings.get("target_folder"), where.tests),
                     "weights": model.weights_origin,
                     "checkpoint": file_sha256(args.resume),
                     "warnings": WARNINGS,
