@@ -306,7 +306,9 @@ def refuse_what_holds_nothing(path: Path) -> None:
         with open(path, "rb") as file:
             head = file.read(64)
     except FileNotFoundError:
-        raise InputError(f"{path} does not exist: run base.py first or name another file.") from None
+        raise InputError(
+            f"{path} does not exist: train it first, by base.py or train.py, or name another file."
+        ) from None
     except OSError as error:
         raise InputError(f"{path} cannot be read ({error.strerror}): name another file.") from None
     if not head:

@@ -211,6 +211,9 @@ def read_split(
         there = [folder / name for name in names if (folder / name).is_dir()]
         if not there:
             raise InputError(f"{folder} has no folder {what}/: put the split's {what} there.")
+        if len(there) > 1:
+            names = " and ".join(part.name for part in there)
+            warn(f"{folder} has {names}: they are taken together, move one away to test the other.")
         images.append(FolderImages(there, transform, at_least))
         if not len(images[-1]):
             raise InputError(f"{there[0]} holds no image ({' '.join(IMAGE_SUFFIXES)}): unpack it.")

@@ -231,9 +231,16 @@ AGGREGATION_SETTINGS = {
 def build_aggregation(name: str, channels: int, settings: Mapping) -> tuple[nn.Module, int]:
     """One of AGGREGATIONS of maps of `channels`, and the dimension of what it makes.
 
-    settings: of AGGREGATION_SETTINGS, those that differ at least.
+    settings: of AGGREGATION_SETTINGS, those that differ at least. InputError for a cross-image encoder
+    that would not be the last layer.
     """
     settings = {**AGGREGATION_SETTINGS, **settings}
+    alone = name == "supervlad" and settings["fc_output_dim"] is None
+    if settings["crossimage_encoder"] and not alone:
+        raise InputError(
+            "--crossimage_encoder belongs to --aggregation supervlad without --fc_output_dim: leave "
+            "it out."
+        )
     pool, dim = AGGREGATIONS[name](channels, settings)
     if settings["fc_output_dim"] is None:
         return pool, dim

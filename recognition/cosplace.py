@@ -9,6 +9,7 @@ python train.py --recipe cosplace --target_folder tokyo_xs/test/queries --grl_we
 
 import argparse
 import copy
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -112,12 +113,12 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
 
 def settle(args: argparse.Namespace) -> None:
     """Sizes of test images; InputError for settings that contradict each other."""
-    if args.aggregation == "mixvpr" and not args.resize:
-        args.resize = [args.image_size, args.image_size]
-    elif args.resize_test_imgs and not args.resize:
+    if args.resize_test_imgs and not args.resize:
         args.resize = [args.image_size]
     if not hasattr(args, "target_folder"):  # eval.py
         return
+    if args.aggregation == "mixvpr" and len(args.resize) < 2:
+        args.resize = [args.image_size, args.image_size]
     if args.grl_weight and args.target_folder is None:
         raise InputError("--grl_weight needs --target_folder DIR, images of the other domain.")
     if args.loss_function == "none" and args.ssl is None:
@@ -235,21 +236,29 @@ def read(args: argparse.Namespace, where: Where) -> Data:
     frame, least = framing(args.resize), max(args.resize, default=None)
     val = read_split(where.val, args.val_positive_dist_threshold, frame, least)
     report_split(_name_of(where.val), val, max(args.recall_values))
-    targets, tested = None, []
+    targets = None
     if args.target_folder:
         targets = Plain(list_images(args.target_folder, "**/*"), square(size), size)
         if not len(targets):
             raise InputError(f"--target_folder {args.target_folder} holds no image: name another.")
         print(f"{args.target_folder}: {len(targets)} images of the other domain, without labels.")
-        tested = [
-            name for name, folder in where.tests.items() if _within(args.target_folder, folder)
-        ]
-        if tested:
-            warn(
-                f"the images of the other domain are test queries of {', '.join(tested)} (their labels "
-                "are not used): say so beside the figures, other methods do not see them."
-            )
+    tested = seen_in_training(args.target_folder, where.tests)
     return Data(train, classes, groups, val, targets, tested)
+
+
+def seen_in_training(target_folder: Path | str | None, tests: Mapping[str, Path]) -> list[str]:
+    """The tests, by name, whose images are those of the other domain: said in a warning."""
+    seen = [
+        name
+        for name, folder in tests.items()
+        if target_folder and _within(Path(target_folder), folder)
+    ]
+    if seen:
+        warn(
+            f"the images of the other domain are test queries of {', '.join(seen)} (their labels "
+            "are not used): say so beside the figures, other methods do not see them."
+        )
+    return seen
 
 
 def _within(folder: Path, other: Path) -> bool:

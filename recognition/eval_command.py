@@ -33,6 +33,7 @@ from model import (
     warn,
 )
 from recognition import families, records
+from recognition.cosplace import seen_in_training
 from recognition.export import export_onnx
 from recognition.flags import (
     RESIZE,
@@ -108,7 +109,7 @@ def build_parser(family: ModuleType) -> argparse.ArgumentParser:
 
 
 def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, ModuleType]:
-    """The command line, and the family of its flags or else of the checkpoint."""
+    """The command line, and the family of its data: by its flags, or else of the checkpoint."""
     argv = sys.argv[1:] if argv is None else list(argv)
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--recipe", choices=families.RECIPES)
@@ -116,9 +117,10 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, ModuleType]:
     asked, _ = first.parse_known_args(argv)
     own = read_settings(asked.resume) if asked.resume else {}
     family, recipe = families.choose(argv, asked.recipe, own.get("recipe"))
+    family = families.with_data(argv, family)
     built = {name: own[name] for name in ARCHITECTURE if name in own}
-    how = {"resize": own.get("resize"), **built}
-    args = with_recipe(build_parser(family), argv, recipe, how)
+    size = {"resize": own.get("resize"), "image_size": own.get("image_size", OWN_SIZE_PX)}
+    args = with_recipe(build_parser(family), argv, recipe, {**size, **built})
     refuse_others(args.resume, built, vars(args))
     family.settle(args)
     return args, family
@@ -388,8 +390,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 args.resize = settings.get("resize", usual)
             model.precision = args.precision
             if hasattr(model.aggregation, "encoder_mode"):
-                model.aggregation.encoder_mode = getattr(args, "encoder_mode", "alone")
-            side = settings.get("image_size", getattr(args, "image_size", 0))
+                model.aggregation.encoder_mode = args.encoder_mode
+            side = settings.get("image_size", getattr(args, "image_size", OWN_SIZE_PX))
             size = tuple(args.resize) if len(args.resize) == 2 else (side, side)
             if args.export:
                 export_onnx(model, size, args.export)
@@ -403,7 +405,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             run = records.new_run_folder(args.save_dir)
             with records.logged(run, argv):
                 records.print_arguments(records.plain(args), choose_device(args.device))
-                tests = read_tests(family.locate(args, training=False).tests, args)
+                where = family.locate(args, training=False)
+                tests = read_tests(where.tests, args)
                 began = time.perf_counter()
                 work = count_work(model, size)
                 records.print_model(model, work, size)
@@ -413,6 +416,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                     "recall_values": args.recall_values,
                     "recall": {},
                     **work,
+                    "transductive": seen_in_training(settings.get("target_folder"), where.tests),
                     "weights": model.weights_origin,
                     "checkpoint": file_sha256(args.resume),
                     "warnings": WARNINGS,

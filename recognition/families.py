@@ -17,6 +17,7 @@ A family is recipes that share flags, data and batches. It is a module that offe
 Everything else is shared: the model by recipes.py, the command by train_command.py, the loop by train.py.
 """
 
+import argparse
 from collections.abc import Sequence
 from types import ModuleType
 
@@ -42,3 +43,16 @@ def choose(
     saved = saved if saved in RECIPES else benchmark.RECIPE
     recipe = recipe or (of_flags[0] if of_flags else saved)
     return FAMILIES[RECIPES[recipe].family], recipe
+
+
+def with_data(argv: Sequence[str], family: ModuleType) -> ModuleType:
+    """The family whose flags say where the data of a test is: `family`, or one that has all of them."""
+
+    def flags(of: ModuleType) -> set[str]:
+        parser = argparse.ArgumentParser(add_help=False)
+        of.add_data_flags(parser)
+        return {flag for action in parser._actions for flag in action.option_strings}
+
+    known = {each: flags(each) for each in FAMILIES.values()}
+    given = {word.split("=")[0] for word in argv} & set().union(*known.values())
+    return next((each for each in (family, *known) if given <= known[each]), family)

@@ -11,6 +11,7 @@ from recognition.inference import METHODS
 from recognition.optimization import OPTIMIZERS, SCHEDULERS
 from recognition.recipes import RECIPES
 from recognition.reranking import RERANKED
+from recognition.supervlad import ENCODER_MODES
 
 RESIZE = [480, 640]  # height, width; eval.py takes those of the checkpoint
 SIZES = {  # whole numbers among the settings of aggregations
@@ -118,6 +119,7 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     option(
         "--crossimage_encoder", action="store_true", help="of supervlad: images attend to images"
     )
+    option("--encoder_mode", choices=ENCODER_MODES, default="alone", help="at test (default: alone)")
     option(
         "--freeze_te", type=not_negative, metavar="N",
         help="train DINOv2's blocks from N on, 0: everything (default: the last 4)",

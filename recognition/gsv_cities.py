@@ -28,7 +28,6 @@ from recognition.job import Job, Judge, Where, report_split, val_judge
 from recognition.multi_similarity import BASE, MultiSimilarity
 from recognition.places import PlaceBatches
 from recognition.recipes import RECIPES
-from recognition.supervlad import ENCODER_MODES
 from training.inputs import Inputs, Store
 
 RECIPE = "supervlad"
@@ -80,7 +79,6 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
         "--eval_dataset_name",
         help="folder below it (default: pitts30k, or the built-in sample)",
     )
-    option("--encoder_mode", choices=ENCODER_MODES, default="alone", help="at test")
 
 
 def add_training_flags(parser: argparse.ArgumentParser) -> None:
@@ -116,8 +114,6 @@ def settle(args: argparse.Namespace) -> None:
     """InputError for settings that contradict each other."""
     if getattr(args, "images_per_place", 2) < 2:  # eval.py has none
         raise InputError("--images_per_place 1 leaves no positives: use 2 or more.")
-    if args.crossimage_encoder and args.aggregation != "supervlad":
-        raise InputError("--crossimage_encoder belongs to --aggregation supervlad: leave it out.")
     if getattr(args, "encoder_once", False) and not args.crossimage_encoder:
         raise InputError("--encoder_once needs --crossimage_encoder, the encoder to train.")
 

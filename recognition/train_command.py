@@ -32,7 +32,7 @@ from model import (
     refuse,
     warn,
 )
-from recognition import families, records
+from recognition import families, gsv_cities, records
 from recognition.aggregation import fit_to
 from recognition.backbones import calibrate
 from recognition.eval_command import TEST_SETTINGS, evaluate, read_tests
@@ -116,6 +116,11 @@ def parse(
             )
     if args.pca_dim and args.pca_dataset_folder is None:
         raise InputError("--pca_dim needs --pca_dataset_folder, the images to fit the PCA on.")
+    if args.crossimage_encoder and family is not gsv_cities:
+        raise InputError(
+            "--crossimage_encoder is trained on GSV-Cities only: leave it out, or give "
+            "--recipe=supervlad."
+        )
     family.settle(args)
     args.saved = saved
     return args, family

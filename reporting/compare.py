@@ -50,6 +50,7 @@ def read_rows(folders: Sequence[Path]) -> list[Row]:
             known = rows.setdefault(key, row)
             for part in ("recall", "hits"):
                 known[part].update(row[part])
+            known["transductive"] = sorted({*known["transductive"], *row["transductive"]})
     if not rows:
         raise InputError(
             "none of these folders holds a metrics.json: name runs, as logs/default/*."

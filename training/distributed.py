@@ -35,13 +35,18 @@ def leave_processes() -> None:
 
 @contextmanager
 def first_process_first() -> Iterator[None]:
-    """Let the first process do what is inside, which may write files that the others then find."""
+    """Let the first process do what is inside, which may write files that the others then find.
+
+    Where it fails the others go on, to fail by themselves: what is wrong is said, not that it is gone.
+    """
     rank, world = rank_and_world()
     if rank > 0:
         dist.barrier()
-    yield
-    if rank == 0 and world > 1:
-        dist.barrier()
+    try:
+        yield
+    finally:
+        if rank == 0 and world > 1:
+            dist.barrier()
 
 
 @contextmanager

@@ -209,6 +209,26 @@ def test_other_parts_train_too(more, folder):
     assert eval_command.main([*again, "--precision=float32", f"--save_dir={save_dir}"]) == 0
     (other,) = Path("logs", save_dir).iterdir()
     assert metrics(other)["recall"]["sf_xs val"] == metrics(run)["recall"]["sf_xs val"]
+    wanted = metrics(run)["settings"]
+    asked = [word for word in more if word.startswith(("--aggregation", "--resize_test_imgs"))]
+    args, _ = eval_command.parse([*again, *asked])
+    assert (args.resize or wanted["resize"]) == wanted["resize"]
+
+
+def test_published_weights_are_tested_on_other_layouts(folder):
+    model = build_model({"backbone": "ResNet18", "aggregation": "gem", "fc_output_dim": 512})
+    names = {"trunk.": "backbone.", "aggregation.pool.p": "aggregation.1.p",
+             "aggregation.fc.": "aggregation.2."}  # fmt: skip
+    state = {}
+    for key, value in model.state_dict().items():
+        ours = next(part for part in names if key.startswith(part))
+        state[key.replace(ours, names[ours])] = value
+    torch.save(state, "ResNet18_512_cosplace.pth")
+    write_split(folder / "vg" / "toy" / "images" / "test", range(3))
+    argv = ["--resume=ResNet18_512_cosplace.pth", "--recipe=cosplace", "--save_dir=other"]
+    assert eval_command.command([*argv, "--datasets_folder=vg", "--dataset_name=toy"]) == 0
+    (run,) = Path("logs/other").iterdir()
+    assert list(metrics(run)["recall"]) == ["toy test"] and metrics(run)["gflops"] > 0
 
 
 def test_a_model_is_a_beginning(trained, folder):
@@ -297,6 +317,28 @@ def test_the_project_is_a_report_and_a_zip(trained, folder, tmp_path, capsys):
     assert compare.main([*runs, "--output", str(tmp_path)]) == 0
     head = capsys.readouterr().out.splitlines()
     assert any("| sf_xs val | sf_xs test | tokyo_xs test |" in line for line in head)
+
+
+def test_the_report_says_which_queries_training_saw_and_speaks_of_all_queries(folder, tmp_path):
+    for number, path in enumerate(sorted(Path("tokyo_xs/test/queries").iterdir())):
+        day = tmp_path / "tokyo_xs" / "test" / "queries" / path.name.replace("night", "")
+        shutil.copytree("tokyo_xs/test/database", day.parents[1] / "database", dirs_exist_ok=True)
+        day.parent.mkdir(exist_ok=True)
+        shutil.copy(path, day if number else day.with_name(path.name))
+    test = tmp_path / "tokyo_xs" / "test"
+    run = run_of(folder, "saw", f"--target_folder={test / 'queries'}", "--epochs_num=1")
+    argv = ["--resume", str(run / "best_model.pth"), f"--test_set_folder={test}", "--save_dir=seen"]
+    assert eval_command.main(argv) == 0
+    (later,) = Path("logs/seen").iterdir()
+    name, output = "tokyo_xs test", tmp_path / "project"
+    assert metrics(later)["transductive"] == [name]
+    assert project.main(["--project", str(run), str(later), "--output", str(output)]) == 0
+    text = (output / "report.md").read_text()
+    assert f"saw the queries of {name} without their labels" in text
+    rows = [row for row in compare.read_rows([run, later]) if name in row["recall"]]
+    assert len(rows) == 3  # all, day, night
+    rows[1]["recall"][name] = {1: 2.0}
+    assert project.best_of(rows, name) is rows[0]
 
 
 def test_handin_hands_over(tmp_path):

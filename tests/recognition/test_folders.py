@@ -127,6 +127,15 @@ def test_positives_are_within_25_m_and_none_where_there_is_none(tmp_path):
     assert len(none) == 1 and len(none[0]) == 0
 
 
+def test_two_folders_of_queries_are_taken_together_and_that_is_said(tmp_path):
+    put(tmp_path, "database", name(EAST, NORTH))
+    put(tmp_path, "queries_v1", name(EAST, NORTH))
+    assert len(read_split(tmp_path, 25)) == 1 and not WARNINGS
+    put(tmp_path, "queries_v2", name(EAST, NORTH + 1))
+    assert len(read_split(tmp_path, 25)) == 2
+    assert "has queries_v1 and queries_v2: they are taken together" in WARNINGS[0]
+
+
 def test_two_zones_are_never_near_each_other_and_that_is_said(tmp_path):
     put(tmp_path, "database", name(EAST, NORTH, zone="17", letter="T"))
     put(tmp_path, "database", name(EAST, NORTH, zone="18", letter="T"))

@@ -165,6 +165,11 @@ def test_bad_input_is_one_sentence(folder, trained, capsys):
     assert "--gsv_cities_folder none is no folder" in says([*given, "--gsv_cities_folder=none"])
     argv = [*given, "--aggregation=gem"]
     assert "--crossimage_encoder belongs to --aggregation supervlad" in says(argv)
+    argv = [*given, "--aggregation=supervlad", "--fc_output_dim=8"]
+    assert "belongs to --aggregation supervlad without --fc_output_dim" in says(argv)
+    argv = ["--recipe=netvlad", "--datasets_folder=D", "--aggregation=supervlad"]
+    argv += ["--weights=none", "--backbone=resnet18conv4", "--crossimage_encoder"]
+    assert "--crossimage_encoder is trained on GSV-Cities only" in says(argv)
     argv = [word for word in given if word != "--crossimage_encoder"]
     assert "--encoder_once needs --crossimage_encoder" in says([*argv, "--encoder_once"])
     (folder / "E").mkdir(exist_ok=True)
@@ -185,7 +190,14 @@ def test_bad_input_is_one_sentence(folder, trained, capsys):
     argv = [*PRINTED, "--resume=SuperVLAD.pth", "--save_dir=published"]
     assert eval_command.command([*argv, "--resize", "56", "70", "--precision=float32"]) == 0
     (run,) = Path("logs/published").iterdir()
-    assert metrics(run)["recall"]["pitts30k test"] == metrics(trained)["recall"]["pitts30k test"]
+    of_pitts = metrics(run)["recall"]["pitts30k test"]
+    assert of_pitts == metrics(trained)["recall"]["pitts30k test"]
+    argv = ["--recipe=supervlad", *PRINTED[2:], "--resume=SuperVLAD.pth", "--save_dir=elsewhere"]
+    argv += ["--resize", "56", "70", "--precision=float32", "--encoder_mode=alone"]
+    folders = ["--test_set_folder=D/pitts30k/images/test"]  # CosPlace's flag for the same images
+    assert eval_command.command([*argv, *folders]) == 0
+    (run,) = Path("logs/elsewhere").iterdir()
+    assert metrics(run)["recall"]["images test"] == of_pitts
 
 
 def test_the_sample_is_taken_where_there_is_no_data(folder, monkeypatch, capsys, tmp_path):

@@ -60,3 +60,22 @@ def test_two_processes_train_as_one_does_on_items_of_their_own(tmp_path):
         if mining == "random":
             seen = [query for a, b in zip(first["fetched"], second["fetched"]) for query in a + b]
             assert sorted(seen) == sorted(2 * list(range(7)))
+
+
+REFUSED = """
+import sys, torch.distributed as dist
+from training.distributed import first_process_first
+rank, folder = int(sys.argv[1]), sys.argv[2]
+dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+try:
+    with first_process_first():
+        raise ValueError("bad input")
+except ValueError:
+    sys.exit(2)
+"""
+
+
+def test_what_the_first_process_refuses_the_others_refuse_too(tmp_path):
+    command = [sys.executable, "-c", REFUSED]
+    both = [subprocess.Popen([*command, str(rank), str(tmp_path)], cwd=ROOT) for rank in (0, 1)]
+    assert [process.wait(timeout=300) for process in both] == [2, 2]
