@@ -119,7 +119,9 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     option(
         "--crossimage_encoder", action="store_true", help="of supervlad: images attend to images"
     )
-    option("--encoder_mode", choices=ENCODER_MODES, default="alone", help="at test (default: alone)")
+    option(
+        "--encoder_mode", choices=ENCODER_MODES, default="alone", help="at test (default: alone)"
+    )
     option(
         "--freeze_te", type=not_negative, metavar="N",
         help="train DINOv2's blocks from N on, 0: everything (default: the last 4)",

@@ -10,13 +10,14 @@ from torch import nn
 
 from model import DescriptorModel, InputError
 from recognition import export, vit
-from recognition.aggregation import AGGREGATION_SETTINGS, build_aggregation
+from recognition.aggregation import build_aggregation
 from recognition.export import export_onnx
 
 SETTINGS = {
-    "mix_out_channels": 4, "mix_out_rows": 2, "mix_depth": 1, "supervlad_clusters": 2,
-    "crossimage_encoder": True,
-}  # fmt: skip
+    "gem": {"fc_output_dim": 5},
+    "mixvpr": {"mix_out_channels": 4, "mix_out_rows": 2, "mix_depth": 1},
+    "supervlad": {"supervlad_clusters": 2, "crossimage_encoder": True},
+}
 
 
 def network(aggregation: str) -> DescriptorModel:
@@ -27,15 +28,13 @@ def network(aggregation: str) -> DescriptorModel:
         nn.init.normal_(trunk[0].pos_embed)
     else:
         trunk = nn.Sequential(nn.Conv2d(3, 16, 3, 8), nn.BatchNorm2d(16), nn.ReLU())
-    more = {"fc_output_dim": 5} if aggregation == "gem" else {}
-    pool, dim = build_aggregation(aggregation, 16, {**AGGREGATION_SETTINGS, **SETTINGS, **more})
-    return DescriptorModel(trunk, pool, dim)
+    return DescriptorModel(trunk, *build_aggregation(aggregation, 16, SETTINGS[aggregation]))
 
 
 @pytest.mark.skipif(
     "dynamic_shapes" not in signature(torch.onnx.export).parameters, reason="needs torch 2.5"
 )
-@pytest.mark.parametrize("aggregation", ["gem", "mixvpr", "supervlad"])
+@pytest.mark.parametrize("aggregation", SETTINGS)
 def test_onnx_finds_the_same_descriptors(aggregation, tmp_path):
     model, file = network(aggregation).eval(), tmp_path / "model.onnx"
     model(torch.zeros(1, 3, 42, 56))
