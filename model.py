@@ -463,7 +463,7 @@ def initialize_netvlad(
     generator = torch.Generator().manual_seed(seed)
     drawn, total = [], 0
     for batch in batches:
-        with model.autocast(device):
+        with torch.inference_mode(), model.autocast(device):
             local = model.local_descriptors(batch.to(device))
         local = F.normalize(local.float(), dim=1).flatten(2)
         order = torch.rand(local.shape[0], local.shape[2], generator=generator).argsort(dim=1)

@@ -52,7 +52,7 @@ def whiten_last(model: DescriptorModel, images: Tensor) -> None:
     """
     count, total, square = 0, 0.0, 0.0
     for batch in images.split(BATCH):
-        with model.autocast(images.device):
+        with torch.inference_mode(), model.autocast(images.device):
             outputs = model.local_descriptors(batch)
         outputs = outputs.float().transpose(0, 1).flatten(1)  # (C, locations)
         count += outputs.shape[1]
