@@ -10,7 +10,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
@@ -364,13 +364,12 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def workplace(good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def workplace(good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A copy of the good folder, made the current one."""
     work = tmp_path / "work"
     shutil.copytree(good, work)
     monkeypatch.chdir(work)
-    yield work
-    (work / CHECKPOINT).unlink(missing_ok=True)  # pytest keeps tmp_path, and this is 59 MB
+    return work
 
 
 def arguments(case: Case) -> list[str]:
