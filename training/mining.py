@@ -309,12 +309,13 @@ class TupleLoader:
 def reciprocal_rank(similarity: np.ndarray, positives: np.ndarray) -> float | None:
     """1 / rank of the first of `positives` by similarity (nd,) to a query, others first among equals.
 
-    So a descriptor that makes all images alike ranks last. None where every positive is left out (-inf).
+    So a descriptor that makes all images alike, or is no number, ranks last. None where every positive
+    is left out (-inf).
     """
     best = similarity[positives].max()
-    if not np.isfinite(best):
+    if best == -np.inf:
         return None
-    ahead = similarity >= best
+    ahead = ~(similarity < best)
     ahead[positives] = False
     return 1 / (1 + int(ahead.sum()))
 

@@ -317,6 +317,7 @@ def test_reciprocal_ranks_by_hand_with_others_first_among_equals():
     assert reciprocal_rank(row, np.array([0, 1])) == 1
     assert reciprocal_rank(np.ones(5), np.array([2])) == 1 / 5  # all look alike
     assert reciprocal_rank(row, np.array([4])) is None
+    assert reciprocal_rank(np.full(5, np.nan), np.array([2])) == 1 / 5  # of a model that diverged
 
 
 def test_an_untrained_model_that_ranks_better_is_kept():
