@@ -85,10 +85,10 @@ def refuse_to_overwrite(args: argparse.Namespace) -> None:
     checkpoint = args.output / handin.CHECKPOINT
     if (args.output / handin.LAST).is_file():
         saved = read_saved(args.output)
-        epochs = saved["settings"]["epochs"]
-        if saved["training"] and saved["training"]["epoch"] <= epochs:
+        training, epochs = saved["training"], saved["settings"]["epochs"]
+        if training and (training["epoch"] <= epochs or not checkpoint.is_file()):
             raise InputError(
-                f"{args.output} holds a run that stopped in epoch {saved['training']['epoch']} of "
+                f"{args.output} holds a run that stopped in epoch {min(training['epoch'], epochs)} of "
                 f"{epochs}: go on with --resume, or name another --output."
             )
     if (args.limit or not args.epochs) and checkpoint.is_file() and not _was_trial(checkpoint):

@@ -68,6 +68,10 @@ def test_what_another_version_saved_is_named_as_such(tmp_path):
 def test_a_new_run_replaces_no_unfinished_one(tmp_path):
     args = base.parse(["--output", str(tmp_path)])
     refuse_to_overwrite(args)  # an empty folder
+    saved_run(tmp_path, {"epoch": 6})  # stopped before its checkpoint was written
+    with pytest.raises(InputError, match="stopped in epoch 5 of 5: go on with --resume"):
+        refuse_to_overwrite(args)
+    (tmp_path / CHECKPOINT).touch()
     for training, allowed in (({"epoch": 3}, False), ({"epoch": 6}, True), (None, True)):
         saved_run(tmp_path, training)
         before = (tmp_path / LAST).read_bytes()
