@@ -337,9 +337,9 @@ def hardest_negatives(
 
 
 def violates(to_positive: float, to_negatives: np.ndarray, margin: float) -> np.ndarray:
-    """Whether the ranking loss is positive, from similarities of unit descriptors."""
+    """Whether the ranking loss is positive, or no number, from similarities of unit descriptors."""
     positive, negatives = max(0.0, 2 - 2 * to_positive), np.maximum(0, 2 - 2 * to_negatives)
-    return math.sqrt(positive) + margin > np.sqrt(negatives)
+    return ~(np.sqrt(negatives) >= math.sqrt(positive) + margin)
 
 
 def _own_share(tuples: Tuples) -> Tuples:

@@ -156,6 +156,7 @@ def test_a_tuple_is_used_only_if_its_loss_is_positive():
     for i in range(50):
         found = violates(float(q[i] @ p[i]), (n[i] @ q[i]).numpy(), 0.1)
         assert np.array_equal(found, (loss[i] > 0).numpy())
+    assert violates(np.nan, np.full(2, np.nan), 0.1).all()  # so that training says that it diverged
 
 
 def test_random_tuples_keep_the_distances_of_the_assignment():
