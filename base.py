@@ -40,7 +40,7 @@ from model import (
 )
 from recognition.aggregation import AGGREGATIONS
 from recognition.backbones import BACKBONES, backbone_name, calibrate
-from recognition.flags import above_zero, positive
+from recognition.flags import above_zero, not_negative, positive, whole
 from recognition.recipes import build_model
 from reporting import check, figures, handin, report
 from reporting.recall import Recall, measure_recall
@@ -80,7 +80,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     option = parser.add_argument
     option("--dataset", type=Path, help="folder of the lists (default: dataset/, or the sample)")
     option("--output", type=Path, default=Path("output"), help="default: %(default)s")
-    option("--epochs", type=_count, default=5, help="0 evaluates the untrained model (default: 5)")
+    option("--epochs", type=not_negative, default=5, help="0 evaluates the untrained model (default: 5)")
     option("--lr", type=above_zero, default=1e-4, help="of Adam (default: %(default)s)")
     option("--batch-size", type=positive, default=8, help="tuples a step (default: 8)")
     option("--margin", type=above_zero, default=MARGIN, help="of the loss (default: %(default)s)")
@@ -119,7 +119,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         default=ASSIGNED["aggregation"],
         help="default: the assignment's netvlad",
     )
-    option("--seed", type=_count, default=42, help="of everything random (default: %(default)s)")
+    option("--seed", type=not_negative, default=42, help="of everything random (default: %(default)s)")
     option(
         "--precision",
         default="auto",
@@ -156,18 +156,12 @@ def not_assigned(args: argparse.Namespace) -> dict[str, str]:
     return {f"--{name}": value for name, value in names.items() if value != ASSIGNED[name]}
 
 
-def _count(text: str) -> int:
-    if not 0 <= (number := int(text)) < 2**63:
-        raise argparse.ArgumentTypeError(f"{text} is negative, or too large")
-    return number
-
-
 def _image_size(text: str) -> int:
-    if (number := int(text)) < SMALLEST:
+    if (size := whole(text)) < SMALLEST:
         raise argparse.ArgumentTypeError(
             f"{text} is less than {SMALLEST}: nothing would be left of it"
         )
-    return number
+    return size
 
 
 def build(args: argparse.Namespace) -> DescriptorModel:

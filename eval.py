@@ -147,7 +147,7 @@ def compute_embeddings(
     found, indices, paths = np.empty((0, 0), np.float32), [], []
     with progress(total=count, desc="descriptors", unit="image") as bar:
         for rows, items in zip(batches, read_batches(dataset.__getitem__, batches)):
-            part = _describe_each(model, [item[0] for item in items], device)
+            part = _describe_each(model, [torch.as_tensor(item[0]) for item in items], device)
             if not indices:
                 found = np.empty((count, part.shape[1]), np.float32)
             found[rows.start : rows.stop] = part
@@ -358,6 +358,8 @@ def search_folder(args: argparse.Namespace, load: Callable[[], nn.Module]) -> No
         raise InputError(f"--top-k {args.top_k} names no image: use 1 or more.")
     if args.picture and args.picture.suffix.lower() not in Image.registered_extensions():
         raise InputError(f"--picture {args.picture} has no ending of an image: name a .png file.")
+    if args.picture and importlib.util.find_spec("reporting") is None:
+        raise InputError("--picture needs the program's reporting/ beside eval.py.")
     index = find_images(args.index, args.query)
     model, device = load(), choose_device(args.device)
     queries, _, _ = compute_embeddings(model, ImageFiles(args.query, model), device)

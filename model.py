@@ -243,12 +243,13 @@ class NetVLADModel(DescriptorModel):
 
     def load_imagenet(self) -> None:
         """Give the trunk torchvision's ImageNet weights; InputError if they cannot be had."""
+        cached = Path(torch.hub.get_dir()) / "checkpoints" / IMAGENET_FILE
         stall_before = socket.getdefaulttimeout()
         socket.setdefaulttimeout(DOWNLOAD_STALL_S)
         try:
             state = VGG16_Weights.IMAGENET1K_V1.get_state_dict(progress=True, check_hash=True)
+            state = tensors_in(state, cached)
         except DAMAGED as error:
-            cached = Path(torch.hub.get_dir()) / "checkpoints" / IMAGENET_FILE
             damaged = f"{cached} is damaged, remove it" if cached.is_file() else error
             raise InputError(
                 f"the ImageNet weights of VGG16 could not be had ({damaged}): give a downloaded "
@@ -430,7 +431,7 @@ def calibrate_trunk(model: DescriptorModel, images: Tensor) -> None:
     images: (N, 3, H, W), about 50. Layer by layer, as LSUV (Mishkin & Matas 2016) does: without
     ImageNet weights this makes a random trunk a usable one (METHODS section 2).
     """
-    images = images.contiguous(memory_format=torch.channels_last)
+    images = images.float().contiguous(memory_format=torch.channels_last)
     chunks = list(images.split(CALIBRATION_CHUNK))
     for module in progress(model.trunk, desc="calibrating", unit="layer"):
         with model.autocast(images.device):

@@ -390,7 +390,7 @@ def _is_kept(record: dict, scores: Tensor | None, best: dict) -> bool:
     if not best:
         return True
     if scores is None:
-        return not record["val_loss"] >= best["val_loss"]
+        return math.isnan(best["val_loss"]) or record["val_loss"] < best["val_loss"]
     gain = scores - best["scores"]
     if best["epoch"] == 0:
         return bool(gain.mean() > 0)
@@ -407,9 +407,9 @@ def _best_scores(scores: Tensor | None, best: dict) -> Tensor | None:
 def _report(record: dict, shown: dict[str, float], epochs: int, objective: nn.Module) -> None:
     """Print an epoch's line; warn in words when nothing is being learned."""
     line = f"Epoch {record['epoch']}/{epochs}: train loss {record['train_loss']:.4f}"
-    if not math.isnan(record["val_loss"]):
-        line += f", val loss {record['val_loss']:.4f}"
     diagnose = getattr(objective, "diagnose", None)
+    if diagnose or not math.isnan(record["val_loss"]):
+        line += f", val loss {record['val_loss']:.4f}"
     if diagnose:
         line += f", violating triplets {100 * record['violations']:.1f} %"
     if "skipped" in record:

@@ -4,6 +4,7 @@ A map is built once and serves any number of queries. It is plain data: saved, l
 """
 
 import dataclasses
+import io
 import os
 import tempfile
 from collections.abc import Callable
@@ -94,11 +95,13 @@ def save(value: object, file: Path) -> None:
     """Write a value of dataclasses, containers, arrays and plain values whole, under a name of its
     own first: two threads or runs may write the same file.
     """
+    content = io.BytesIO()  # first: of a full disk PyTorch's writer raises no OSError
+    torch.save(_packed(value), content)
     file.parent.mkdir(parents=True, exist_ok=True)
     handle, part = tempfile.mkstemp(suffix=".part", dir=file.parent)
     try:
         with os.fdopen(handle, "wb") as stream:
-            torch.save(_packed(value), stream)
+            stream.write(content.getbuffer())
         os.replace(part, file)
     except OSError:
         # Windows replaces no file that another run reads at this moment: then it is there.

@@ -29,39 +29,55 @@ SIZES = {  # whole numbers among the settings of aggregations
 RERANKINGS = ("clusters", "geometric", "expansion")
 
 
+def whole(text: str) -> int:
+    """A whole number."""
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number") from None
+
+
+def number(text: str) -> float:
+    """A number."""
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number") from None
+
+
 def positive(text: str) -> int:
     """A whole number above 0."""
-    if (number := int(text)) < 1:
+    if (value := whole(text)) < 1:
         raise argparse.ArgumentTypeError(f"{text} is less than 1")
-    return number
+    return value
 
 
 def not_negative(text: str) -> int:
     """A whole number, 0 or above."""
-    if not 0 <= (number := int(text)) < 2**63:
+    if not 0 <= (value := whole(text)) < 2**63:
         raise argparse.ArgumentTypeError(f"{text} is less than 0, or too large")
-    return number
+    return value
 
 
 def above_zero(text: str) -> float:
     """A number above 0."""
-    if not 0 < (number := float(text)) < float("inf"):
+    if not 0 < (value := number(text)) < float("inf"):
         raise argparse.ArgumentTypeError(f"{text} is not above 0")
-    return number
+    return value
 
 
 def strength(text: str) -> float:
     """A number, 0 or above."""
-    if not 0 <= (number := float(text)) < float("inf"):
+    if not 0 <= (value := number(text)) < float("inf"):
         raise argparse.ArgumentTypeError(f"{text} is not 0 or above")
-    return number
+    return value
 
 
 def share(text: str) -> float:
     """A number between 0 and 1."""
-    if not 0 <= (number := float(text)) <= 1:
+    if not 0 <= (value := number(text)) <= 1:
         raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
-    return number
+    return value
 
 
 def with_recipe(

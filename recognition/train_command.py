@@ -53,7 +53,7 @@ from recognition.recipes import (
     load_model,
     refuse_others,
 )
-from reporting.handin import file_sha256, write_whole
+from reporting.handin import file_sha256, tensors, write_whole
 from reporting.screen import on_screen
 from train import train
 from training.distributed import (
@@ -205,7 +205,7 @@ def choose_kept(inputs: Sequence[Inputs], store: Store) -> None:
 
 def save_tensors(path: Path, content: dict) -> None:
     """torch.save, whole or not at all."""
-    write_whole(path, lambda part: torch.save(content, part))
+    write_whole(path, tensors(content))
 
 
 def run_training(

@@ -158,7 +158,10 @@ def tensors(state: object) -> Callable[[Path], None]:
 
     def write(path: Path) -> None:
         with open(path, "wb") as file:
-            torch.save(state, file)
+            try:
+                torch.save(state, file)
+            except RuntimeError as error:  # of closing an archive whose writing failed
+                raise error.__context__ or error
 
     return write
 

@@ -130,6 +130,8 @@ def test_descriptors_are_the_model_s_in_order_whatever_the_items_hold_beside():
         with torch.no_grad():
             np.testing.assert_allclose(found, model(images.images).numpy(), atol=1e-6)
     assert compute_embeddings(model, [], "cpu")[1:] == ([], [])
+    arrays = [(x.numpy(), i, name) for x, i, name in images]  # a DataLoader takes them too
+    np.testing.assert_array_equal(compute_embeddings(model, arrays, "cpu", 2)[0], found)
 
 
 def test_any_module_is_evaluated(capsys):
@@ -281,6 +283,12 @@ def test_a_search_needs_no_other_file_than_model_py(folder, checkpoint, tmp_path
     )
     assert done.returncode == 0, done.stderr
     assert found_images(done.stdout)["again.jpg"][0] == "b.png"
+    words += ["--picture", tmp_path / "found.png"]
+    done = subprocess.run(
+        [sys.executable, *map(str, words)], cwd=alone, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2 and "--picture needs the program's reporting/" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_photos_are_read_upright(tmp_path):

@@ -105,6 +105,7 @@ def test_training_lowers_the_loss_prints_both_and_freezes_what_it_should(capsys)
     # Calibration rescales the frozen layers once; training must leave them as it found them.
     frozen = after["trunk.21.weight"].clone()
     train(model, images, [], "cpu", epochs=1, lr=1e-3, objective=objective)
+    assert "val loss nan" in capsys.readouterr().out
     assert torch.equal(frozen, model.state_dict()["trunk.21.weight"])
 
 
@@ -339,7 +340,9 @@ def test_the_latest_epoch_within_the_standard_error_of_the_best_scores_is_kept()
 
 
 def test_without_scores_the_lowest_loss_is_kept_and_without_a_loss_the_last_epoch():
-    for losses, expected in (([0.3, 0.1, 0.2], 2), ([float("nan")] * 3, 3)):
+    nan = float("nan")
+    cases = ([0.3, 0.1, 0.2], 2), ([nan] * 3, 3), ([0.3, nan], 1), ([nan, 0.3, 0.4], 2)
+    for losses, expected in cases:
         best = {}
         for epoch, loss in enumerate(losses, 1):
             record = {"epoch": epoch, "val_loss": loss}

@@ -309,12 +309,13 @@ class TupleLoader:
 def reciprocal_rank(similarity: np.ndarray, positives: np.ndarray) -> float | None:
     """1 / rank of the first of `positives` by similarity (nd,) to a query, others first among equals.
 
-    So a descriptor that makes all images alike ranks last. None where every positive is left out (-inf).
+    So a descriptor that makes all images alike, or is no number, ranks last. None where every positive
+    is left out (-inf).
     """
     best = similarity[positives].max()
-    if not np.isfinite(best):
+    if best == -np.inf:
         return None
-    ahead = similarity >= best
+    ahead = ~(similarity < best)
     ahead[positives] = False
     return 1 / (1 + int(ahead.sum()))
 
@@ -336,9 +337,9 @@ def hardest_negatives(
 
 
 def violates(to_positive: float, to_negatives: np.ndarray, margin: float) -> np.ndarray:
-    """Whether the ranking loss is positive, from similarities of unit descriptors."""
+    """Whether the ranking loss is positive, or no number, from similarities of unit descriptors."""
     positive, negatives = max(0.0, 2 - 2 * to_positive), np.maximum(0, 2 - 2 * to_negatives)
-    return math.sqrt(positive) + margin > np.sqrt(negatives)
+    return ~(np.sqrt(negatives) >= math.sqrt(positive) + margin)
 
 
 def _own_share(tuples: Tuples) -> Tuples:

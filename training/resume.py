@@ -37,13 +37,18 @@ def resume_settings(
     """The settings of the run that stopped in args.output, as `args.saved` all that it saved.
 
     The run goes on where it lies now. InputError if nothing was saved there, or by another version,
-    or argv names another value for a setting.
+    or argv names another value for a setting, or what was saved is not finite.
     """
     saved = read_saved(args.output)
     if saved["settings"].keys() != settings_of(args).keys():
         raise InputError(
             f"{args.output / handin.LAST} was saved by another version of base.py: go on with that "
             "version, or begin anew with another --output."
+        )
+    if name := _not_finite(saved):
+        raise InputError(
+            f"{args.output / handin.LAST} holds values that are not finite ({name}): remove it and "
+            "run without --resume."
         )
     known = {k: v for k, v in saved["settings"].items() if k not in ANY_TIME}
     parser.set_defaults(**known)
@@ -59,6 +64,16 @@ def resume_settings(
     return args
 
 
+def _not_finite(saved: object) -> str | None:
+    """The name of a tensor with a value that is not finite, if there is one anywhere in `saved`."""
+    if isinstance(saved, torch.Tensor):
+        return None if torch.isfinite(saved).all() else ""
+    for name, part in saved.items() if isinstance(saved, dict) else ():
+        if (inside := _not_finite(part)) is not None:
+            return f"{name}.{inside}".removesuffix(".")
+    return None
+
+
 def settings_of(args: argparse.Namespace) -> dict:
     """The command line's values, paths as text."""
     settings = {k: v for k, v in vars(args).items() if k != "saved"}
@@ -70,10 +85,10 @@ def refuse_to_overwrite(args: argparse.Namespace) -> None:
     checkpoint = args.output / handin.CHECKPOINT
     if (args.output / handin.LAST).is_file():
         saved = read_saved(args.output)
-        epochs = saved["settings"]["epochs"]
-        if saved["training"] and saved["training"]["epoch"] <= epochs:
+        training, epochs = saved["training"], saved["settings"]["epochs"]
+        if training and (training["epoch"] <= epochs or not checkpoint.is_file()):
             raise InputError(
-                f"{args.output} holds a run that stopped in epoch {saved['training']['epoch']} of "
+                f"{args.output} holds a run that stopped in epoch {min(training['epoch'], epochs)} of "
                 f"{epochs}: go on with --resume, or name another --output."
             )
     if (args.limit or not args.epochs) and checkpoint.is_file() and not _was_trial(checkpoint):

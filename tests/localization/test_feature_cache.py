@@ -67,6 +67,19 @@ def test_without_a_folder_nothing_is_kept_and_one_that_cannot_be_written_is_said
     assert any(str(tmp_path / "file") in text and "--no-cache" in text for text in WARNINGS)
 
 
+def test_a_full_disk_costs_the_cache_not_the_run(tmp_path):
+    resource = pytest.importorskip("resource")  # not on Windows
+    large = torch.rand(240, 320, generator=torch.Generator().manual_seed(5))
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+    try:
+        ((found, _),) = features_of_files(["5"], lambda _name: large, tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert len(found) > 100
+    assert not list(tmp_path.iterdir()) and "--no-cache" in WARNINGS[0]
+
+
 @pytest.fixture(autouse=True)
 def fresh_warnings():
     kept = list(WARNINGS)

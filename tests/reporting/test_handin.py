@@ -164,14 +164,20 @@ def test_a_log_or_checkpoint_that_stays_open_elsewhere_is_a_warning(
     assert log.read_text() == "epoch,train_loss\n1,0.5\n2,0.25\n"
 
 
-def test_a_full_disk_is_an_input_error_for_tensors_too(tmp_path, monkeypatch):
+@pytest.mark.parametrize("room", [0, 100_000])
+def test_a_full_disk_is_an_input_error_for_tensors_too(room, tmp_path, monkeypatch):
     class Full(io.RawIOBase):
-        """What a file on a full disk does; PyTorch's writer meets it as any file's."""
+        """What a file does on a disk with so much room; PyTorch's writer meets it as any file's."""
+
+        left = room
 
         def writable(self) -> bool:
             return True
 
-        def write(self, _data: bytes) -> int:
+        def write(self, data: bytes) -> int:
+            self.left -= len(data)
+            if self.left >= 0:
+                return len(data)
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     save = torch.save

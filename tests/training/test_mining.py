@@ -156,6 +156,7 @@ def test_a_tuple_is_used_only_if_its_loss_is_positive():
     for i in range(50):
         found = violates(float(q[i] @ p[i]), (n[i] @ q[i]).numpy(), 0.1)
         assert np.array_equal(found, (loss[i] > 0).numpy())
+    assert violates(np.nan, np.full(2, np.nan), 0.1).all()  # so that training says that it diverged
 
 
 def test_random_tuples_keep_the_distances_of_the_assignment():
@@ -317,6 +318,7 @@ def test_reciprocal_ranks_by_hand_with_others_first_among_equals():
     assert reciprocal_rank(row, np.array([0, 1])) == 1
     assert reciprocal_rank(np.ones(5), np.array([2])) == 1 / 5  # all look alike
     assert reciprocal_rank(row, np.array([4])) is None
+    assert reciprocal_rank(np.full(5, np.nan), np.array([2])) == 1 / 5  # of a model that diverged
 
 
 def test_an_untrained_model_that_ranks_better_is_kept():

@@ -47,6 +47,18 @@ def test_a_moved_run_goes_on_where_it_lies_now_and_quiet_may_differ(tmp_path):
     assert args.output == tmp_path / "new" and args.quiet and args.lr == 3e-4
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_was_saved_of_a_run_without_numbers_is_named(value, tmp_path):
+    damaged = {
+        "epoch": 2,
+        "best": {},
+        "weights": {"a": torch.ones(2), "b": torch.tensor([1, value])},
+    }
+    saved_run(tmp_path, damaged)
+    with pytest.raises(InputError, match=r"last\.pth holds .* not finite \(training\.weights\.b\)"):
+        base.parse(["--resume", "--output", str(tmp_path)])
+
+
 def test_what_another_version_saved_is_named_as_such(tmp_path):
     saved_run(tmp_path, a_setting_of_old="x")
     with pytest.raises(InputError, match=r"last\.pth was saved by another version of base\.py"):
@@ -56,6 +68,10 @@ def test_what_another_version_saved_is_named_as_such(tmp_path):
 def test_a_new_run_replaces_no_unfinished_one(tmp_path):
     args = base.parse(["--output", str(tmp_path)])
     refuse_to_overwrite(args)  # an empty folder
+    saved_run(tmp_path, {"epoch": 6})  # stopped before its checkpoint was written
+    with pytest.raises(InputError, match="stopped in epoch 5 of 5: go on with --resume"):
+        refuse_to_overwrite(args)
+    (tmp_path / CHECKPOINT).touch()
     for training, allowed in (({"epoch": 3}, False), ({"epoch": 6}, True), (None, True)):
         saved_run(tmp_path, training)
         before = (tmp_path / LAST).read_bytes()
