@@ -67,6 +67,20 @@ def test_without_a_folder_nothing_is_kept_and_one_that_cannot_be_written_is_said
     assert any(str(tmp_path / "file") in text and "--no-cache" in text for text in WARNINGS)
 
 
+def test_a_cache_that_can_only_be_read_serves(tmp_path, monkeypatch):
+    features_of_files(["6", "7"], read, tmp_path)
+
+    def refuse(*_, **__):
+        raise PermissionError(13, "read-only")
+
+    monkeypatch.setattr(os, "utime", refuse)
+    monkeypatch.setattr(type(tmp_path), "unlink", refuse)
+    monkeypatch.setattr(feature_cache, "extract_features", None)
+    monkeypatch.setattr(feature_cache, "LIMIT_BYTES", 0)
+    ((found, _),) = features_of_files(["6"], read, tmp_path)
+    assert torch.equal(found.xy_px, extract_features(image(6)).xy_px) and not WARNINGS
+
+
 @pytest.fixture(autouse=True)
 def fresh_warnings():
     kept = list(WARNINGS)
