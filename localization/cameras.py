@@ -208,6 +208,15 @@ class Convention:
         """One readable line, which `parse_convention` reads back."""
         return f"{self.quaternion} {self.direction} {'-'.join(self.axes)}"
 
+    def unusual(self) -> str:
+        """What nobody means to write about it, in words, or ""."""
+        told = {
+            "left-handed": float(torch.det(self.file_from_cv())) < 0,
+            "the quaternion before the position": self.quaternion.endswith(_FIRST),
+            "rotations of the other direction than the positions": self.direction == _AT_POSITION,
+        }
+        return ", ".join(what for what, holds in told.items() if holds)
+
     def plain(self) -> "Convention":
         """The same axes with the translation first and camera to world."""
         quaternion = self.quaternion.removesuffix(_FIRST)
