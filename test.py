@@ -169,6 +169,8 @@ def check_options(args: argparse.Namespace) -> None:
             raise InputError(f"{option} {said}: give finite numbers, the focal lengths positive.")
     if not 0 <= args.min_confidence <= 1:
         raise InputError(f"--min-confidence {args.min_confidence:g}: give a number from 0 to 1.")
+    if args.convention:
+        parse_convention(args.convention)
     handin.check_output(args.output)
 
 

@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from model import InputError
+
 QUATERNION_ORDERS = ("xyzw", "wxyz")
 DIRECTIONS = ("camera_to_world", "world_to_camera")
 # What tools also write, and nobody means to: the quaternion before the translation; a rotation from
@@ -262,7 +264,7 @@ def parse_convention(text: str) -> Convention:
     """The convention a user wrote: "tartanair", "opencv", "opengl", or "xyzw camera_to_world
     forward-right-down".
 
-    Raises ValueError when the text is none of these.
+    Raises InputError when the text is none of these.
     """
     if text.strip().lower() in _NAMED:
         return _NAMED[text.strip().lower()]
@@ -271,9 +273,9 @@ def parse_convention(text: str) -> Convention:
         convention = Convention(words[0], words[1], tuple(words[2].split("-")))
         if convention in [*all_conventions(), *unusual_conventions()]:
             return convention
-    raise ValueError(
-        f"convention {text!r} is not understood: use tartanair, opencv, opengl or, for example, "
-        f'"{TARTANAIR.describe()}"'
+    raise InputError(
+        f"--convention {text} is none: give tartanair, opencv, opengl or, for example, "
+        f'"{TARTANAIR.describe()}".'
     )
 
 
