@@ -159,7 +159,7 @@ def test_degenerate_inputs_are_answered(random_world, random_poses, look_at):
     poses = random_poses(5, 9)
     a, b, c, _d, query = (world.view(*pose) for pose in poses)
     nothing = Features(torch.zeros(0, 2), *(torch.zeros(0) for _ in range(3)), torch.zeros(0, 128))
-    bare = View(nothing, CAMERA, *poses[0])
+    bare, *others_bare = (View(nothing, CAMERA, *pose) for pose in poses[:4])
     one = a.features.select(slice(1))
     turned = [world.view(rotation_from_vector(torch.tensor([0.0, 0.1 * i, 0.0]).double()) @ poses[0][0], poses[0][1]) for i in range(4)]
     cases = {
@@ -169,7 +169,8 @@ def test_degenerate_inputs_are_answered(random_world, random_poses, look_at):
         "query is an index image": ([a, b, c], a),
         "no keypoints in the query": ([a, b, c], bare),
         "no keypoints anywhere": ([bare, bare], bare),
-        "no keypoints in the index": ([bare, bare, bare], query),
+        "no keypoints in the index": ([bare, *others_bare], query),
+        "no keypoints in an index image": ([a, b, c, others_bare[-1]], query),
         "a single keypoint": ([a, b, c], View(one, CAMERA, *poses[0])),
         "pure rotation": (turned[:3], turned[3]),
     }
