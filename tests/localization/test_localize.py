@@ -398,6 +398,23 @@ def test_a_turned_image_turns_its_lens(random_world, random_poses, turns):
     assert found.camera == own and found.confidence > 0.5
 
 
+def test_the_size_of_an_upright_image_proves_that_its_lens_was_turned(random_world, random_poses):
+    """Inexact index poses let a center in the middle explain as much."""
+    lens = Camera(320.0, 320.0, 325.0, 236.0, 640, 480)
+    world = random_world(45, count=600, camera=lens)
+    *index, query = (world.view(*pose) for pose in random_poses(8, 46))
+    generator = torch.Generator().manual_seed(4)
+    for view in index:
+        omega, shift = (torch.randn(3, generator=generator).double() for _ in range(2))
+        view.R_world_from_cam = view.R_world_from_cam @ rotation_from_vector(0.004 * omega)
+        view.c_world = view.c_world + 0.01 * shift
+    x, y = query.features.xy_px.T
+    features = replace(query.features, xy_px=torch.stack([479 - y, x], dim=1))
+    taken = View(features, camera_for(lens, 480, 640))
+    found = localize(index, [taken], [list(range(7))], seed=0)[0]
+    assert found.camera == turned(lens, 1) and found.confidence > 0.5
+
+
 def test_standard_deviations_know_of_inexact_index_poses(random_world, random_poses):
     """Index poses off by 2 cm: the map finds itself to no better, and says so of its answers."""
     world = random_world(43, count=600)
