@@ -169,6 +169,8 @@ def check_options(args: argparse.Namespace) -> None:
             raise InputError(f"{option} {said}: give finite numbers, the focal lengths positive.")
     if not 0 <= args.min_confidence <= 1:
         raise InputError(f"--min-confidence {args.min_confidence:g}: give a number from 0 to 1.")
+    if args.convention:
+        parse_convention(args.convention)
     handin.check_output(args.output)
 
 
@@ -189,18 +191,23 @@ def shipped_map(args: argparse.Namespace, checkpoint: str) -> Atlas | None:
 
 
 def look_at(
-    paths: list[Path], model: torch.nn.Module, device: torch.device, folder: Path | None, seconds: dict, show: Callable
-) -> tuple[list[View], np.ndarray, dict[int, InputError]]:
-    """Views and descriptors of the images that can be read, and what is wrong with each other one."""
+    paths: list[Path], needed: list[int], model: torch.nn.Module, device: torch.device, folder: Path | None,
+    seconds: dict, show: Callable,
+) -> tuple[list[View], np.ndarray, list[int]]:  # fmt: skip
+    """Views and descriptors of the images that can be read, and which these are; InputError if one
+    of the `needed` cannot be.
+    """
     files = ImageFiles(paths, model, spare_unreadable=True)
     with phase("descriptors", seconds):
         descriptors, _, _ = compute_embeddings(model, files, device)
+    for k in sorted(files.unreadable.keys() & set(needed)):
+        raise files.unreadable[k]
     readable = files.readable()
     # Many small tensors from here on: one thread an operation is faster than two that wait.
     torch.set_num_threads(1)
     with phase("local features", seconds):
         features = features_of_files([paths[k] for k in readable], read_gray, folder, partial(show, "local features"))
-    return [View(found, default_camera(*size)) for found, size in features], descriptors[readable], files.unreadable
+    return [View(found, default_camera(*size)) for found, size in features], descriptors[readable], readable
 
 
 def make_atlas(
@@ -259,6 +266,8 @@ class Task:
 
 def read_task(args: argparse.Namespace, checkpoint: str) -> Task:
     """The frames of the scenes or of a map, which of them are queries, and the map if it was made before."""
+    for path in args.query or ():
+        load_image(path, 1)
     atlas, is_sample = shipped_map(args, checkpoint), False
     if atlas:
         root, frames = args.map, IndoorDataset.of_map(atlas)
@@ -308,18 +317,16 @@ def localize(
 
         looked = task.queries if task.atlas else list(range(len(frames)))
         paths, folder = [frames.frames[row][0] for row in looked], None if args.no_cache else CACHE
-        views, descriptors, unreadable = look_at(paths, model, device, folder, seconds, show)
-        for k in sorted(k for k in unreadable if looked[k] in set(task.queries)):
-            raise unreadable[k]
+        needed = [k for k, row in enumerate(looked) if row in set(task.queries)]
+        views, descriptors, readable = look_at(paths, needed, model, device, folder, seconds, show)
         if task.atlas is None:
-            readable = [row for row in looked if row not in unreadable]
             task.queries, task.index = frames.keep(readable, task.queries, task.index)
             if not task.index:
                 raise InputError(f"no index image of {' '.join(frames.scenes)} can be read: replace them.")
             with phase("map", seconds):
                 task.atlas = make_atlas(frames, task.index, views, descriptors, args, show)
             task.atlas.key, task.atlas.checkpoint = task.key, checkpoint
-            if task.file and task.key and not unreadable:
+            if task.file and task.key and len(readable) == len(looked):
                 task.atlas.keep(task.file)
             views, descriptors = [views[row] for row in task.queries], descriptors[task.queries]
         similarity, best = search(descriptors, task.atlas.descriptors, 1)

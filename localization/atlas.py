@@ -5,7 +5,6 @@ images.
 """
 
 import hashlib
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -17,6 +16,7 @@ import torch
 from localization.calibration import Calibration
 from localization.cameras import Camera, Convention
 from localization.expectation import Expectation
+from localization.feature_cache import touch
 from localization.features import Features
 from localization.localize import Estimate, build_map, localize
 from localization.map import Map, SelfTest, load, save
@@ -203,5 +203,5 @@ def kept(file: Path | None, key: str, named: bool) -> Atlas | None:
         raise InputError(
             f"{file} is a map of other images or settings: remove it, or name another file."
         )
-    os.utime(file)
+    touch(file)
     return atlas

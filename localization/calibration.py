@@ -255,10 +255,10 @@ def calibrate(
         warnings.append(_ONE_PLACE_ONLY)
     if pairs.enough() and explained < MIN_SHARE:
         warnings.append(_UNEXPLAINED.format(100 * explained))
-    elif read.convention not in all_conventions() and not convention:
+    elif (unusual := read.convention.unusual()) and not convention:
         warnings.append(
-            f"the poses are unusual: {read.convention.describe()} explains {100 * explained:.0f} % "
-            "of the matches"
+            f"the poses are unusual ({unusual}): {read.convention.describe()} explains "
+            f"{100 * explained:.0f} % of the matches"
         )
     trusted = explained >= MIN_SHARE and not one_place and grounded
     left = found[0] != np.log(prior)

@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from model import InputError
+
 QUATERNION_ORDERS = ("xyzw", "wxyz")
 DIRECTIONS = ("camera_to_world", "world_to_camera")
 # What tools also write, and nobody means to: the quaternion before the translation; a rotation from
@@ -208,6 +210,15 @@ class Convention:
         """One readable line, which `parse_convention` reads back."""
         return f"{self.quaternion} {self.direction} {'-'.join(self.axes)}"
 
+    def unusual(self) -> str:
+        """What nobody means to write about it, in words, or ""."""
+        told = {
+            "left-handed": float(torch.det(self.file_from_cv())) < 0,
+            "the quaternion before the position": self.quaternion.endswith(_FIRST),
+            "rotations of the other direction than the positions": self.direction == _AT_POSITION,
+        }
+        return ", ".join(what for what, holds in told.items() if holds)
+
     def plain(self) -> "Convention":
         """The same axes with the translation first and camera to world."""
         quaternion = self.quaternion.removesuffix(_FIRST)
@@ -253,7 +264,7 @@ def parse_convention(text: str) -> Convention:
     """The convention a user wrote: "tartanair", "opencv", "opengl", or "xyzw camera_to_world
     forward-right-down".
 
-    Raises ValueError when the text is none of these.
+    Raises InputError when the text is none of these.
     """
     if text.strip().lower() in _NAMED:
         return _NAMED[text.strip().lower()]
@@ -262,9 +273,9 @@ def parse_convention(text: str) -> Convention:
         convention = Convention(words[0], words[1], tuple(words[2].split("-")))
         if convention in [*all_conventions(), *unusual_conventions()]:
             return convention
-    raise ValueError(
-        f"convention {text!r} is not understood: use tartanair, opencv, opengl or, for example, "
-        f'"{TARTANAIR.describe()}"'
+    raise InputError(
+        f"--convention {text} is none: give tartanair, opencv, opengl or, for example, "
+        f'"{TARTANAIR.describe()}".'
     )
 
 

@@ -1,5 +1,6 @@
 """Local features of image files, kept in a folder so that a picture is looked at once."""
 
+import contextlib
 import hashlib
 import os
 from collections.abc import Callable, Sequence
@@ -46,9 +47,9 @@ def _features(gray: Tensor, folder: Path | None) -> tuple[Features, tuple[int, i
     file = folder / f"{key.hexdigest()[:32]}.pt"
     try:
         known = load(file, Features)
-        os.utime(file)
+        touch(file)
         return known, size
-    except (OSError, InputError):
+    except InputError:
         pass  # not there or cut short
     found = extract_features(gray)
     try:
@@ -69,10 +70,17 @@ def bound(folder: Path) -> int:
     for file in entries:
         bytes_ = _stat(file)[1]
         if size + bytes_ > LIMIT_BYTES:
-            file.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # a cache that can only be read
+                file.unlink(missing_ok=True)
         else:
             size += bytes_
     return size
+
+
+def touch(file: Path) -> None:
+    """Mark an entry as used now, where the cache can be written."""
+    with contextlib.suppress(OSError):
+        os.utime(file)
 
 
 def _stat(file: Path) -> tuple[float, int]:

@@ -32,7 +32,7 @@ class IndoorDataset(Dataset):
         scenes: list[str] | None = None,
     ) -> None:  # fmt: skip
         base_dir = Path(base_dir)
-        self.scenes = list(scenes) if scenes else find_scenes(base_dir)
+        self.scenes = list(dict.fromkeys(scenes)) if scenes else find_scenes(base_dir)
         self.transform = transform
         self.frames: list[tuple[Path, str, int]] = []
         self.files: dict[str, SceneFiles] = {}

@@ -108,7 +108,9 @@ def _turned(search: Search, answer: Answer) -> tuple[Search, Answer]:
     start = _refined_on_matches(other.evidence, pose.R_cam_from_world, pose.c_world, lens=0)
     other.add(poses_of([start]), 1, 1)
     found = other.best()
-    if found is None or _explained(search, found.polished) <= _explained(search, pose):
+    # The size of the image proves a quarter turn, and its center was a guess.
+    least = 1 / DOUBTFUL_SCORE if quarter % 2 else 1.0
+    if found is None or _explained(search, found.polished) <= least * _explained(search, pose):
         return search, answer
     return other, found
 

@@ -114,13 +114,16 @@ def save(value: object, file: Path) -> None:
 def load(file: Path, *kinds: type) -> object:
     """What `save` wrote; kinds: the dataclasses that may stand in it.
 
-    Raises InputError for a file that is damaged or of another version of this program.
+    Raises InputError for a file that cannot be read, is damaged or of another version of this
+    program.
     """
     try:
         packed = torch.load(file, weights_only=True)
         return _unpacked(packed, {kind.__name__: kind for kind in kinds})
-    except OSError:
-        raise
+    except OSError as error:
+        raise InputError(
+            f"{file} cannot be read ({error.strerror or error}): name another file."
+        ) from error
     except Exception as error:
         raise InputError(
             f"{file} is no map, or one of another version: remove it or name another file."

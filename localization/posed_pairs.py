@@ -97,8 +97,12 @@ def matched_pairs(views: list[View], quaternion: Tensor) -> tuple[PosedPairs, St
     quaternion (n, 4): of the views' poses, in any order; only the angle between two of them is
     used.
     """
+    unit = torch.nn.functional.normalize(quaternion, dim=1)
     rows = _matched(views)
-    still = _still_cells(views, rows, torch.nn.functional.normalize(quaternion, dim=1))
+    still = _still_cells(views, rows, unit)
+    if still is None and len(rows) < min(len(views), MIN_PAIRS):
+        # The strongest keypoints may all stand still: then no pair seems to move.
+        still = _still_cells(views, _matched(views, moving=False), unit)
     if still is not None:
         rows = _matched([_without(view, still) for view in views])
     rows = [row for row in rows if len(row[2]) >= MIN_MATCHES]
@@ -113,12 +117,12 @@ def matched_pairs(views: list[View], quaternion: Tensor) -> tuple[PosedPairs, St
     return PosedPairs(numbers[:, 0], numbers[:, 1], uv[0], uv[1], used), still
 
 
-def _matched(views: list[View]) -> list[tuple[int, int, Tensor, Tensor]]:
+def _matched(views: list[View], moving: bool = True) -> list[tuple[int, int, Tensor, Tensor]]:
     """Numbers i, j of overlapping views, and the pixels (m, 2) in each that match, most distinct
     first.
     """
     rows = []
-    for i, j in _overlapping(views):
+    for i, j in _overlapping(views, moving):
         a, b = (views[k].features.select(slice(_KEYPOINTS)) for k in (i, j))
         m = mutual_matches(a, b)
         m = m.select(m.ratio <= MATCH_RATIO)
@@ -140,8 +144,8 @@ def centered(view: View, xy_px: Tensor) -> Tensor:
     return rays(camera, xy_px)[..., :2] * (camera.fx / max(camera.width, camera.height))
 
 
-def _overlapping(views: list[View]) -> list[tuple[int, int]]:
-    """At most MAX_PAIRS pairs that probably overlap and move.
+def _overlapping(views: list[View], moving: bool = True) -> list[tuple[int, int]]:
+    """At most MAX_PAIRS pairs that probably overlap and, if asked for, move.
 
     Up to MAX_PAIRS images, spread over the sequence, are each compared with images at growing
     ranks of likeness, by their strongest keypoints alone; their best partners are taken, then
@@ -161,7 +165,9 @@ def _overlapping(views: list[View]) -> list[tuple[int, int]]:
             (min(i, j), max(i, j)) for j in (order[rank] for rank in _RANKS if rank < len(order))
         ]
         worth.update({(a, b): _worth(views[a], views[b]) for a, b in pairs if (a, b) not in worth})
-        ranked = sorted((p for p in pairs if worth[p] > 0), key=worth.__getitem__, reverse=True)
+        ranked = sorted(
+            (p for p in pairs if worth[p] > 0 or not moving), key=worth.__getitem__, reverse=True
+        )
         partners += [(rank, pair) for rank, pair in enumerate(ranked)]
     return list(dict.fromkeys(pair for _, pair in sorted(partners)))[:MAX_PAIRS]
 

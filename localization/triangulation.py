@@ -245,7 +245,7 @@ def _points_of_view(views: list[View], cameras: Cameras, i: int, matched: dict) 
         torch.zeros(count, dtype=torch.bool),
         torch.full((count, max(1, len(matched))), -1),
     )
-    if not matched:
+    if not matched or not count:
         return points
     keypoint = torch.cat([own for own, _ in matched.values()])
     number = torch.cat([torch.full_like(own, j) for j, (own, _) in matched.items()])

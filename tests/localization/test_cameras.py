@@ -76,6 +76,8 @@ def test_conventions_are_96_and_240_different_ones_and_read_back():
     assert len(set(usual)) == 96 and len(set(unusual)) == 240 and not set(usual) & set(unusual)
     assert all(torch.det(convention.file_from_cv()) == pytest.approx(1) for convention in usual)
     assert sum(bool(torch.det(convention.file_from_cv()) < 0) for convention in unusual) == 96
+    assert all(c.unusual() for c in unusual) and not any(c.unusual() for c in usual)
+    assert sum("left-handed" in c.unusual() for c in unusual) == 96
     for convention in [*usual[::7], *unusual[::7]]:
         assert parse_convention(convention.describe()) == convention
     assert [parse_convention(n) for n in ("TartanAir", "opencv", "OpenGL")] == [

@@ -80,6 +80,20 @@ def test_a_full_disk_costs_the_cache_not_the_run(tmp_path):
     assert not list(tmp_path.iterdir()) and "--no-cache" in WARNINGS[0]
 
 
+def test_a_cache_that_can_only_be_read_serves(tmp_path, monkeypatch):
+    features_of_files(["6", "7"], read, tmp_path)
+
+    def refuse(*_, **__):
+        raise PermissionError(13, "read-only")
+
+    monkeypatch.setattr(os, "utime", refuse)
+    monkeypatch.setattr(type(tmp_path), "unlink", refuse)
+    monkeypatch.setattr(feature_cache, "extract_features", None)
+    monkeypatch.setattr(feature_cache, "LIMIT_BYTES", 0)
+    ((found, _),) = features_of_files(["6"], read, tmp_path)
+    assert torch.equal(found.xy_px, extract_features(image(6)).xy_px) and not WARNINGS
+
+
 @pytest.fixture(autouse=True)
 def fresh_warnings():
     kept = list(WARNINGS)

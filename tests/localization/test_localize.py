@@ -159,7 +159,7 @@ def test_degenerate_inputs_are_answered(random_world, random_poses, look_at):
     poses = random_poses(5, 9)
     a, b, c, _d, query = (world.view(*pose) for pose in poses)
     nothing = Features(torch.zeros(0, 2), *(torch.zeros(0) for _ in range(3)), torch.zeros(0, 128))
-    bare = View(nothing, CAMERA, *poses[0])
+    bare, *others_bare = (View(nothing, CAMERA, *pose) for pose in poses[:4])
     one = a.features.select(slice(1))
     turned = [world.view(rotation_from_vector(torch.tensor([0.0, 0.1 * i, 0.0]).double()) @ poses[0][0], poses[0][1]) for i in range(4)]
     cases = {
@@ -169,7 +169,8 @@ def test_degenerate_inputs_are_answered(random_world, random_poses, look_at):
         "query is an index image": ([a, b, c], a),
         "no keypoints in the query": ([a, b, c], bare),
         "no keypoints anywhere": ([bare, bare], bare),
-        "no keypoints in the index": ([bare, bare, bare], query),
+        "no keypoints in the index": ([bare, *others_bare], query),
+        "no keypoints in an index image": ([a, b, c, others_bare[-1]], query),
         "a single keypoint": ([a, b, c], View(one, CAMERA, *poses[0])),
         "pure rotation": (turned[:3], turned[3]),
     }
@@ -395,6 +396,23 @@ def test_a_turned_image_turns_its_lens(random_world, random_poses, turns):
     true.R_world_from_cam = query.R_world_from_cam @ rotation_from_vector(-about_axis)
     assert error(found, true)[0] < 0.01 and error(found, true)[1] < 0.1
     assert found.camera == own and found.confidence > 0.5
+
+
+def test_the_size_of_an_upright_image_proves_that_its_lens_was_turned(random_world, random_poses):
+    """Inexact index poses let a center in the middle explain as much."""
+    lens = Camera(320.0, 320.0, 325.0, 236.0, 640, 480)
+    world = random_world(45, count=600, camera=lens)
+    *index, query = (world.view(*pose) for pose in random_poses(8, 46))
+    generator = torch.Generator().manual_seed(4)
+    for view in index:
+        omega, shift = (torch.randn(3, generator=generator).double() for _ in range(2))
+        view.R_world_from_cam = view.R_world_from_cam @ rotation_from_vector(0.004 * omega)
+        view.c_world = view.c_world + 0.01 * shift
+    x, y = query.features.xy_px.T
+    features = replace(query.features, xy_px=torch.stack([479 - y, x], dim=1))
+    taken = View(features, camera_for(lens, 480, 640))
+    found = localize(index, [taken], [list(range(7))], seed=0)[0]
+    assert found.camera == turned(lens, 1) and found.confidence > 0.5
 
 
 def test_standard_deviations_know_of_inexact_index_poses(random_world, random_poses):

@@ -71,6 +71,8 @@ def test_other_files_are_no_maps(tmp_path):
         with pytest.raises(InputError, match="no map"):
             Atlas.load(file)
         assert kept(file, "key", named=False) is None
+    with pytest.raises(InputError, match="cannot be read"):
+        Atlas.load(tmp_path)
 
 
 def test_the_key_of_a_map_is_that_of_its_inputs(tmp_path):
