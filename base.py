@@ -80,7 +80,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     option = parser.add_argument
     option("--dataset", type=Path, help="folder of the lists (default: dataset/, or the sample)")
     option("--output", type=Path, default=Path("output"), help="default: %(default)s")
-    option("--epochs", type=not_negative, default=5, help="0 evaluates the untrained model (default: 5)")
+    option("--epochs", type=not_negative, default=5, help="0: the untrained model (default: 5)")
     option("--lr", type=above_zero, default=1e-4, help="of Adam (default: %(default)s)")
     option("--batch-size", type=positive, default=8, help="tuples a step (default: 8)")
     option("--margin", type=above_zero, default=MARGIN, help="of the loss (default: %(default)s)")
@@ -119,7 +119,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         default=ASSIGNED["aggregation"],
         help="default: the assignment's netvlad",
     )
-    option("--seed", type=not_negative, default=42, help="of everything random (default: %(default)s)")
+    option("--seed", type=not_negative, default=42, help="of everything random (default: 42)")
     option(
         "--precision",
         default="auto",

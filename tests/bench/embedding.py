@@ -40,12 +40,13 @@ def plain_embedding(model: torch.nn.Module, paths: list[Path]) -> None:
 
 
 def bare_trunk(model: NetVLADModel, count: int) -> None:
-    """The trunk alone on images that are there already."""
+    """The trunk's modules alone, on images that are there already, a whole batch at a time."""
+    trunk = torch.nn.Sequential(*model.trunk)
     images = torch.zeros(BATCH, 3, IMAGE_SIZE, IMAGE_SIZE)
     images = images.contiguous(memory_format=torch.channels_last)
     with torch.inference_mode(), model.autocast("cpu"):
         for i in range(0, count, BATCH):
-            model.trunk(images[: min(BATCH, count - i)])
+            trunk(images[: min(BATCH, count - i)])
 
 
 def main() -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from model import DescriptorModel, InputError
+from model import DescriptorModel, InputError, Trunk
 from recognition import export, vit
 from recognition.aggregation import build_aggregation
 from recognition.export import export_onnx
@@ -27,7 +27,7 @@ def network(aggregation: str) -> DescriptorModel:
         trunk = nn.Sequential(vit.FirstStage(size, 0), vit.LastStage(size, 0, False))
         nn.init.normal_(trunk[0].pos_embed)
     else:
-        trunk = nn.Sequential(nn.Conv2d(3, 16, 3, 8), nn.BatchNorm2d(16), nn.ReLU())
+        trunk = Trunk(nn.Conv2d(3, 16, 3, 8), nn.BatchNorm2d(16), nn.ReLU())
     return DescriptorModel(trunk, *build_aggregation(aggregation, 16, SETTINGS[aggregation]))
 
 
