@@ -141,6 +141,11 @@ def _tangential(camera: Camera, xy: Tensor) -> Tensor:
     return torch.stack([shift_x, camera.p1 * (r2 + 2 * y * y) + camera.p2 * xy2], -1)
 
 
+def homogeneous(xy: Tensor) -> Tensor:
+    """Rays (..., 3) with z = 1 of normalized coordinates (..., 2)."""
+    return torch.cat([xy, torch.ones_like(xy[..., :1])], -1)
+
+
 def rays(camera: Camera, xy_px: Tensor) -> Tensor:
     """Viewing rays (..., 3) with z = 1 in camera axes, float64, of the pixels xy_px (..., 2)."""
     xy = xy_px.to(torch.float64)
@@ -154,7 +159,7 @@ def rays(camera: Camera, xy_px: Tensor) -> Tensor:
         for _ in range(_NEWTON_STEPS):
             xy = undistorted(seen - _tangential(camera, xy), camera.k1, camera.k2)
         xy = torch.where(xy.isfinite(), xy, seen)  # where no lens is bent that far
-    return torch.cat([xy, torch.ones_like(xy[..., :1])], dim=-1)
+    return homogeneous(xy)
 
 
 def project(camera: Camera, point_cam: Tensor) -> Tensor:

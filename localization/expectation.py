@@ -25,6 +25,8 @@ VIEWS, TURN_DEG = 3, 45.0
 UNSEEN_DEG, UNSEEN = 60.0, 0.4
 # Keypoints of an index view that are matched, at most: its share is a mean over them.
 KEYPOINTS = 250
+# Half octaves of keypoint sizes, up to a focal length.
+SIZES = 32
 
 
 def nearness(away_m: Tensor, near_m: float) -> Tensor:
@@ -36,12 +38,15 @@ def nearness(away_m: Tensor, near_m: float) -> Tensor:
 class Expectation:
     """Of posed views R_world_from_cam (V, 3, 3), c_world (V, 3): near_m, see `nearness`; explained
     (V,): the score per keypoint of each, taken out, as a query to the others, over its nearness to
-    the nearest that looks the same way."""
+    the nearest that looks the same way; sizes (SIZES,): how many keypoints of each size an image
+    has in the mean, and like_sized, the share of an image's keypoints for which that is enough."""
 
     R_world_from_cam: Tensor
     c_world: Tensor
     near_m: float
     explained: Tensor
+    sizes: Tensor
+    like_sized: float
 
     @classmethod
     def learn(cls, views: list[View], points: list[Points], typical_m: float) -> "Expectation":
@@ -67,7 +72,11 @@ class Expectation:
             return score / max(1, len(part.features)) / near
 
         found = in_threads(explained, range(len(views)))
-        return cls(R, c, near_m, torch.tensor(found, dtype=torch.float64))
+        counts = torch.stack([_sizes(view) for view in views])
+        sizes = counts.mean(0)
+        like_sized = float(torch.minimum(counts, sizes).sum() / counts.sum().clamp_min(1))
+        explained_by = torch.tensor(found, dtype=torch.float64)
+        return cls(R, c, near_m, explained_by, sizes, like_sized)
 
     @property
     def typical(self) -> float:
@@ -92,7 +101,8 @@ class Expectation:
 
         The mean over the VIEWS nearest index views that look the same way of what each explains,
         taken out, per keypoint, times the ratio of the two's nearness, at most 1. 0 where no index
-        view looks the same way.
+        view looks the same way. Keypoints of sizes that index images lack, as a smaller copy or a
+        far zoom has, can explain nothing.
         """
         away_m = self._distances(R_cam_from_world.T, c_world, TURN_DEG)
         nearest = away_m.argsort(stable=True)[:VIEWS]
@@ -102,10 +112,18 @@ class Expectation:
         share = (
             (self.explained[nearest] * nearness(away_m[nearest], self.near_m)).clamp_max(1).mean()
         )
-        return float(share) * len(query.features.xy_px)
+        like_sized = float(torch.minimum(_sizes(query), self.sizes).sum())
+        return float(share) * min(len(query.features), like_sized / max(self.like_sized, 1e-12))
 
     def _distances(self, R_world_from_cam: Tensor, c_world: Tensor, turn_deg: float) -> Tensor:
         return _away(self.R_world_from_cam, self.c_world, R_world_from_cam, c_world, turn_deg)
+
+
+def _sizes(view: View) -> Tensor:
+    """How many keypoints (SIZES,) a view has of each size, in focal lengths, by half octaves."""
+    size = view.features.scale_px.double() / ((view.camera.fx + view.camera.fy) / 2)
+    step = (2 * torch.log2(size)).floor().long() + SIZES
+    return torch.bincount(step.clamp(0, SIZES - 1), minlength=SIZES).double()
 
 
 def _away(

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from localization.absolute_pose import draw_samples, refine_pose, score_poses, squared_errors
+from localization.cameras import homogeneous
 from localization.matching import View
 from localization.p3p import p3p
 from localization.relative_pose import RelativePose, essential_ransac, query_in_world
@@ -150,7 +151,7 @@ def _sampled_modes(
         [s.rows[draw_samples(evidence.weight[s.rows], 3, s.samples, generator)] for s in searches]
     )
     xy = evidence.xy_norm[sample]
-    R, t, valid = p3p(torch.cat([xy, torch.ones_like(xy[..., :1])], dim=-1), evidence.point[sample])
+    R, t, valid = p3p(homogeneous(xy), evidence.point[sample])
     seeds, start = [], 0
     for search in searches:
         part = slice(start, start + search.samples)

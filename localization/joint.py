@@ -25,6 +25,8 @@ STEPS = 15
 FEW_TRACKS = 60
 # What a lens may differ in: focal length, the ratio of fy to fx, principal point.
 LENS = 4
+# Parts of an image, a side, in which errors act together.
+CELLS = 4
 # Difference for derivatives by the lens, whose unit is the focal length.
 _DELTA = 1e-3
 
@@ -202,16 +204,47 @@ def refine_with_points(
     R, v, cost = levenberg_marquardt(
         R[None], v[None], problem.cost, problem.normal_equations, _move, STEPS
     )
-    R, v = R[0], v[0]
+    return _polished(problem, R[0], v[0], float(cost))
+
+
+def with_free_lens(pose: Polished) -> Polished:
+    """The pose with the covariance that it has as one whose lens might be any other."""
+    tracks, v = pose.observed, torch.cat([pose.c_world, pose.c_world.new_zeros(LENS)])
+    problem = _Problem.of(pose.camera, pose.R_cam_from_world, pose.c_world, tracks, LENS)
+    free = _polished(problem, pose.R_cam_from_world, v, pose.cost)
+    return replace(pose, covariance=free.covariance)
+
+
+def _polished(problem: _Problem, R: Tensor, v: Tensor, cost: float) -> Polished:
+    """A refined pose and lens with its covariance and what agrees with it.
+
+    Where the lens is free the covariance is a sandwich estimate over CELLS x CELLS parts of the
+    image: errors of points, which come from index poses, act together on a lens.
+    """
+    tracks, lens = problem.tracks, problem.lens
     information, left, freedom, agree = 0.0, 0.0, -6 - lens, 0
-    for r, weight, J in problem.terms(R, v):
+    of_cells = torch.zeros(CELLS**2, 6 + lens, dtype=torch.float64)
+    for (r, weight, J), of in zip(problem.terms(R, v), (tracks, tracks.single)):
         inlier = r.square().sum(1) < THRESHOLD_SIGMA**2
         r, weight, J = r[inlier], weight[inlier], J[inlier]
         information = information + torch.einsum("nki,n,nkj->ij", J, weight, J)
+        of_cells.index_add_(0, _cells(of.xy_px[inlier]), torch.einsum("nki,n,nk->ni", J, weight, r))
         left, freedom = left + (weight * r.square().sum(1)).sum(), freedom + r.numel()
         agree += len(r)
-    known = torch.tensor([freedom > 0])
-    spread = scaled_inverse(information[None], left[None] / max(1, freedom), known)[0]
+    known, variance = torch.tensor([freedom > 0]), left / max(1, freedom)
+    spread = scaled_inverse(information[None], variance[None], known)[0]
     lens_sigma = spread.diagonal()[6:].clamp_min(0).sqrt()
     camera = problem.camera_at(v)
-    return Polished(R, v[:3], spread[:6, :6], agree, camera, lens_sigma, float(cost), tracks)
+    if lens and freedom > 0:
+        inverse = spread / variance.clamp_min(1e-12)
+        spread = inverse @ of_cells.T @ of_cells @ inverse
+    return Polished(R, v[:3], spread[:6, :6], agree, camera, lens_sigma, cost, tracks)
+
+
+def _cells(xy_px: Tensor) -> Tensor:
+    """Number of the cell, of CELLS x CELLS over all of them, of positions (n, 2)."""
+    if len(xy_px) == 0:
+        return torch.zeros(0, dtype=torch.long)
+    low, high = xy_px.amin(0), xy_px.amax(0)
+    column, row = ((xy_px - low) / (high - low + 1e-9) * CELLS).long().clamp_max(CELLS - 1).T
+    return row * CELLS + column

@@ -3,14 +3,16 @@ clearly more.
 """
 
 import math
-from dataclasses import replace
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from localization.absolute_pose import angle_deg
 from localization.cameras import Camera, turned
 from localization.hypotheses import focal_hypotheses
-from localization.joint import LENS, Polished, Tracks, refine_with_points
+from localization.joint import LENS, Polished, Tracks, refine_with_points, with_free_lens
 from localization.scoring import Evidence, epipolar_scores
 from localization.search import MANY_TRACKS, Answer, Estimate, Search, poses_of
 
@@ -22,13 +24,17 @@ MIN_POINTS = 12
 # Where one so far off explains so many times as much the answer is in doubt (DOUBTFUL_SCORE); with so
 # many times the tracks and what is explained, multiplied, it is the query's own (OWN_SCORE).
 OTHER_LENS, OWN_SCORE, DOUBTFUL_SCORE = 0.05, 1.4, 1.15
-# Errors of points, which come from index poses, act together on a lens: by so much more it errs than
-# if each were on its own.
-OWN_SIGMA = 3.0
+# With so many times as much it is even with few tracks.
+CLEAR_SCORE = 3.0
+# Poses with a lens of their own err by so many times the standard deviations that parts of the image
+# tell. More of a lens than its focal length is another if it is off by so many times more of them.
+OWN_SIGMA, MORE_SIGMA = 2.0, 3.0
 # Lenses that are searched with; noise of the matches that they are refined on, in pixels: wide ones
 # draw first.
 LENSES = 2
 WIDE_PX, WIDE_MATCHES = (16.0, 8.0, 4.0), 500
+# Images are of one shape whose logs of the ratio of the sides differ by less.
+SAME_SHAPE = 0.02
 # No lens is off by more (`_lens_change`).
 ANY_LENS = 1.5
 # The confidence of an answer whose lens is in doubt.
@@ -50,36 +56,97 @@ def with_own_lens(
     if answer is not None:
         search, answer = _turned(search, answer)
         lens = _refined_lens(answer.polished)
-        change = torch.tensor(
-            _lens_change(search.query.camera, lens.camera)[: len(lens.lens_sigma)]
-        ).abs()
-        off = bool(((change > SAME_LENS) & (change > SAME_LENS_SIGMA * lens.lens_sigma)).any())
-        if answer.settled and not off:
+        off = _is_other(search.query.camera, lens)
+        if answer.settled and not off and _usual_shape(search):
             return _with_lens(answer.estimate, search, given)
-        off = off and answer.polished.tracks >= MANY_TRACKS and float(change.max()) > OTHER_LENS
-    best, least = answer, _explained(search, answer.polished) if answer else 0.0
-    most = least * answer.polished.tracks if answer else 0.0
-    for start in _likely_lenses(search, answer, generator):
-        other = _searched_with(search, start)
-        if other is None or _off(search.query.camera, other.polished.camera) < OTHER_LENS:
-            continue
-        tracks, explained = other.polished.tracks, _explained(search, other.polished)
-        if explained <= DOUBTFUL_SCORE * least:
-            continue
-        off = True
-        if tracks >= MANY_TRACKS and tracks * explained > OWN_SCORE * most:
-            best, most = other, tracks * explained
-    if best is None:
-        return None
-    estimate = best.estimate
-    if best is not answer:
-        sigmas = OWN_SIGMA * estimate.sigma_m, OWN_SIGMA * estimate.sigma_deg
-        return replace(
-            estimate, camera=best.polished.camera, sigma_m=sigmas[0], sigma_deg=sigmas[1]
+        off = (
+            off
+            and answer.polished.tracks >= MANY_TRACKS
+            and _off(search.query.camera, lens.camera) > OTHER_LENS
         )
-    if off:
-        estimate = replace(estimate, confidence=min(estimate.confidence, DOUBTFUL_LENS))
-    return _with_lens(estimate, search, given)
+    least = _explained(search, answer.polished) if answer else 0.0
+    most = answer.polished.tracks * least if answer else 0.0
+    starts = _likely_lenses(search, answer, generator)
+    found = [
+        _Other.of(search, other) for start in starts if (other := _searched_with(search, start))
+    ]
+    found = [other for other in found if other.off >= OTHER_LENS]
+    better = [other for other in found if other.explained > DOUBTFUL_SCORE * least]
+    plainest = _plainest(better)
+    if plainest and (own := plainest[0]).is_clear(most):
+        estimate = replace(
+            own.answer.estimate,
+            camera=own.answer.polished.camera,
+            sigma_m=OWN_SIGMA * own.answer.estimate.sigma_m,
+            sigma_deg=OWN_SIGMA * own.answer.estimate.sigma_deg,
+        )
+        return _as_far_as(estimate, plainest)
+    if answer is None:
+        return None
+    estimate = _with_lens(answer.estimate, search, given)
+    if not (off or better):
+        return estimate
+    estimate = replace(estimate, confidence=min(estimate.confidence, DOUBTFUL_LENS))
+    return _as_far_as(estimate, [other for other in found if OWN_SCORE * other.worth > most])
+
+
+@dataclass(frozen=True)
+class _Other:
+    """An answer with another lens; explained: how much of the query it explains; off, odd: how far
+    its lens is from the given one, and from a mere zoom of it.
+    """
+
+    answer: Answer
+    explained: float
+    off: float
+    odd: float
+
+    @classmethod
+    def of(cls, search: Search, answer: Answer) -> "_Other":
+        given, camera = search.query.camera, answer.polished.camera
+        explained = _explained(search, answer.polished)
+        return cls(answer, explained, _off(given, camera), _oddness(given, camera))
+
+    @property
+    def worth(self) -> float:
+        """By what it is compared: tracks times what is explained."""
+        return self.answer.polished.tracks * self.explained
+
+    def is_clear(self, most: float) -> bool:
+        """Whether it is worth clearly more than the answer with the given lens, which is worth `most`."""
+        many = self.answer.polished.tracks >= MANY_TRACKS
+        return (many and self.worth > OWN_SCORE * most) or self.worth > CLEAR_SCORE * most > 0
+
+
+def _plainest(others: list[_Other]) -> list[_Other]:
+    """Of those worth about as much as the best the ones with the plainest lens, the best first: other
+    lenses explain a flat scene as well, and most are mere zooms.
+    """
+    most = max((other.worth for other in others), default=0.0)
+    near = [other for other in others if DOUBTFUL_SCORE * other.worth > most]
+    plain = [o for o in near if o.odd < min(other.odd for other in near) + SAME_LENS]
+    return sorted(plain, key=lambda other: other.worth, reverse=True)
+
+
+def _oddness(given: Camera, camera: Camera) -> float:
+    """How far a lens is from a mere zoom of the given one."""
+    return max(map(abs, _lens_change(given, camera)[1:]))
+
+
+def _as_far_as(estimate: Estimate, rivals: list[_Other]) -> Estimate:
+    """The estimate with standard deviations that reach poses which another lens explains about as
+    well.
+    """
+    for rival in rivals:
+        other = rival.answer.estimate
+        away_m = float((other.c_world - estimate.c_world).norm())
+        turned = float(angle_deg(other.R_world_from_cam.T @ estimate.R_world_from_cam))
+        estimate = replace(
+            estimate,
+            sigma_m=max(estimate.sigma_m, away_m),
+            sigma_deg=max(estimate.sigma_deg, turned),
+        )
+    return estimate
 
 
 def _with_lens(estimate: Estimate, search: Search, given: Camera) -> Estimate:
@@ -115,6 +182,15 @@ def _turned(search: Search, answer: Answer) -> tuple[Search, Answer]:
     return other, found
 
 
+def _usual_shape(search: Search) -> bool:
+    """Whether the query is shaped as an index image, upright or turned: others were cut or squeezed."""
+    own, *usual = (
+        abs(math.log(view.camera.width / view.camera.height))
+        for view in (search.query, *(search.index.views[i] for i in search.order))
+    )
+    return any(abs(own - shape) < SAME_SHAPE for shape in usual)
+
+
 def _explained(search: Search, pose: Polished) -> float:
     """How much of the query a pose explains, with its lens."""
     evidence = search.evidence.seen_with(pose.camera)
@@ -125,30 +201,44 @@ def _explained(search: Search, pose: Polished) -> float:
 def _likely_lenses(
     search: Search, answer: Answer | None, generator: torch.Generator
 ) -> list[Polished]:
-    """Poses and lenses that fit the matches with points best, from the answer's and from other
-    focal lengths.
+    """Poses and lenses that explain the query, after refinement on its matches with points, from other
+    focal lengths; the best ones, and what the answer's pose leads to with all of the lens free.
+
+    Most lenses are zooms, or of an image that was squeezed, and come first: on a flat scene, freed
+    with all the rest, the focal length would drift.
     """
     starts = []
-    if answer is not None:
-        pose = answer.polished
-        starts.append((search.evidence, pose.R_cam_from_world, pose.c_world))
     for evidence, poses in focal_hypotheses(search.evidence, generator):
         of_poses = poses.R_cam_from_world, poses.c_world
         if len(poses):
             best = int(epipolar_scores(evidence, *of_poses).argmax())
-            starts.append((evidence, *(part[best] for part in of_poses)))
+            squeezed = _oddness(search.query.camera, evidence.camera) > OTHER_LENS
+            starts.append((evidence, *(part[best] for part in of_poses), 2 if squeezed else 1))
+
+    def roughly(pose: Polished) -> float:
+        evidence = search.evidence.seen_with(pose.camera)
+        return float(epipolar_scores(evidence, pose.R_cam_from_world[None], pose.c_world[None]))
+
     found: list[Polished] = []
-    for pose in sorted(
-        (_refined_on_matches(*start) for start in starts), key=lambda pose: pose.cost
-    ):
-        if _off(search.query.camera, pose.camera) < ANY_LENS and all(
-            _off(other.camera, pose.camera) > OTHER_LENS for other in found
-        ):
-            found.append(pose)
-    return found[:LENSES]
+
+    def add(poses: Iterable[Polished], most: int) -> None:
+        for pose in poses:
+            if (
+                len(found) < most
+                and _off(search.query.camera, pose.camera) < ANY_LENS
+                and all(_off(other.camera, pose.camera) > OTHER_LENS for other in found)
+            ):
+                found.append(pose)
+
+    add(sorted((_refined_on_matches(*s) for s in starts), key=roughly, reverse=True), LENSES)
+    if answer is not None:
+        pose = answer.polished
+        own = _refined_on_matches(search.evidence, pose.R_cam_from_world, pose.c_world, LENS)
+        add([own], LENSES + 1)
+    return found
 
 
-def _refined_on_matches(evidence: Evidence, R: Tensor, c: Tensor, lens: int = LENS) -> Polished:
+def _refined_on_matches(evidence: Evidence, R: Tensor, c: Tensor, lens: int) -> Polished:
     """A pose with as much of the lens as is asked for, from far off in ever closer steps, on the most
     distinct matches with points.
     """
@@ -165,11 +255,26 @@ def _refined_on_matches(evidence: Evidence, R: Tensor, c: Tensor, lens: int = LE
 
 
 def _refined_lens(pose: Polished) -> Polished:
-    """The pose with the lens that fits its tracks; all of it if they are many."""
-    free = LENS if pose.tracks >= MANY_TRACKS else 1
-    return refine_with_points(
-        pose.camera, pose.R_cam_from_world, pose.c_world, pose.observed, lens=free
-    )
+    """The pose with the focal length that fits its tracks, and more of the lens if they are many and
+    it is clearly another; standard deviations are those with all of it free.
+    """
+    of = pose.camera, pose.R_cam_from_world, pose.c_world, pose.observed
+    lens = refine_with_points(*of, lens=1)
+    for free in (2, LENS) if pose.tracks >= MANY_TRACKS else ():
+        other = refine_with_points(*of, lens=free)
+        if _is_other(pose.camera, other, len(lens.lens_sigma), MORE_SIGMA):
+            lens = other
+    return with_free_lens(lens) if pose.tracks >= MANY_TRACKS else lens
+
+
+def _is_other(given: Camera, lens: Polished, first: int = 0, times: float = 1.0) -> bool:
+    """Whether the lens of a pose is another than the given one in what of it was free, from the
+    parameter `first` on, by so many `times` more standard deviations.
+    """
+    free = len(lens.lens_sigma)
+    change = torch.tensor(_lens_change(given, lens.camera)[:free]).abs()
+    off = (change > SAME_LENS) & (change > times * SAME_LENS_SIGMA * lens.lens_sigma)
+    return bool(off[first:].any())
 
 
 def _lens_change(a: Camera, b: Camera) -> tuple[float, float, float, float]:
@@ -199,7 +304,7 @@ def _searched_with(search: Search, start: Polished) -> Answer | None:
         if answer is None:
             return None
         lens = _refined_lens(answer.polished)
-        nearby.polished = [lens]
+        nearby.polished, nearby.evidence = [lens], search.evidence.seen_with(lens.camera)
         answer = nearby.best()
         if _off(camera, lens.camera) < LENS_STAYS:
             break

@@ -23,7 +23,14 @@ from localization.features import Features
 from localization.hypotheses import image_hypotheses, pooled_hypotheses
 from localization.lens import with_own_lens
 from localization.map import Map
-from localization.matching import QUICK_IMAGES, View, in_band, mutual_matches
+from localization.matching import (
+    DISTINCT_RATIO,
+    QUICK_IMAGES,
+    View,
+    in_band,
+    mutual_matches,
+    same_picture,
+)
 from localization.scoring import Evidence
 from localization.search import (
     POLISHED,
@@ -150,7 +157,7 @@ class _Queries:
 
     def seeing(self, placed: dict[int, Estimate]) -> "_Queries":
         """The same with queries at their estimated poses among the index views, each matched with
-        the like of it.
+        the like of it; not with versions of its own picture, which prove no place.
         """
         first = len(self.index.views)
         more = [
@@ -164,10 +171,11 @@ class _Queries:
         ]
         similar = [set(order[:COMPARED]) for order in self.orders]
         orders = []
-        for order, mine in zip(self.orders, similar):
+        for view, order, mine in zip(self.views, self.orders, similar):
             shared = torch.tensor([len(mine & similar[n]) for n in placed])
-            best = shared.argsort(descending=True, stable=True)[:HELPERS]
-            orders.append(order + [first + k for k in best.tolist()])
+            best = shared.argsort(descending=True, stable=True).tolist()
+            others = (k for k in best if not same_picture(view.features, more[k].features))
+            orders.append(order + [first + k for k in itertools.islice(others, HELPERS)])
         return replace(self, index=self.index.extended(more), orders=orders, first=None)
 
     def located(
@@ -257,7 +265,7 @@ def share_world(pairs: Iterable[tuple[View, View]]) -> bool:
     for a, b in itertools.islice(pairs, SHARED_TRIED):
         a, b = a.prepared(), b.prepared()
         matches = mutual_matches(a.features, b.features)
-        matches = matches.select(matches.ratio < 0.8)
+        matches = matches.select(matches.ratio < DISTINCT_RATIO)
         if len(matches) < SHARED_MATCHES:
             continue
         allowed = in_band(a, b, matches.a, matches.b)

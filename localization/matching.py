@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from localization.cameras import Camera, camera_for, project, rays
+from localization.cameras import Camera, camera_for, homogeneous, project, rays
 from localization.features import MAX_SIDE, Features
 
 SECOND_NEIGHBOR_PX = 5.0
@@ -23,6 +23,10 @@ GUIDED_SIMILARITY = 0.7
 # Index images, the most alike, that a query is matched with first: the rest only where that left
 # doubt.
 QUICK_IMAGES = 12
+# Two images are versions of one picture where an affine map takes so large a share of their distinct
+# matches, of so many, to within so much of where they are; it is found in so many rounds.
+SAME_MAP, SAME_MAP_PX, SAME_MAP_MATCHES, SAME_MAP_ROUNDS = 0.8, 2.0, 30, 10
+DISTINCT_RATIO = 0.8
 # Second neighbors looked through for one that lies elsewhere.
 _NEIGHBORS = 4
 # Half-planes through both cameras are compared up to this sine of their angle: beside an epipole,
@@ -115,6 +119,25 @@ def mutual_matches(a: Features, b: Features) -> Matches:
     seconds = [_second(rows, b) for rows in a.descriptors[row].split(_ROWS)]
     ratio = _distance(top[row]) / _distance(torch.cat(seconds)).clamp_min(1e-9)
     return Matches(row, column[row], top[row], ratio)
+
+
+def same_picture(a: Features, b: Features) -> bool:
+    """Whether two images are versions of one picture: cut, scaled, stretched, turned.
+
+    An affine map between them, of least absolute errors, agrees with most of their distinct matches.
+    Between such images there is no parallax, so they tell nothing of each other's place: with a false
+    lens a cut image agrees with the whole one from any place along the optical axis.
+    """
+    matches = mutual_matches(a, b)
+    matches = matches.select(matches.ratio < DISTINCT_RATIO)
+    if len(matches) < SAME_MAP_MATCHES:
+        return False
+    x, y = homogeneous(a.xy_px[matches.a].double()), b.xy_px[matches.b].double()
+    weight = torch.ones_like(x[:, :1])
+    for _ in range(SAME_MAP_ROUNDS):
+        error = (x @ torch.linalg.lstsq(weight * x, weight * y).solution - y).norm(dim=1)
+        weight = error.clamp_min(SAME_MAP_PX / 4).rsqrt()[:, None]
+    return float((error <= SAME_MAP_PX).double().mean()) >= SAME_MAP
 
 
 def _first(column: Tensor, count: int) -> Tensor:

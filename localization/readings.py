@@ -20,6 +20,7 @@ from localization.cameras import (
     TARTANAIR,
     Convention,
     all_conventions,
+    homogeneous,
     poses_from_file,
     unusual_conventions,
 )
@@ -136,7 +137,7 @@ def limit_of(side_px: int) -> float:
 
 def as_rays(uv: Tensor, focal: float) -> Tensor:
     """Rays (..., 3) with z = 1 of positions in longer image sides."""
-    return torch.cat([uv / focal, torch.ones_like(uv[..., :1])], dim=-1)
+    return homogeneous(uv / focal)
 
 
 def focal_grid(prior: float, count: int = _FOCALS) -> list[float]:

@@ -22,6 +22,7 @@ from localization.absolute_pose import (
     samples_needed,
     skew,
 )
+from localization.cameras import homogeneous
 
 ROUND_SAMPLES = 200  # five-point samples solved and scored together
 LOCAL_CANDIDATES = 4  # best essential matrices of a round that are refined
@@ -332,11 +333,6 @@ def _score_relative(R: Tensor, t: Tensor, a: Tensor, b: Tensor, threshold: float
     """MSAC scores (h,) of relative poses, matches behind a camera scoring nothing."""
     squared = sampson_squared(essential_from_pose(R, t), a, b)
     return ((1 - squared / threshold**2).clamp_min(0) * in_front(R, t, a, b)).sum(1)
-
-
-def homogeneous(xy: Tensor) -> Tensor:
-    """Rays (..., 3) with z = 1 of normalized coordinates (..., 2)."""
-    return torch.cat([xy, torch.ones_like(xy[..., :1])], -1)
 
 
 # ---------------------------------------------------------------- from relative to absolute

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from localization.cameras import homogeneous
 from localization.matching import View, guided_matches, near_pairs
 from localization.threads import in_threads
 
@@ -183,7 +184,7 @@ def unit_rays(cameras: Cameras, xy_px: Tensor) -> Tensor:
     leading shape.
     """
     xy = (xy_px.to(torch.float64) - cameras.center) / cameras.focal
-    ray = torch.cat([xy, torch.ones_like(xy[..., :1])], dim=-1)
+    ray = homogeneous(xy)
     ray = rotate(cameras.R_cam_from_world.transpose(-1, -2), ray)
     return ray / ray.norm(dim=-1, keepdim=True)
 

@@ -1,6 +1,7 @@
 """What a query ought to explain at a place: closed forms, and aliases of an equal tile."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -18,7 +19,9 @@ def expectation(views: list[View], near_m: float, explained=None) -> Expectation
     if explained is None:
         return Expectation.learn(views, triangulate_views(views), near_m / NEAR)
     R, c = torch.stack([v.R_world_from_cam for v in views]), torch.stack([v.c_world for v in views])
-    return Expectation(R, c, near_m, torch.tensor(explained, dtype=torch.float64))
+    learned = Expectation.learn(views, triangulate_views(views), near_m / NEAR)
+    given = {"R_world_from_cam": R, "c_world": c, "explained": torch.tensor(explained, dtype=torch.float64)}
+    return replace(learned, **given, sizes=torch.full_like(learned.sizes, torch.inf))  # any size is like
 
 
 def at(x: float) -> torch.Tensor:
@@ -49,6 +52,24 @@ def test_the_expectation_is_the_mean_of_the_three_nearest_carried_to_the_distanc
     assert expected.fulfilled(query, ahead.T, at(0.0), 2 * by_hand) == 1
     assert expected.score(query, (about_z(-90.0) @ ahead).T, at(0.0)) == 0
     assert expected.fulfilled(query, (about_z(-90.0) @ ahead).T, at(0.0), 0.0) == UNSEEN < 0.5
+
+
+def test_keypoints_of_sizes_that_index_images_lack_can_explain_nothing(random_world, random_poses):
+    """A third of a query's are four times as large as any there; the rest are the index images' own, less those."""
+    world = random_world(6, count=300)
+    views = [world.view(*pose) for pose in random_poses(4, 7)]
+    expected = expectation(views, 0.5)
+    R, c = views[0].R_world_from_cam.T, views[0].c_world
+    scale_px = views[0].features.scale_px.clone()
+    usual = expected.score(views[0], R, c)
+    scale_px[::3] *= 4
+    large = replace(views[0], features=replace(views[0].features, scale_px=scale_px))
+    share = 1 - len(scale_px[::3]) / len(scale_px)
+    counts = torch.tensor([len(view.features) for view in views]).double()
+    like_sized = float(counts.clamp_max(counts.mean()).sum() / counts.sum())
+    by_hand = min(share * counts[0], float(counts.mean())) / like_sized / min(counts[0], float(counts.mean()) / like_sized)
+    assert expected.score(large, R, c) == pytest.approx(float(by_hand) * usual)
+    assert by_hand < 0.75
 
 
 def test_a_view_taken_out_explains_what_it_does_as_a_query(random_world, random_poses):

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,12 +14,13 @@ from localization.fallback import Guess
 from localization.features import Features
 from localization.hypotheses import Hypotheses
 from localization.joint import LENS, Polished, Tracks, refine_with_points
-from localization.lens import with_own_lens
+from localization.lens import _as_far_as, _usual_shape, with_own_lens
 from localization.localize import (
     Estimate,
     Map,
     Search,
     _least_expected_error,
+    _Queries,
     _within,
     build_map,
     share_world,
@@ -363,6 +365,57 @@ def test_a_query_with_another_lens_is_found_with_it(random_world, random_poses, 
     assert error(found, query)[0] < 0.05 and error(found, query)[1] < 0.5
     assert found.camera.fx == pytest.approx(own.fx, rel=0.01)
     assert found.camera.fy == pytest.approx(own.fy, rel=0.01)
+    assert found.confidence > 0.5
+
+
+@pytest.mark.parametrize("seed", [0, 1, 3])
+def test_a_zoom_on_a_wall_is_not_taken_for_a_lens_of_another_center(random_world, random_poses, seed):
+    """On one plane seen at a slant many lenses explain as much as the plainest of them."""
+    world = random_world(seed, count=900)
+    world.points[:, 1] = 7.0 + 0.5 * world.points[:, 0] + 0.05 * (world.points[:, 1] - 7.0)
+    poses = random_poses(9, 60 + seed)
+    index = [world.view(*pose, noise_px=0.5) for pose in poses[:8]]
+    zoomed = world.view(*poses[8], noise_px=0.5, camera=Camera(480.0, 480.0, 320.0, 240.0, 640, 480))
+    found = localize(index, [View(zoomed.features, CAMERA)], [list(range(8))], seed=0)[0]
+    assert found.camera.fx == pytest.approx(480, rel=0.01)
+    assert math.hypot(found.camera.cx - 320, found.camera.cy - 240) < 0.02 * 480
+    assert error(found, zoomed)[0] < 0.05 < 4 * found.sigma_m and error(found, zoomed)[1] < 0.5
+
+
+def test_a_picture_of_another_shape_is_searched_with_other_lenses(random_world, random_poses):
+    """However sure the answer is: it was cut or squeezed."""
+    world = random_world(29, count=600)
+    index = build_map([world.view(*pose) for pose in random_poses(8, 30)], seed=0)
+    order, evidence = list(range(8)), matched(index.views[0], index, list(range(8)))
+    shapes = [(640, 480), (480, 640), (320, 240), (640, 360), (800, 480)]
+    queries = [replace(index.views[0], camera=camera_for(CAMERA, *shape)) for shape in shapes]
+    usual = [_usual_shape(Search(query, index, order, evidence)) for query in queries]
+    assert usual == [True, True, True, False, False]
+
+
+def test_standard_deviations_reach_what_another_lens_explains_as_well():
+    eye, turned_by = torch.eye(3).double(), torch.tensor([0.0, 0.0, math.radians(3)]).double()
+    own = Estimate(eye, torch.zeros(3).double(), "pnp", 100, 0.1, 5.0, 0.9)
+    other = replace(own, c_world=torch.tensor([0.0, 0.0, 2.0]).double(), R_world_from_cam=rotation_from_vector(turned_by))
+    reach = _as_far_as(own, [SimpleNamespace(answer=SimpleNamespace(estimate=other))])
+    assert (reach.sigma_m, reach.sigma_deg) == (2.0, 5.0) and reach.c_world is own.c_world
+    assert _as_far_as(own, []) == own
+
+
+def test_versions_of_one_picture_do_not_help_each_other(random_world, random_poses):
+    """With a false lens a cut picture agrees with the whole one from any place along its axis."""
+    world = random_world(71, count=900)
+    poses = random_poses(9, 72)
+    index = build_map([world.view(*pose) for pose in poses[:7]], seed=0)
+    whole, beside = (world.view(*pose) for pose in poses[7:])
+    xy_px = (whole.features.xy_px - torch.tensor([320.0, 240.0])) * 1.6 + torch.tensor([320.0, 240.0])
+    inside = ((xy_px > 0) & (xy_px < torch.tensor([640.0, 480.0]))).all(dim=1)
+    cut = View(replace(whole.features, xy_px=xy_px).select(inside), CAMERA)
+    queries = _Queries([cut, *queries_of([whole, beside])], index, [list(range(7))] * 3, 0)
+    placed = {n: Estimate(*poses[6 + n], "pnp", 100, 0.01, 0.1, 1.0) for n in (1, 2)}
+    helped = queries.seeing(placed)
+    assert len(helped.index.views) == 9
+    assert [order[7:] for order in helped.orders] == [[8], [8], [7]]
 
 
 def test_a_lens_that_is_known_is_kept_to(random_world, random_poses):

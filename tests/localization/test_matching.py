@@ -1,10 +1,13 @@
 """matching.py: by descriptor, and guided by known poses."""
 
+from dataclasses import replace
+
 import numpy as np
 import pycolmap
 import pytest
 import torch
 
+from localization.absolute_pose import rotation_from_vector
 from localization.cameras import Camera, rays
 from localization.features import Features
 from localization.matching import (
@@ -14,6 +17,7 @@ from localization.matching import (
     in_band,
     mutual_matches,
     near_pairs,
+    same_picture,
 )
 
 
@@ -66,6 +70,28 @@ def test_mutual_matches_find_the_points(random_world, random_poses):
     assert right_matches(a, b, distinct).double().mean() > 0.99
     back = mutual_matches(b.features, a.features)
     assert sorted(zip(back.b.tolist(), back.a.tolist())) == sorted(zip(matches.a.tolist(), matches.b.tolist()))
+
+
+TURN = torch.tensor([[0.0, 1.0], [-1.0, 0.0]])
+
+
+@pytest.mark.parametrize(
+    "change", [1.6 * torch.eye(2), 0.5 * torch.eye(2), torch.diag(torch.tensor([1.3, 1.0])), TURN, -torch.eye(2)]
+)
+def test_versions_of_one_picture_are_told_from_pictures_of_one_scene(random_world, random_poses, change):
+    """Cut, scaled, squeezed, turned, each with noise and much that only one of them shows; not moved or turned about."""
+    world = random_world(3, count=500)
+    generator = torch.Generator().manual_seed(4)
+    (R, c), elsewhere = random_poses(2, 5)
+    a, b = world.view(R, c), world.view(R, c, clutter=200).features
+    xy_px = (b.xy_px - 300.0) @ change + 310.0 + 0.3 * torch.randn(b.xy_px.shape, generator=generator)
+    version = replace(b, xy_px=xy_px)
+    assert same_picture(a.features, version) and same_picture(version, a.features)
+    about = rotation_from_vector(torch.tensor([0.0, 0.3, 0.0], dtype=torch.float64))
+    moved = c + torch.tensor([0.3, 0.0, 0.0], dtype=torch.float64)
+    for other in (world.view(*elsewhere), world.view(R, moved), world.view(R @ about, c)):
+        assert not same_picture(a.features, other.features)
+    assert not same_picture(a.features, version.select(slice(20)))
 
 
 @pytest.mark.parametrize("n_a, n_b", [(0, 0), (0, 3), (3, 0), (1, 1), (3, 2)])
