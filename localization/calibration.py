@@ -8,7 +8,7 @@ of its matches is not to be trusted.
 """
 
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from localization.cameras import (
     all_conventions,
     camera_for,
     default_camera,
+    poses_from_file,
     project,
     rays,
 )
@@ -41,6 +42,8 @@ from localization.readings import (
 
 # Healthy scenes explain 45 to 90 % of their matches, contradicted ones 0 to 18 %.
 MIN_SHARE, HEALTHY_SHARE = 0.3, 0.45
+# A single image has its pose in the row that explains more than this share of what is usual.
+ITS_ROW = 0.5
 # Most confidence in a scene whose poses contradict its images.
 UNTRUSTED = 0.45
 # Of the matches explained, those of far points in a scene that is seen from one place.
@@ -78,7 +81,7 @@ class Calibration:
     matches that this reading explains; margin: score of the convention over the next one's;
     pairs, images: the evidence; convention_from, focal_from: "evidence", "prior", "guess" or
     "given"; trusted: whether a pose of this scene may be believed; warnings: sentences for the
-    user.
+    user; moved: rows of frames that alone have their poses in another than theirs.
     """
 
     convention: Convention
@@ -94,6 +97,7 @@ class Calibration:
     focal_from: str
     trusted: bool
     warnings: tuple[str, ...] = ()
+    moved: dict[int, int] = field(default_factory=dict)
 
     @property
     def healthy(self) -> bool:
@@ -234,6 +238,14 @@ def calibrate(
     found = refined(lens, start, read.focal, steps) if pairs.enough() else start
     if source == "guess" and found[0] == start[0]:
         found = found + _zoomed(np.log(read.focal / prior))
+    if pairs.enough() and (moved := _in_other_rows(judge, read, lens, found)):
+        rows = read.rows.clone()
+        rows[list(moved)] = torch.tensor(list(moved.values()))
+        read = replace(read, rows=rows)
+        poses = judge.poses(read.convention, rows)
+        lens = PosedMatches(pairs, *relative(poses, poses, pairs), judge.limit)
+    else:
+        moved = {}
     cameras = {size: _camera(camera, found)}
     for other in sorted(set(sizes) - {size}) if pairs.enough() else ():
         own = torch.tensor([s == other for s in sizes], dtype=torch.bool)
@@ -285,7 +297,44 @@ def calibrate(
         focal_from,
         trusted,
         tuple(warnings),
+        moved,
     )
+
+
+def _in_other_rows(
+    judge: Judge, read: Reading, lens: PosedMatches, found: Tensor
+) -> dict[int, int]:
+    """The rows in which frames have their poses that by their matches are not where they should be.
+
+    A pose counts that explains about as much of an image's matches as others explain of theirs, and
+    is not the pose of another index image, which it fits.
+    """
+    astray = lens.contradicted(found)
+    poses = judge.poses(read.convention, read.rows)
+    of_rows = poses_from_file(judge.pose7, read.convention)
+    fitting = torch.ones(len(judge.frame), dtype=torch.bool)
+    fitting[astray] = False
+    taken = set(read.rows[judge.frame[fitting]].tolist())
+    free = [
+        row
+        for row in torch.nonzero(of_rows[1].isfinite().all(1))[:, 0].tolist()
+        if row not in taken
+    ]
+    usual, moved = lens.shares(found)[0], {}
+    for image in astray:
+        a, b = lens.pairs.a, lens.pairs.b
+        own = ((a == image) & fitting[b]) | ((b == image) & fitting[a])
+        pairs, shares = lens.pairs.select(own), {}
+        for row in free:
+            tried = tuple(part.clone() for part in poses)
+            for part, of_row in zip(tried, of_rows):
+                part[image] = of_row[row]
+            there = PosedMatches(pairs, *relative(tried, tried, pairs), lens.limit)
+            shares[row] = there.shares(found)[0]
+        row = max(shares, key=shares.__getitem__, default=None)
+        if row is not None and shares[row] > max(ITS_ROW * usual, MIN_SHARE):
+            moved[int(judge.frame[image])] = row
+    return moved
 
 
 def _of_a_size(

@@ -244,6 +244,8 @@ class Judge:
                 yield self.read(
                     usual, self._rows(len(read.rows), 0, shift, shift), _row_of("frame i", shift)
                 )
+        if doubtful:
+            yield self.read(usual, read.rows.flip(0), "the rows from the last to the first")
         for convention in read.rivals[:_BEST]:
             yield self.read(read.rivals, *self._best_break(convention, read.focal, len(read.rows)))
 

@@ -277,6 +277,38 @@ def test_frames_between_the_views_take_part_in_an_order(scene):
     assert found.rows.tolist() == [*range(1, 15), -1] and found.trusted
 
 
+def test_rows_from_the_last_to_the_first_are_turned(scene):
+    views, poses = scene(24, n=12)
+    found = calibrate(views, written(poses)[::-1].copy())
+    assert found.rows.tolist() == [*range(11, -1, -1)] and found.trusted
+    assert "from the last to the first" in found.warnings[0]
+
+
+@pytest.mark.parametrize("cycle", [[3, 9], [1, 6, 10]])
+def test_rows_that_changed_places_are_put_back(scene, cycle):
+    """Two, or three in turn; with a row among them that is no index image's."""
+    views, poses = scene(26, n=16)
+    pose7 = written(poses)
+    pose7[cycle] = pose7[np.roll(cycle, 1)]
+    found = calibrate(views, pose7, TRUE)
+    meant = np.arange(16)
+    meant[np.roll(cycle, 1)] = cycle
+    assert found.rows.tolist() == meant.tolist() and found.trusted
+    assert found.moved == {frame: int(meant[frame]) for frame in sorted(cycle)}
+    frames = [frame for frame in range(16) if frame != cycle[0]]
+    found = calibrate([views[frame] for frame in frames], pose7, TRUE, frames=frames)
+    assert found.moved == {frame: int(meant[frame]) for frame in sorted(cycle[1:])}
+
+
+def test_a_pose_that_is_nobodys_is_moved_nowhere(scene):
+    """Only a typing error: no row of the file fits the image."""
+    views, poses = scene(28, n=12)
+    pose7 = written(poses)
+    pose7[4, :3] += [0.0, 1.0, 2.0]
+    found = calibrate(views, pose7, TRUE)
+    assert found.moved == {} and found.rows.tolist() == [*range(12)] and found.trusted
+
+
 def test_poses_of_other_images_are_not_trusted(scene):
     views, poses = scene(24, n=12)
     order = np.random.default_rng(0).permutation(12)

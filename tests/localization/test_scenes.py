@@ -125,3 +125,18 @@ def test_rows_written_in_the_order_of_the_letters_are_put_in_that_of_the_numbers
     np.testing.assert_array_equal(by_letters, rows)
     assert all(float((view.c_world - c).norm()) < 1e-9 for view, c in zip(views, truth))
     assert found["a"].trusted and "order of the letters" in found["a"].warnings[0]
+
+
+def test_poses_that_changed_places_are_said(random_world, random_poses):
+    views, scene_of, rows = frames_of({"a": random_world(1)}, {"a": random_poses(14, 1)})
+    truth = [view.c_world for view in views]
+    for view in views:
+        view.R_world_from_cam = view.c_world = None
+    swapped = rows.copy()
+    swapped[[3, 8]] = rows[[8, 3]]
+    names = [f"{n:02d}.png" for n in range(14)]
+    cameras, conventions = {"a": CAMERA}, {"a": None}
+    found = calibrate_scenes(views, scene_of, swapped, range(14), cameras, conventions, names=names)
+    np.testing.assert_array_equal(swapped, rows)
+    assert all(float((view.c_world - c).norm()) < 1e-9 for view, c in zip(views, truth))
+    assert "that of 03.png in row 9, that of 08.png in row 4" in found["a"].warnings[0]
