@@ -36,7 +36,8 @@ def check_exports(
     root: Path,
 ) -> None:
     """InputError for what could not be written at the end of a run: a format that is not known, a
-    target that is there already or cannot be made, names of images that a format cannot hold.
+    target that is there already or cannot be made, names of images that a format cannot hold or
+    tell apart.
 
     images: path and scene of each; root: the folder of the scenes.
     """
@@ -45,12 +46,19 @@ def check_exports(
         option = f"--export {name} {path}"
         if name not in FORMATS:
             raise InputError(f"{option}: the format is one of {', '.join(FORMATS)}.")
+        names: dict[str, set[str]] = {scene: set() for _, scene in images}
         for image, scene in images if name != "tum" else ():
             called = _name(image, root / scene / "images" if name == "colmap" else root)
             if re.search(r"\s", called):
                 raise InputError(
                     f"{option}: no name may hold a blank there, as {called!r} does: rename it."
                 )
+            # A new image may be found in any scene.
+            if called in (names[scene] if scene else set().union(*names.values())):
+                raise InputError(
+                    f"{option}: two images would be called {called} there: rename one."
+                )
+            names[scene].add(called)
         for target in _targets(name, path, scenes).values():
             if _is_there(target, name == "colmap"):
                 raise InputError(

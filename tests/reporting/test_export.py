@@ -207,6 +207,7 @@ def test_an_empty_folder_is_filled(run, tmp_path):
         ([("hloc", "x")], ["my scans/the hall/images/a.png"], "as 'the hall/images/a.png' does"),
         ([("hloc", "x")], ["a\u00a0b.png"], "no name may hold a blank"),
         ([("hloc", "/dev/null/x")], [], "cannot write /dev/null"),
+        ([("colmap", "x")], ["my scans/the hall/images/a.png", "a.png"], "two images would be called a.png"),
     ],
 )
 def test_what_cannot_be_exported_is_one_sentence_before_the_run(
@@ -214,7 +215,7 @@ def test_what_cannot_be_exported_is_one_sentence_before_the_run(
 ):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError) as error:
-        images = [(Path(path), "the hall") for path in paths]
+        images = [(Path(path), "the hall" if "/" in path else "") for path in paths]
         export.check_exports(exports, ["the hall"], images, Path("my scans"))
     assert says in str(error.value) and "\n" not in str(error.value)
     assert not list(tmp_path.iterdir())
