@@ -235,7 +235,7 @@ def _polished(problem: _Problem, R: Tensor, v: Tensor, cost: float) -> Polished:
     spread = scaled_inverse(information[None], variance[None], known)[0]
     lens_sigma = spread.diagonal()[6:].clamp_min(0).sqrt()
     camera = problem.camera_at(v)
-    if lens and freedom > 0:
+    if lens and bool(spread.isfinite().all()):
         inverse = spread / variance.clamp_min(1e-12)
         spread = inverse @ of_cells.T @ of_cells @ inverse
     return Polished(R, v[:3], spread[:6, :6], agree, camera, lens_sigma, cost, tracks)

@@ -14,7 +14,7 @@ from localization.fallback import Guess
 from localization.features import Features
 from localization.hypotheses import Hypotheses
 from localization.joint import LENS, Polished, Tracks, refine_with_points
-from localization.lens import _as_far_as, _usual_shape, with_own_lens
+from localization.lens import _as_far_as, _searched_with, _usual_shape, with_own_lens
 from localization.localize import (
     Estimate,
     Map,
@@ -380,6 +380,33 @@ def test_a_zoom_on_a_wall_is_not_taken_for_a_lens_of_another_center(random_world
     assert found.camera.fx == pytest.approx(480, rel=0.01)
     assert math.hypot(found.camera.cx - 320, found.camera.cy - 240) < 0.02 * 480
     assert error(found, zoomed)[0] < 0.05 < 4 * found.sigma_m and error(found, zoomed)[1] < 0.5
+
+
+def test_an_answer_with_another_lens_is_judged_with_that_lens(random_world, random_poses, monkeypatch):
+    """Not with the one that its search began with, two percent off."""
+    monkeypatch.setattr("localization.lens.LENS_ROUNDS", 1)
+    world = random_world(29, count=900)
+    poses = random_poses(9, 30)
+    index = build_map([world.view(*pose) for pose in poses[:8]], seed=0)
+    query = world.view(*poses[8], camera=Camera(480.0, 480.0, 320.0, 240.0, 640, 480))
+    (R, c), near = poses[8], Camera(490.0, 490.0, 320.0, 240.0, 640, 480)
+    order = list(range(8))
+    search = Search(replace(query, camera=near), index, order, matched(query, index, order).seen_with(near))
+    start = Refined(R.T, c, 0)
+    answer = _searched_with(search, SimpleNamespace(**vars(start), camera=near))
+    assert answer.polished.camera.fx == pytest.approx(480, rel=0.005)
+    assert answer.estimate.confidence > 0.5
+
+
+def test_a_lens_that_nothing_tells_has_no_numbers_that_are_none():
+    """Four points cannot tell a pose and a lens: its deviations are infinite, not NaN."""
+    eye = torch.eye(3).double()
+    points = torch.tensor([[0.0, 0, 5], [1, 0, 5], [0, 1, 5], [1, 1, 6]]).double()
+    xy_px = 320 * points[:, :2] / points[:, 2:] + torch.tensor([320.0, 240.0])
+    tracks = Tracks(xy_px, points, torch.zeros(4, 3, 3).double(), torch.ones(4).double())
+    found = refine_with_points(CAMERA, eye, torch.zeros(3).double(), tracks, lens=LENS)
+    assert not bool(found.covariance.isnan().any())
+    assert bool(found.covariance.diagonal().isinf().all())
 
 
 def test_a_picture_of_another_shape_is_searched_with_other_lenses(random_world, random_poses):
