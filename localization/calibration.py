@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from localization.astray import MIN_SHARE, rows_of_astray
 from localization.cameras import (
     TARTANAIR,
     Camera,
@@ -21,7 +22,6 @@ from localization.cameras import (
     all_conventions,
     camera_for,
     default_camera,
-    poses_from_file,
     project,
     rays,
 )
@@ -40,10 +40,8 @@ from localization.readings import (
     relative,
 )
 
-# Healthy scenes explain 45 to 90 % of their matches, contradicted ones 0 to 18 %.
-MIN_SHARE, HEALTHY_SHARE = 0.3, 0.45
-# A single image has its pose in the row that explains more than this share of what is usual.
-ITS_ROW = 0.5
+# Healthy scenes explain 45 to 90 % of their matches.
+HEALTHY_SHARE = 0.45
 # Most confidence in a scene whose poses contradict its images.
 UNTRUSTED = 0.45
 # Of the matches explained, those of far points in a scene that is seen from one place.
@@ -238,14 +236,13 @@ def calibrate(
     found = refined(lens, start, read.focal, steps) if pairs.enough() else start
     if source == "guess" and found[0] == start[0]:
         found = found + _zoomed(np.log(read.focal / prior))
-    if pairs.enough() and (moved := _in_other_rows(judge, read, lens, found)):
+    moved = rows_of_astray(judge, read, lens, found) if pairs.enough() else {}
+    if moved:
         rows = read.rows.clone()
         rows[list(moved)] = torch.tensor(list(moved.values()))
         read = replace(read, rows=rows)
         poses = judge.poses(read.convention, rows)
         lens = PosedMatches(pairs, *relative(poses, poses, pairs), judge.limit)
-    else:
-        moved = {}
     cameras = {size: _camera(camera, found)}
     for other in sorted(set(sizes) - {size}) if pairs.enough() else ():
         own = torch.tensor([s == other for s in sizes], dtype=torch.bool)
@@ -299,42 +296,6 @@ def calibrate(
         tuple(warnings),
         moved,
     )
-
-
-def _in_other_rows(
-    judge: Judge, read: Reading, lens: PosedMatches, found: Tensor
-) -> dict[int, int]:
-    """The rows in which frames have their poses that by their matches are not where they should be.
-
-    A pose counts that explains about as much of an image's matches as others explain of theirs, and
-    is not the pose of another index image, which it fits.
-    """
-    astray = lens.contradicted(found)
-    poses = judge.poses(read.convention, read.rows)
-    of_rows = poses_from_file(judge.pose7, read.convention)
-    fitting = torch.ones(len(judge.frame), dtype=torch.bool)
-    fitting[astray] = False
-    taken = set(read.rows[judge.frame[fitting]].tolist())
-    free = [
-        row
-        for row in torch.nonzero(of_rows[1].isfinite().all(1))[:, 0].tolist()
-        if row not in taken
-    ]
-    usual, moved = lens.shares(found)[0], {}
-    for image in astray:
-        a, b = lens.pairs.a, lens.pairs.b
-        own = ((a == image) & fitting[b]) | ((b == image) & fitting[a])
-        pairs, shares = lens.pairs.select(own), {}
-        for row in free:
-            tried = tuple(part.clone() for part in poses)
-            for part, of_row in zip(tried, of_rows):
-                part[image] = of_row[row]
-            there = PosedMatches(pairs, *relative(tried, tried, pairs), lens.limit)
-            shares[row] = there.shares(found)[0]
-        row = max(shares, key=shares.__getitem__, default=None)
-        if row is not None and shares[row] > max(ITS_ROW * usual, MIN_SHARE):
-            moved[int(judge.frame[image])] = row
-    return moved
 
 
 def _of_a_size(

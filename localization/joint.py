@@ -228,7 +228,9 @@ def _polished(problem: _Problem, R: Tensor, v: Tensor, cost: float) -> Polished:
         inlier = r.square().sum(1) < THRESHOLD_SIGMA**2
         r, weight, J = r[inlier], weight[inlier], J[inlier]
         information = information + torch.einsum("nki,n,nkj->ij", J, weight, J)
-        of_cells.index_add_(0, _cells(of.xy_px[inlier]), torch.einsum("nki,n,nk->ni", J, weight, r))
+        if lens:
+            gradient = torch.einsum("nki,n,nk->ni", J, weight, r)
+            of_cells.index_add_(0, _cells(of.xy_px[inlier]), gradient)
         left, freedom = left + (weight * r.square().sum(1)).sum(), freedom + r.numel()
         agree += len(r)
     known, variance = torch.tensor([freedom > 0]), left / max(1, freedom)

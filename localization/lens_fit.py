@@ -17,8 +17,6 @@ from localization.readings import SAMPSON_PX, as_rays, gains, sampson, sampson_b
 
 # Parameters of a lens.
 LENS = 5
-# A pose contradicts its image if it explains less than this share of what is usual.
-_CONTRADICTED = 0.2
 # A parameter of the lens is freed when it is so many sigmas off.
 _SIGNIFICANT = 4.0
 
@@ -70,17 +68,6 @@ class PosedMatches:
         """Shares of the matches explained, and explained as far points."""
         count = max(1, int(self.pairs.used.sum()))
         return tuple(float((gain > 0).sum()) / count for gain in self.gains(lens))
-
-    def contradicted(self, lens: Tensor) -> list[int]:
-        """Numbers of the images whose poses explain next to none of their matches where those of
-        others explain many.
-        """
-        near = self.gains(lens)[0]
-        of_pairs = torch.stack([(near > 0).sum(1), self.pairs.used.sum(1)], dim=1).double()
-        ends, images = torch.cat([self.pairs.a, self.pairs.b]), 1 + int(self.pairs.b.max())
-        found = of_pairs.new_zeros(images, 2).index_add_(0, ends, of_pairs.repeat(2, 1))
-        share, usual = found[:, 0] / found[:, 1].clamp_min(1), self.shares(lens)[0]
-        return torch.nonzero((found[:, 1] > 0) & (share < _CONTRADICTED * usual))[:, 0].tolist()
 
     def moved(self, by: Tensor) -> "PosedMatches":
         """The same with relative poses moved by (P, 6): a small rotation after R, and what is

@@ -26,6 +26,7 @@ QUICK_IMAGES = 12
 # Two images are versions of one picture where an affine map takes so large a share of their distinct
 # matches, of so many, to within so much of where they are; it is found in so many rounds.
 SAME_MAP, SAME_MAP_PX, SAME_MAP_MATCHES, SAME_MAP_ROUNDS = 0.8, 2.0, 30, 10
+# Distinct is a match of a lower ratio.
 DISTINCT_RATIO = 0.8
 # Second neighbors looked through for one that lies elsewhere.
 _NEIGHBORS = 4

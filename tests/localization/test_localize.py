@@ -368,12 +368,11 @@ def test_a_query_with_another_lens_is_found_with_it(random_world, random_poses, 
     assert found.confidence > 0.5
 
 
-@pytest.mark.parametrize("seed", [3])
-def test_a_zoom_on_a_wall_is_not_taken_for_a_lens_of_another_center(random_world, random_poses, seed):
+def test_a_zoom_on_a_wall_is_not_taken_for_a_lens_of_another_center(random_world, random_poses):
     """On one plane seen at a slant many lenses explain as much as the plainest of them."""
-    world = random_world(seed, count=900)
+    world = random_world(3, count=900)
     world.points[:, 1] = 7.0 + 0.5 * world.points[:, 0] + 0.05 * (world.points[:, 1] - 7.0)
-    poses = random_poses(9, 60 + seed)
+    poses = random_poses(9, 63)
     index = [world.view(*pose, noise_px=0.5) for pose in poses[:8]]
     zoomed = world.view(*poses[8], noise_px=0.5, camera=Camera(480.0, 480.0, 320.0, 240.0, 640, 480))
     found = localize(index, [View(zoomed.features, CAMERA)], [list(range(8))], seed=0)[0]
