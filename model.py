@@ -10,7 +10,9 @@ Simonyan & Zisserman 2015 (VGG16, torchvision's implementation).
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import gc
 import json
 import math
 import os
@@ -543,6 +545,7 @@ def progress(*args: object, **options: object) -> tqdm:
 
 
 progress.hidden = False
+atexit.register(gc.freeze)  # else Python seeks garbage in all that PyTorch imported: half a second
 
 
 def usable_cores() -> int:

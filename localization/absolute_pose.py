@@ -16,6 +16,7 @@ from torch import Tensor
 SCORE_CHUNK = 1 << 18  # pose × correspondence pairs scored at once: stays in a core's cache
 MISS_PROBABILITY = 1e-4  # RANSAC stops when a better pose is missed with this probability
 MIN_DEPTH = 1e-6  # nearer than this counts as behind the camera
+SMALL = 1e-9  # least squares end with a step that promises less of the cost
 
 
 # ---------------------------------------------------------------- rotations
@@ -288,7 +289,7 @@ def levenberg_marquardt(
         better = new_cost < cost[rows]
         accepted = rows[better]
         promised = -(gradient[rows] * delta).sum(1)
-        small = promised <= 1e-12 * cost[rows] + 1e-24
+        small = promised <= SMALL * cost[rows] + 1e-24
         stuck = damping[rows] > 1e8
         R[accepted], v[accepted], cost[accepted] = new_R[better], new_v[better], new_cost[better]
         damping[rows] = torch.where(better, damping[rows] * 0.1, damping[rows] * 10)

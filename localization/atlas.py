@@ -23,8 +23,14 @@ from localization.map import Map, SelfTest, load, save
 from localization.matching import View
 from localization.posed_pairs import StillCells
 from localization.scenes import calibrate_scenes, worlds_of
+from localization.self_test import false_poses
 from localization.triangulation import Points
 from model import InputError, warn
+
+_FALSE = (
+    "the pose of {} contradicts the image, which by its matches was taken {:.2f} m and {:.1f} deg from "
+    "there: it is left out of the map"
+)
 
 
 @dataclass(frozen=True)
@@ -137,7 +143,7 @@ def build_atlas(
     views. lenses: of each frame, those of scenes of several cameras.
 
     Frames without scene ("") are let be. Rows read in another order can leave images at an end
-    without a pose: they leave the index.
+    without a pose: they leave the index. An image whose pose is false stays, but is in no map.
     """
     known = [row for row, scene in enumerate(scene_of) if scene]
     own_poses, own_views = poses[known], [views[row] for row in known]
@@ -162,9 +168,21 @@ def build_atlas(
         rows = [k for k, scene in enumerate(its_scenes) if scene in scenes]
         show = partial(progress, f"{' '.join(scenes)}: map")
         in_doubt = not all(calibrations[scene].healthy for scene in scenes)
-        built = build_map([its_views[k] for k in rows], seed=seed, in_doubt=in_doubt, progress=show)
-        if built.test.vouched:
-            calibrations.update({scene: calibrations[scene].vouched() for scene in scenes})
+
+        def build(rows: list[int], in_doubt: bool = in_doubt, show: Callable = show) -> Map:
+            its = [its_views[k] for k in rows]
+            return build_map(its, seed=seed, in_doubt=in_doubt, progress=show)
+
+        built = build(rows)
+        if false := false_poses(built, descriptors[index][rows], seed):
+            for k, off in false.items():
+                name = Path(paths[index[rows[k]]]).name
+                own = its_scenes[rows[k]]
+                calibrations[own] = calibrations[own].warning(_FALSE.format(name, *off))
+            rows = [row for k, row in enumerate(rows) if k not in false]
+            built = build(rows)
+        vouched = built.test.vouched
+        calibrations.update({scene: calibrations[scene].tested(vouched) for scene in scenes})
         worlds.append(World(scenes, rows, built))
     names = [str(paths[row]) for row in index]
     tables = poses[index], descriptors[index]

@@ -8,13 +8,12 @@ of its matches is not to be trusted.
 """
 
 from collections import Counter
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from localization.astray import MIN_SHARE, rows_of_astray
 from localization.cameras import (
     TARTANAIR,
     Camera,
@@ -40,6 +39,9 @@ from localization.readings import (
     relative,
 )
 
+# Least share of matches that poses explain which are those of their images; contradicted ones explain
+# 0 to 18 %.
+MIN_SHARE = 0.3
 # Healthy scenes explain 45 to 90 % of their matches.
 HEALTHY_SHARE = 0.45
 # Most confidence in a scene whose poses contradict its images.
@@ -64,6 +66,10 @@ _UNEXPLAINED = (
     "their order, is the quaternion where and as it should be, are axes and lens those of these "
     "images?"
 )
+_DOUBTFUL = (
+    "the poses explain only {:.0f} % of the matches between the scene's own index images (healthy: "
+    "45 to 90 %), and no test shows that they are right: look at some answers before all are believed"
+)
 _ONE_PLACE_ONLY = (
     "all index images were taken from one place: they tell rotations, and no pose of it is trusted"
 )
@@ -79,7 +85,7 @@ class Calibration:
     matches that this reading explains; margin: score of the convention over the next one's;
     pairs, images: the evidence; convention_from, focal_from: "evidence", "prior", "guess" or
     "given"; trusted: whether a pose of this scene may be believed; warnings: sentences for the
-    user; moved: rows of frames that alone have their poses in another than theirs.
+    user.
     """
 
     convention: Convention
@@ -95,7 +101,6 @@ class Calibration:
     focal_from: str
     trusted: bool
     warnings: tuple[str, ...] = ()
-    moved: dict[int, int] = field(default_factory=dict)
 
     @property
     def healthy(self) -> bool:
@@ -107,14 +112,25 @@ class Calibration:
         """The most confidence that an answer in this scene deserves."""
         return 1.0 if self.trusted else UNTRUSTED
 
-    def vouched(self) -> "Calibration":
-        """The same, trusted: index images left out were found where their poses say. That their
-        matches explain little is then a matter of wide baselines.
+    def tested(self, vouched: bool) -> "Calibration":
+        """The same after the map's test of itself; vouched: index images left out were found where
+        their poses say. That their matches explain little is then a matter of wide baselines, and the
+        scene trusted; else a scene that is trusted though they explain little is in doubt.
         """
-        if self.trusted or _ONE_PLACE_ONLY in self.warnings:
+        if _ONE_PLACE_ONLY in self.warnings:
             return self
-        doubt = _UNEXPLAINED.format(100 * self.explained)
-        return replace(self, trusted=True, warnings=tuple(w for w in self.warnings if w != doubt))
+        if vouched:
+            doubt = _UNEXPLAINED.format(100 * self.explained)
+            return replace(
+                self, trusted=True, warnings=tuple(w for w in self.warnings if w != doubt)
+            )
+        if self.trusted and 0 < self.explained < HEALTHY_SHARE:
+            return self.warning(_DOUBTFUL.format(100 * self.explained))
+        return self
+
+    def warning(self, sentence: str) -> "Calibration":
+        """The same with a further sentence for the user."""
+        return replace(self, warnings=(*self.warnings, sentence))
 
     def camera_of(self, width: int, height: int) -> Camera:
         """The scene's lens on an image of this size."""
@@ -236,13 +252,6 @@ def calibrate(
     found = refined(lens, start, read.focal, steps) if pairs.enough() else start
     if source == "guess" and found[0] == start[0]:
         found = found + _zoomed(np.log(read.focal / prior))
-    moved = rows_of_astray(judge, read, lens, found) if pairs.enough() else {}
-    if moved:
-        rows = read.rows.clone()
-        rows[list(moved)] = torch.tensor(list(moved.values()))
-        read = replace(read, rows=rows)
-        poses = judge.poses(read.convention, rows)
-        lens = PosedMatches(pairs, *relative(poses, poses, pairs), judge.limit)
     cameras = {size: _camera(camera, found)}
     for other in sorted(set(sizes) - {size}) if pairs.enough() else ():
         own = torch.tensor([s == other for s in sizes], dtype=torch.bool)
@@ -294,7 +303,6 @@ def calibrate(
         focal_from,
         trusted,
         tuple(warnings),
-        moved,
     )
 
 

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from localization.absolute_pose import skew
 from model import InputError
 
 QUATERNION_ORDERS = ("xyzw", "wxyz")
@@ -288,13 +289,10 @@ def rotation_from_quaternion(q_xyzw: Tensor) -> Tensor:
     """Rotation matrices (..., 3, 3) of quaternions (..., 4) in order x y z w, which need not be
     of unit length.
     """
-    x, y, z, w = (q_xyzw / q_xyzw.norm(dim=-1, keepdim=True)).unbind(-1)
-    rows = [
-        torch.stack([1 - 2 * (y * y + z * z), 2 * (x * y - z * w), 2 * (x * z + y * w)], dim=-1),
-        torch.stack([2 * (x * y + z * w), 1 - 2 * (x * x + z * z), 2 * (y * z - x * w)], dim=-1),
-        torch.stack([2 * (x * z - y * w), 2 * (y * z + x * w), 1 - 2 * (x * x + y * y)], dim=-1),
-    ]
-    return torch.stack(rows, dim=-2)
+    q = q_xyzw / q_xyzw.norm(dim=-1, keepdim=True)
+    v, w = q[..., :3], q[..., 3, None, None]
+    product = v[..., :, None] * v[..., None, :] + w * skew(v)
+    return 2 * product + (2 * w * w - 1) * torch.eye(3, dtype=q.dtype)
 
 
 def quaternion_from_rotation(R: Tensor) -> Tensor:

@@ -27,6 +27,8 @@ UNSEEN_DEG, UNSEEN = 60.0, 0.4
 KEYPOINTS = 250
 # Half octaves of keypoint sizes, up to a focal length.
 SIZES = 32
+# A view that explains less than this share of what is usual may have the pose of another.
+UNUSUAL = 0.3
 
 
 def nearness(away_m: Tensor, near_m: float) -> Tensor:
@@ -82,6 +84,15 @@ class Expectation:
     def typical(self) -> float:
         """0..1: the score per keypoint of an index view near another."""
         return float(self.explained.clamp_max(1).median())
+
+    def unusual(self) -> list[int]:
+        """The views that at their poses explain much less of the others than is usual: astray, or alone."""
+        near = [
+            _away(self.R_world_from_cam, self.c_world, R, c, TURN_DEG).topk(2, largest=False)[0][1]
+            for R, c in zip(self.R_world_from_cam, self.c_world)
+        ]
+        score = self.explained * nearness(torch.stack(near), self.near_m)
+        return torch.nonzero(score < UNUSUAL * score.median())[:, 0].tolist()
 
     def fulfilled(
         self, query: View, R_cam_from_world: Tensor, c_world: Tensor, score: float

@@ -91,7 +91,8 @@ class _Problem:
     def of(cls, camera: Camera, R: Tensor, c: Tensor, tracks: Tracks, lens: int) -> "_Problem":
         away_m = float((tracks.position - c).norm(dim=1).median())
         plain = cls(camera, tracks, lens, torch.eye(2).to(R), away_m)
-        J = plain._projected(R, torch.cat([c, c.new_zeros(LENS)]))[1] @ R
+        _, xy, depth = _seen(tracks.position, R, c)
+        J = plain._by_point(xy, depth, torch.cat([c, c.new_zeros(LENS)])) @ R
         spread = torch.eye(2).to(R) + J @ tracks.covariance @ J.transpose(1, 2)
         factor, failed = torch.linalg.cholesky_ex(spread)
         whiten = torch.linalg.inv_ex(factor)[0] / tracks.noise_px[:, None, None]
@@ -107,7 +108,7 @@ class _Problem:
         """Errors (n, k), weights (n,) and, if derived, derivatives (n, k, 6 + lens): of tracks, and
         of matches without points.
         """
-        terms = [self._of_tracks(R, v)]
+        terms = [self._of_tracks(R, v, derived)]
         if self.tracks.single is not None:
             terms.append(self._of_single(R, v, derived))
         return terms
@@ -118,28 +119,24 @@ class _Problem:
     def _focal_at(self, v: Tensor) -> Tensor:
         return self._focal() * torch.stack([v[3], v[3] + v[4]]).exp()
 
-    def _projected(self, R: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Pixels off (n, 2), their derivatives by the point in camera axes (n, 2, 3) and by the
-        lens (n, 2, LENS).
-        """
-        local = (self.tracks.position - v[:3]) @ R.T
-        depth = local[:, 2:].clamp_min(1e-6)
-        xy, scaled, size = local[:, :2] / depth, self._focal_at(v), self._focal().mean()
-        center = torch.tensor([self.camera.cx, self.camera.cy], dtype=torch.float64)
-        eye = torch.eye(2).to(R).expand(len(xy), 2, 2)
-        by_point = (scaled / depth)[:, :, None] * torch.cat([eye, -xy[..., None]], dim=2)
-        zoomed = xy * scaled
-        by_lens = torch.cat(
-            [zoomed[..., None], zoomed[..., None] * eye[..., 1:], size * eye], dim=2
-        )
-        return zoomed + center + size * v[5:] - self.tracks.xy_px, by_point, by_lens
+    def _by_point(self, xy: Tensor, depth: Tensor, v: Tensor) -> Tensor:
+        """Derivatives (n, 2, 3) of the pixels by points xy (n, 2), depth (n, 1) in camera axes."""
+        eye = torch.eye(2).to(xy).expand(len(xy), 2, 2)
+        return (self._focal_at(v) / depth)[:, :, None] * torch.cat([eye, -xy[..., None]], dim=2)
 
-    def _of_tracks(self, R: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        r, by_point, by_lens = self._projected(R, v)
-        turn = -skew((self.tracks.position - v[:3]) @ R.T)
-        by_pose = by_point @ torch.cat([turn, (-R).expand(len(r), 3, 3)], dim=2)
-        J = torch.cat([by_pose, by_lens[..., : self.lens]], dim=2)
-        return (self.whiten @ r[..., None])[..., 0], torch.ones_like(r[:, 0]), self.whiten @ J
+    def _of_tracks(self, R: Tensor, v: Tensor, derived: bool) -> tuple[Tensor, ...]:
+        local, xy, depth = _seen(self.tracks.position, R, v[:3])
+        zoomed, size = xy * self._focal_at(v), self._focal().mean()
+        center = torch.tensor([self.camera.cx, self.camera.cy], dtype=torch.float64)
+        r = zoomed + center + size * v[5:] - self.tracks.xy_px
+        error, weight = (self.whiten @ r[..., None])[..., 0], torch.ones_like(r[:, 0])
+        if not derived:
+            return error, weight
+        turn = torch.cat([-skew(local), (-R).expand(len(r), 3, 3)], dim=2)
+        zoomed, eye = zoomed[..., None], torch.eye(2).to(xy).expand(len(xy), 2, 2)
+        by_lens = torch.cat([zoomed, zoomed * eye[..., 1:], size * eye], dim=2)
+        J = torch.cat([self._by_point(xy, depth, v) @ turn, by_lens[..., : self.lens]], dim=2)
+        return error, weight, self.whiten @ J
 
     def _of_single(self, R: Tensor, v: Tensor, derived: bool) -> tuple[Tensor, ...]:
         """They err across their epipolar lines; one that cannot be errs without bound."""
@@ -179,6 +176,13 @@ class _Problem:
             normal = normal + torch.einsum("nki,nkj->ij", JW, J)
             gradient = gradient + torch.einsum("nki,nk->i", JW, r.where(r.isfinite(), 0.0))
         return normal[None], gradient[None]
+
+
+def _seen(points: Tensor, R: Tensor, c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Points (n, 3) in the axes of a camera at a pose, the same with z = 1 (n, 2), and their depths (n, 1)."""
+    local = (points - c) @ R.T
+    depth = local[:, 2:].clamp_min(1e-6)
+    return local, local[:, :2] / depth, depth
 
 
 def _move(R: Tensor, v: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:

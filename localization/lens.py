@@ -29,9 +29,9 @@ CLEAR_SCORE = 3.0
 # Poses with a lens of their own err by so many times the standard deviations that parts of the image
 # tell. More of a lens than its focal length is another if it is off by so many times more of them.
 OWN_SIGMA, MORE_SIGMA = 2.0, 3.0
-# Lenses that are searched with; noise of the matches that they are refined on, in pixels: wide ones
-# draw first.
-LENSES = 2
+# Focal lengths that are refined, lenses that are then searched with; noise of the matches that they are
+# refined on, in pixels: wide ones draw first.
+FOCALS, LENSES = 4, 2
 WIDE_PX, WIDE_MATCHES = (16.0, 8.0, 4.0), 500
 # Images are of one shape whose logs of the ratio of the sides differ by less.
 SAME_SHAPE = 0.02
@@ -211,9 +211,11 @@ def _likely_lenses(
     for evidence, poses in focal_hypotheses(search.evidence, generator):
         of_poses = poses.R_cam_from_world, poses.c_world
         if len(poses):
-            best = int(epipolar_scores(evidence, *of_poses).argmax())
+            score, best = epipolar_scores(evidence, *of_poses).max(dim=0)
             squeezed = _oddness(search.query.camera, evidence.camera) > OTHER_LENS
-            starts.append((evidence, *(part[best] for part in of_poses), 2 if squeezed else 1))
+            start = evidence, *(part[best] for part in of_poses), 2 if squeezed else 1
+            starts.append((float(score), start))
+    starts = sorted(starts, key=lambda scored: scored[0], reverse=True)[:FOCALS]
 
     def roughly(pose: Polished) -> float:
         evidence = search.evidence.seen_with(pose.camera)
@@ -230,7 +232,7 @@ def _likely_lenses(
             ):
                 found.append(pose)
 
-    add(sorted((_refined_on_matches(*s) for s in starts), key=roughly, reverse=True), LENSES)
+    add(sorted((_refined_on_matches(*s) for _, s in starts), key=roughly, reverse=True), LENSES)
     if answer is not None:
         pose = answer.polished
         own = _refined_on_matches(search.evidence, pose.R_cam_from_world, pose.c_world, LENS)

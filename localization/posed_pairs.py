@@ -15,6 +15,7 @@ from torch import Tensor
 from localization.cameras import Camera, rays
 from localization.features import Features
 from localization.matching import View, mutual_matches
+from localization.threads import in_threads
 
 MIN_PAIRS, MIN_IMAGES, MIN_MATCHES = 6, 4, 30
 MAX_PAIRS, MATCHES = 40, 400
@@ -121,14 +122,15 @@ def _matched(views: list[View], moving: bool = True) -> list[tuple[int, int, Ten
     """Numbers i, j of overlapping views, and the pixels (m, 2) in each that match, most distinct
     first.
     """
-    rows = []
-    for i, j in _overlapping(views, moving):
-        a, b = (views[k].features.select(slice(_KEYPOINTS)) for k in (i, j))
+
+    def matched(pair: tuple[int, int]) -> tuple[int, int, Tensor, Tensor]:
+        a, b = (views[k].features.select(slice(_KEYPOINTS)) for k in pair)
         m = mutual_matches(a, b)
         m = m.select(m.ratio <= MATCH_RATIO)
         m = m.select(m.ratio.argsort(stable=True))
-        rows.append((i, j, a.xy_px[m.a], b.xy_px[m.b]))
-    return rows
+        return *pair, a.xy_px[m.a], b.xy_px[m.b]
+
+    return in_threads(matched, _overlapping(views, moving))
 
 
 def _without(view: View, still: StillCells) -> View:

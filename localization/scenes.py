@@ -17,11 +17,6 @@ from localization.localize import share_world
 from localization.matching import View
 from localization.threads import in_threads
 
-_MOVED = (
-    "some poses stand in other rows than their images', by the images' matches, and are taken from "
-    "there: {} (of the rows with poses)"
-)
-
 
 def calibrate_scenes(
     views: list[View],
@@ -58,12 +53,6 @@ def calibrate_scenes(
         found = calibrate(
             chosen, poses[rows], camera, conventions[scene], frames=numbers, orders=orders
         )
-        if found.moved:
-            said = ", ".join(
-                f"that of {names[rows[frame]] if names else f'frame {frame}'} in row {row + 1}"
-                for frame, row in found.moved.items()
-            )
-            found = replace(found, warnings=(*found.warnings, _MOVED.format(said)))
         if known := {(own[row].width, own[row].height): own[row] for row in rows if row in own}:
             found = replace(found, camera=camera, cameras=known)
         return found

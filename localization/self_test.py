@@ -6,8 +6,9 @@ beside the standard deviations that are claimed for them.
 """
 
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 
 from localization.absolute_pose import angle_deg
@@ -26,6 +27,26 @@ UNTRUSTED = 0.4
 # The scene is as it should be if this share finds itself, and none is sure of another place: where
 # poses belong to other images none does.
 VOUCHED = 0.5
+# A pose is refuted by an answer elsewhere that is so sure: an alias of an image that has no neighbor left
+# is less.
+REFUTED = 0.75
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    """How an image of known pose was found: errors in meters and degrees, the standard deviations
+    claimed for them, and confidence.
+    """
+
+    meters: float = math.inf
+    degrees: float = math.inf
+    sigma_m: float = math.inf
+    sigma_deg: float = math.inf
+    confidence: float = 0.0
+
+    def is_right(self, index: Map) -> bool:
+        """Whether it is at its own pose."""
+        return self.meters <= index.same_m and self.degrees <= SAME_MODE_DEG
 
 
 def self_test(index: Map, seed: int, *, in_doubt: bool = False) -> SelfTest:
@@ -41,33 +62,72 @@ def self_test(index: Map, seed: int, *, in_doubt: bool = False) -> SelfTest:
         return SelfTest([], 0)
     tested = min(count, TESTED_IN_DOUBT if in_doubt else TESTED)
     numbers = [round((k + 0.5) * count / tested - 0.5) for k in range(tested)]
-    tests = in_threads(lambda number: _located(index, number, seed), numbers)
-    found = [t for t in tests if t[0] <= index.same_m and t[1] <= SAME_MODE_DEG]
-    error = torch.tensor([[0.0] * 5, *found], dtype=torch.float64)[bool(found) :].square()
-    beyond = (error[:, :2] - error[:, 2:4]).nan_to_num(0, 0, 0).mean(dim=0).clamp_min(0).sqrt()
-    wrong = sum(t[4] >= SURE for t in tests if t not in found)
+    tests = in_threads(
+        lambda number: _located(index, number, _nearest(index, number), seed), numbers
+    )
+    found = [t for t in tests if t.is_right(index)]
+    errors = [(t.meters, t.degrees, t.sigma_m, t.sigma_deg) for t in found] or [[0.0] * 4]
+    error = torch.tensor(errors, dtype=torch.float64).square()
+    beyond = (error[:, :2] - error[:, 2:]).nan_to_num(0, 0, 0).mean(dim=0).clamp_min(0).sqrt()
+    wrong = sum(t.confidence >= SURE for t in tests if t not in found)
     trust = (len(found) + 0.5) / (len(found) + wrong + 0.5) if found else UNTRUSTED
     vouched = wrong == 0 and len(found) >= VOUCHED * tested
-    return SelfTest([t[:2] for t in tests], len(found), trust, vouched, *beyond.tolist())
+    of_tests = [(t.meters, t.degrees) for t in tests]
+    return SelfTest(of_tests, len(found), trust, vouched, *beyond.tolist())
 
 
-def _located(index: Map, number: int, seed: int) -> tuple[float, float, float, float, float]:
-    """Error in meters and degrees, the standard deviations claimed, infinite where there is no
-    answer, and the confidence.
+def false_poses(index: Map, descriptors: np.ndarray, seed: int) -> dict[int, tuple[float, float]]:
+    """The views whose poses their own images refute, and how far off they are, in meters and degrees.
+
+    descriptors (n, d): of the views, by which the like of one is found, wherever its pose is. A view
+    that explains unusually little is refuted if without its pose it is surely found elsewhere; and
+    also without the others so found, for next to a false pose right ones seem false.
     """
-    view = index.views[number]
-    others = [i for i in range(len(index.views)) if i != number]
-    others.sort(key=lambda i: float((index.views[i].c_world - view.c_world).norm()))
-    points = [p.without(number) for p in index.points]
-    points[number] = replace(points[number], valid=torch.zeros_like(points[number].valid))
+
+    def refuted(suspects: list[int], left_out: set[int]) -> dict[int, tuple[float, float]]:
+        def located(number: int) -> _Outcome:
+            alike = np.argsort(-(descriptors @ descriptors[number]), kind="stable").tolist()
+            others = [i for i in alike if i != number and i not in left_out]
+            return _located(index, number, others, seed)
+
+        tests = zip(suspects, in_threads(located, suspects))
+        return {
+            number: (test.meters, test.degrees)
+            for number, test in tests
+            if test.confidence >= REFUTED and not test.is_right(index)
+        }
+
+    if len(index.views) < MIN_VIEWS:
+        return {}
+    first = refuted(index.expected.unusual(), set())
+    return refuted(list(first), set(first)) if len(first) > 1 else first
+
+
+def _nearest(index: Map, number: int) -> list[int]:
+    """The other views by their distance from one."""
+    c = torch.stack([view.c_world for view in index.views])
+    order = (c - c[number]).norm(dim=1).argsort(stable=True).tolist()
+    return [i for i in order if i != number]
+
+
+def _located(index: Map, number: int, others: list[int], seed: int) -> _Outcome:
+    """A view as a query among the first of others, the only ones that there are."""
+    view, left_out = index.views[number], set(range(len(index.views))) - set(others)
+    points = [p.without(left_out) for p in index.points]
+    for i in left_out:
+        points[i] = replace(points[i], valid=torch.zeros_like(points[i].valid))
     index = replace(index, points=points)
     step = max(1, len(view.features) // KEYPOINTS)
     query = View(view.features.select(slice(None, None, step)), view.camera)
     generator = torch.Generator().manual_seed(seed)
     _, answer = quick_search(query, index, others[:QUICK_IMAGES], generator)
     if answer is None:
-        return (*(math.inf,) * 4, 0.0)
-    estimate = answer.estimate
-    meters = float((estimate.c_world - view.c_world).norm())
-    degrees = float(angle_deg(estimate.R_world_from_cam.T @ view.R_world_from_cam))
-    return meters, degrees, estimate.sigma_m, estimate.sigma_deg, estimate.confidence
+        return _Outcome()
+    found = answer.estimate
+    return _Outcome(
+        float((found.c_world - view.c_world).norm()),
+        float(angle_deg(found.R_world_from_cam.T @ view.R_world_from_cam)),
+        found.sigma_m,
+        found.sigma_deg,
+        found.confidence,
+    )

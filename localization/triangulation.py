@@ -127,9 +127,10 @@ class Points:
     valid: Tensor
     seen_in: Tensor
 
-    def without(self, view: int) -> "Points":
-        """The points that stand without a view: two others must show them."""
-        left = ((self.seen_in >= 0) & (self.seen_in != view)).any(dim=1)
+    def without(self, views: Collection[int]) -> "Points":
+        """The points that stand without some views: two others must show them."""
+        gone = torch.tensor([-1, *views])
+        left = (~torch.isin(self.seen_in, gone)).any(dim=1)
         return replace(self, valid=self.valid & left)
 
 

@@ -284,31 +284,6 @@ def test_rows_from_the_last_to_the_first_are_turned(scene):
     assert "from the last to the first" in found.warnings[0]
 
 
-@pytest.mark.parametrize("cycle", [[3, 9], [1, 6, 10]])
-def test_rows_that_changed_places_are_put_back(scene, cycle):
-    """Two, or three in turn; with a row among them that is no index image's."""
-    views, poses = scene(26, n=16)
-    pose7 = written(poses)
-    pose7[cycle] = pose7[np.roll(cycle, 1)]
-    found = calibrate(views, pose7, TRUE)
-    meant = np.arange(16)
-    meant[np.roll(cycle, 1)] = cycle
-    assert found.rows.tolist() == meant.tolist() and found.trusted
-    assert found.moved == {frame: int(meant[frame]) for frame in sorted(cycle)}
-    frames = [frame for frame in range(16) if frame != cycle[0]]
-    found = calibrate([views[frame] for frame in frames], pose7, TRUE, frames=frames)
-    assert found.moved == {frame: int(meant[frame]) for frame in sorted(cycle[1:])}
-
-
-def test_a_pose_that_is_nobodys_is_moved_nowhere(scene):
-    """Only a typing error: no row of the file fits the image."""
-    views, poses = scene(28, n=12)
-    pose7 = written(poses)
-    pose7[4, :3] += [0.0, 1.0, 2.0]
-    found = calibrate(views, pose7, TRUE)
-    assert found.moved == {} and found.rows.tolist() == [*range(12)] and found.trusted
-
-
 def test_poses_of_other_images_are_not_trusted(scene):
     views, poses = scene(24, n=12)
     order = np.random.default_rng(0).permutation(12)
@@ -465,6 +440,32 @@ def test_sampson_distance_and_its_derivatives():
             for sign in (1, -1)
         )
         torch.testing.assert_close(by_pose[..., k], (ahead - behind) / 2e-6, atol=1e-7, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("explained", "vouched", "trusted", "said"),
+    [
+        (0.6, False, True, 0),
+        (0.4, False, True, 1),
+        (0.4, True, True, 0),
+        (0.2, False, False, 1),
+        (0.2, True, True, 0),
+    ],
+)
+def test_the_maps_test_of_itself_restores_trust_or_leaves_a_doubt(
+    scene, explained, vouched, trusted, said
+):
+    """By the share explained: below 45 % there is a sentence unless images left out found themselves."""
+    views, poses = scene(24, n=12)
+    pose7 = written(poses)
+    if explained < 0.3:
+        pose7 = pose7[np.random.default_rng(0).permutation(12)]
+        found = calibrate(views, pose7, TRUE)
+    else:
+        found = replace(calibrate(views, pose7, TRUE), explained=explained)
+    tested = found.tested(vouched)
+    assert tested.trusted == trusted and len(tested.warnings) == said
+    assert all("healthy: 45 to 90 %" in sentence for sentence in tested.warnings)
 
 
 def test_report():

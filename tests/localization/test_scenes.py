@@ -1,5 +1,8 @@
 """Several scenes at once: cameras, worlds, and which queries are localized with which index images."""
 
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -127,16 +130,20 @@ def test_rows_written_in_the_order_of_the_letters_are_put_in_that_of_the_numbers
     assert found["a"].trusted and "order of the letters" in found["a"].warnings[0]
 
 
-def test_poses_that_changed_places_are_said(random_world, random_poses):
+def test_images_whose_poses_are_false_are_named_and_in_no_map(random_world, random_poses, capsys):
+    """Two rows that changed places and one with a wrong digit; the others keep their places."""
     views, scene_of, rows = frames_of({"a": random_world(1)}, {"a": random_poses(14, 1)})
-    truth = [view.c_world for view in views]
-    for view in views:
-        view.R_world_from_cam = view.c_world = None
     swapped = rows.copy()
     swapped[[3, 8]] = rows[[8, 3]]
-    names = [f"{n:02d}.png" for n in range(14)]
+    swapped[5, 0] += 1.0
+    paths, index = [Path(f"{n:02d}.png") for n in range(14)], list(range(14))
+    like = np.eye(14) + 0.1
     cameras, conventions = {"a": CAMERA}, {"a": None}
-    found = calibrate_scenes(views, scene_of, swapped, range(14), cameras, conventions, names=names)
-    np.testing.assert_array_equal(swapped, rows)
-    assert all(float((view.c_world - c).norm()) < 1e-9 for view, c in zip(views, truth))
-    assert "that of 03.png in row 9, that of 08.png in row 4" in found["a"].warnings[0]
+    atlas = build_atlas(paths, scene_of, swapped, views, like, index, cameras, conventions, seed=0)
+    assert atlas.worlds[0].rows == [n for n in range(14) if n not in (3, 5, 8)]
+    assert atlas.worlds[0].map.test.found == 3 and index == list(range(14))
+    atlas.tell()
+    said = re.findall(r"the pose of (\d+).png contradicts .* taken (\S+) m", capsys.readouterr().err)
+    apart = float(np.linalg.norm(rows[3, :3] - rows[8, :3]))
+    assert [name for name, _ in said] == ["03", "05", "08"]
+    assert [float(meters) for _, meters in said] == pytest.approx([apart, 1.0, apart], abs=0.02)
