@@ -167,20 +167,14 @@ def build_atlas(
     for scenes in worlds_of(its_views, its_scenes, range(len(index)), descriptors[index]):
         rows = [k for k, scene in enumerate(its_scenes) if scene in scenes]
         show = partial(progress, f"{' '.join(scenes)}: map")
-        in_doubt = not all(calibrations[scene].healthy for scene in scenes)
-
-        def build(rows: list[int], in_doubt: bool = in_doubt, show: Callable = show) -> Map:
-            its = [its_views[k] for k in rows]
-            return build_map(its, seed=seed, in_doubt=in_doubt, progress=show)
-
-        built = build(rows)
-        if false := false_poses(built, descriptors[index][rows], seed):
+        doubt = {"seed": seed, "in_doubt": not all(calibrations[name].healthy for name in scenes)}
+        built = build_map([its_views[k] for k in rows], progress=show, **doubt)
+        if false := false_poses(built, descriptors[index][rows], **doubt):
             for k, off in false.items():
-                name = Path(paths[index[rows[k]]]).name
-                own = its_scenes[rows[k]]
+                own, name = its_scenes[rows[k]], Path(paths[index[rows[k]]]).name
                 calibrations[own] = calibrations[own].warning(_FALSE.format(name, *off))
             rows = [row for k, row in enumerate(rows) if k not in false]
-            built = build(rows)
+            built = build_map([its_views[k] for k in rows], progress=show, **doubt)
         vouched = built.test.vouched
         calibrations.update({scene: calibrations[scene].tested(vouched) for scene in scenes})
         worlds.append(World(scenes, rows, built))

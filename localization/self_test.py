@@ -27,9 +27,10 @@ UNTRUSTED = 0.4
 # The scene is as it should be if this share finds itself, and none is sure of another place: where
 # poses belong to other images none does.
 VOUCHED = 0.5
-# A pose is refuted by an answer elsewhere that is so sure: an alias of an image that has no neighbor left
-# is less.
-REFUTED = 0.75
+# A pose is refuted by an answer so sure (an alias of an image that has no neighbor left is less) and so many
+# times farther off than is usual; in a scene in doubt only where more than a share of its images find
+# themselves.
+ORDERLY, REFUTED, BEYOND = 1 / 3, 0.75, 4.0
 
 
 @dataclass(frozen=True)
@@ -76,31 +77,38 @@ def self_test(index: Map, seed: int, *, in_doubt: bool = False) -> SelfTest:
     return SelfTest(of_tests, len(found), trust, vouched, *beyond.tolist())
 
 
-def false_poses(index: Map, descriptors: np.ndarray, seed: int) -> dict[int, tuple[float, float]]:
+def false_poses(
+    index: Map, descriptors: np.ndarray, *, seed: int, in_doubt: bool = False
+) -> dict[int, tuple[float, float]]:
     """The views whose poses their own images refute, and how far off they are, in meters and degrees.
 
-    descriptors (n, d): of the views, by which the like of one is found, wherever its pose is. A view
-    that explains unusually little is refuted if without its pose it is surely found elsewhere; and
-    also without the others so found, for next to a false pose right ones seem false.
+    index: a map that has tested itself; descriptors (n, d): of its views, by which the like of one is
+    found, wherever its pose is. A view that explains unusually little is refuted if without its pose
+    it is surely found elsewhere. Next to a false pose right ones seem false, and false ones right: what
+    counts is what is found without those first found.
     """
 
-    def refuted(suspects: list[int], left_out: set[int]) -> dict[int, tuple[float, float]]:
+    def refuted(left_out: set[int]) -> dict[int, tuple[float, float]]:
         def located(number: int) -> _Outcome:
             alike = np.argsort(-(descriptors @ descriptors[number]), kind="stable").tolist()
             others = [i for i in alike if i != number and i not in left_out]
             return _located(index, number, others, seed)
 
-        tests = zip(suspects, in_threads(located, suspects))
         return {
-            number: (test.meters, test.degrees)
-            for number, test in tests
-            if test.confidence >= REFUTED and not test.is_right(index)
+            number: (outcome.meters, outcome.degrees)
+            for number, outcome in zip(suspects, in_threads(located, suspects))
+            if outcome.confidence >= REFUTED
+            and (outcome.meters > far_m or outcome.degrees > far_deg)
         }
 
-    if len(index.views) < MIN_VIEWS:
+    test = index.test
+    if not test.errors or (in_doubt and test.found <= ORDERLY * len(test.errors)):
         return {}
-    first = refuted(index.expected.unusual(), set())
-    return refuted(list(first), set(first)) if len(first) > 1 else first
+    far_m = max(index.same_m, BEYOND * test.beyond_m)
+    far_deg = max(SAME_MODE_DEG, BEYOND * test.beyond_deg)
+    suspects = index.expected.unusual()
+    first = refuted(set())
+    return refuted(set(first)) if first and len(suspects) > 1 else first
 
 
 def _nearest(index: Map, number: int) -> list[int]:
