@@ -4,11 +4,12 @@ The index images of one world are matched with each other and triangulated once;
 located first: the map tests itself. Each query is matched with its most similar index images, P3P
 gives hypotheses, one score judges them, the best are refined and polished, and the answer is chosen
 by how far its score is what is to be expected there. A query that is an index image has its pose.
-Only a query that stays unsure is searched further: with each index image alone, with another lens.
-Sure queries then serve as index images for the rest. What is never sure is answered by the pose of
+Sure queries then serve as index images for the rest. Only what is unsure even so is searched further:
+with each index image alone, with another lens. What is never sure is answered by the pose of
 least expected error, and every answer names its method.
 """
 
+import functools
 import itertools
 import math
 import zlib
@@ -102,12 +103,7 @@ def localize(
         [[int(i) for i in row] for row in ranking],
         seed,
     )
-    estimates = queries.located(
-        range(len(query_views)), lambda done, of: report("queries", done, of)
-    )
-    estimates = _with_each_other(
-        queries, estimates, lambda done, of: report("unsure queries", done, of)
-    )
+    estimates = _with_each_other(queries, report)
     estimates = [
         replace(
             estimate,
@@ -129,18 +125,26 @@ def _within(estimate: Estimate) -> float:
 
 
 def _with_each_other(
-    queries: "_Queries", estimates: list[Estimate], progress: Callable[[int, int], None]
+    queries: "_Queries", report: Callable[[str, int, int], None]
 ) -> list[Estimate]:
-    """The estimates of all queries after the sure ones have served as index views for the rest."""
-    rest = list(range(len(estimates)))
-    while True:
-        sure = [n for n in rest if estimates[n].confidence >= SURE]
+    """The estimates of all queries: by the quick stage, then of the rest by the whole search, in which
+    the sure ones have served as index views.
+    """
+    rest = list(range(len(queries.views)))
+    estimates: list[Estimate | None] = [None] * len(rest)
+    phase, quick = "queries", len(rest) > 1
+    while rest:
+        found = queries.located(rest, quick, functools.partial(report, phase))
+        for n, estimate in zip(rest, found):
+            estimates[n] = estimate
+        sure = [n for n in rest if estimates[n] and estimates[n].confidence >= SURE]
         rest = [n for n in rest if n not in sure]
-        if not sure or not rest:
-            return estimates
-        queries = queries.seeing({n: estimates[n] for n in sure})
-        again = dict(zip(rest, queries.located(rest, progress)))
-        estimates = [again.get(n, e) for n, e in enumerate(estimates)]
+        if not sure and not quick:
+            break
+        phase, quick = "unsure queries", False
+        if sure:
+            queries = queries.seeing({n: estimates[n] for n in sure})
+    return estimates
 
 
 @dataclass(frozen=True)
@@ -179,14 +183,16 @@ class _Queries:
         return replace(self, index=self.index.extended(more), orders=orders, first=None)
 
     def located(
-        self, numbers: Sequence[int], progress: Callable[[int, int], None]
-    ) -> list[Estimate]:
-        """The estimates of the queries `numbers`, in order."""
+        self, numbers: Sequence[int], quick: bool, progress: Callable[[int, int], None]
+    ) -> list[Estimate | None]:
+        """The estimates of the queries `numbers`, in order; None of one that is not sure by the quick stage,
+        if only that is asked for.
+        """
 
-        def locate(n: int) -> Estimate:
+        def locate(n: int) -> Estimate | None:
             view = self.views[n]
             generator = _generator(self.seed, view.features)
-            return _locate(view, self.index, self.orders[n], self.first, generator)
+            return _locate(view, self.index, self.orders[n], self.first, quick, generator)
 
         return in_threads(locate, numbers, progress)
 
@@ -198,14 +204,23 @@ def _generator(seed: int, features: Features) -> torch.Generator:
 
 
 def _locate(
-    query: View, index: Map, order: list[int], first: int | None, generator: torch.Generator
-) -> Estimate:
-    """The pose of one query from the index views in `order`, if need be from more than the first."""
+    query: View,
+    index: Map,
+    order: list[int],
+    first: int | None,
+    quick: bool,
+    generator: torch.Generator,
+) -> Estimate | None:
+    """The pose of one query from the index views in `order`, if need be from more than the first, unless
+    it should be quick.
+    """
     search, answer = quick_search(query, index, order[:first], generator)
     evidence = search.evidence
     if same := _same_image(query, index, evidence):
         return same
     if answer is None or answer.estimate.confidence < SURE:
+        if quick:
+            return None
         if len(order) > len(search.order):
             evidence = matched(query, index, order)
             search = Search(query, index, order, evidence, search.refined)
