@@ -18,6 +18,7 @@ import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +26,6 @@ import torch
 from PIL import Image, ImageOps
 from torch import nn
 from torch.utils.data import Dataset
-from torchvision import transforms
 
 from model import (
     IMAGE_SIZE,
@@ -49,8 +49,18 @@ FULL_SCALES = (1, 255, 1023, 4095, 16383, 65535)  # of floats; of 8, 10, 12, 14 
 
 def transform_to(size: int) -> Callable[[Image.Image], torch.Tensor]:
     """What makes of an RGB image the network's input (3, size, size)."""
-    steps = [transforms.Resize((size, size)), transforms.ToTensor()]
-    return transforms.Compose([*steps, transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD, inplace=True)])
+    return partial(_squared, size)
+
+
+def _squared(size: int, image: Image.Image) -> torch.Tensor:
+    return normalized(image.resize((size, size), Image.Resampling.BILINEAR))
+
+
+def normalized(image: Image.Image) -> torch.Tensor:
+    """An RGB image as (3, H, W) float32, normalized by ImageNet's statistics."""
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+    mean, std = (torch.tensor(value)[:, None, None] for value in (IMAGENET_MEAN, IMAGENET_STD))
+    return pixels.div(255).sub_(mean).div_(std)
 
 
 TRANSFORM = transform_to(IMAGE_SIZE)

@@ -5,7 +5,8 @@
 
 Works when copied out alone. Sources: Arandjelovic et al., "NetVLAD: CNN architecture for weakly
 supervised place recognition", CVPR 2016 (the layer, section 3.1; its initialization, appendix A);
-Simonyan & Zisserman 2015 (VGG16, torchvision's implementation).
+Simonyan & Zisserman 2015 (VGG16, layer for layer as in torchvision, which is imported only where its
+weights are downloaded: it takes a second of every start).
 """
 
 from __future__ import annotations
@@ -27,7 +28,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.models import VGG16_Weights, vgg16
 from tqdm import tqdm
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -35,6 +35,8 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 IMAGE_SIZE = 224  # pixels a side of the network's square input, unless a run chose another
 IMAGE_CHANNELS = 3
 TRUNK_CHANNELS = 512
+# VGG16 from conv1_1 to conv5_3: channels of each convolution; 0 is a pool.
+VGG16 = (64, 64, 0, 128, 128, 0, 256, 256, 256, 0, 512, 512, 512, 0, 512, 512, 512)
 PRECISIONS = ("auto", "bf16", "fp16", "float32")
 # Index in `trunk` of the first trained module, by the name used on the command line.
 TRAIN_FROM = {"conv1": 0, "conv2": 5, "conv3": 10, "conv4": 17, "conv5": 24, "netvlad": 29}
@@ -244,6 +246,8 @@ class NetVLADModel(DescriptorModel):
     def load_imagenet(self) -> None:
         """Give the trunk torchvision's ImageNet weights; InputError if they cannot be had."""
         cached = Path(torch.hub.get_dir()) / "checkpoints" / IMAGENET_FILE
+        from torchvision.models import VGG16_Weights
+
         stall_before = socket.getdefaulttimeout()
         socket.setdefaulttimeout(DOWNLOAD_STALL_S)
         try:
@@ -261,15 +265,27 @@ class NetVLADModel(DescriptorModel):
         self.weights_origin = "ImageNet (torchvision IMAGENET1K_V1)"
 
 
-def _random_trunk() -> nn.Sequential:
-    """torchvision's VGG16 trunk with its default random weights; the classifier never takes memory."""
-    with torch.device("meta"):
-        trunk = Trunk(*vgg16(weights=None).features[:-2])
-    trunk = trunk.to_empty(device="cpu")
+def _empty_trunk() -> Trunk:
+    """VGG16 up to conv5_3, its weights without memory."""
+    layers, channels = [], IMAGE_CHANNELS
+    for width in VGG16:
+        if width:
+            layers += [nn.Conv2d(channels, width, 3, padding=1, device="meta"), nn.ReLU(inplace=True)]
+            channels = width
+        else:
+            layers.append(nn.MaxPool2d(2))
+    return Trunk(*layers[:-1])
+
+
+def _random_trunk() -> Trunk:
+    """The trunk with torchvision's default random weights."""
+    trunk = _empty_trunk()
     for module in trunk:
         if isinstance(module, nn.Conv2d):
-            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-            nn.init.zeros_(module.bias)
+            weight = torch.empty(module.weight.shape)
+            nn.init.kaiming_normal_(weight, mode="fan_out", nonlinearity="relu")
+            module.weight = nn.Parameter(weight)
+            module.bias = nn.Parameter(torch.zeros(len(module.bias)))
     trunk.initialized = False
     trunk.register_load_state_dict_post_hook(_mark_initialized)
     return trunk
@@ -358,18 +374,13 @@ def _numbers_of_numpy() -> contextlib.AbstractContextManager:
 def _trunk_weights(state: dict[str, Tensor], source: object) -> dict[str, Tensor]:
     """The trunk's part of a state dict of torchvision's VGG16 or of a NetVLAD model, keys as in `trunk`."""
     features = {re.sub("^(features|trunk|encoder)\\.", "", k): v for k, v in state.items()}
-    expected = _meta_shapes()
+    expected = {k: v.shape for k, v in _empty_trunk().state_dict().items()}
     if any(k not in features or features[k].shape != shape for k, shape in expected.items()):
         raise InputError(
             f"{source} is no VGG16 state dict of torchvision (features.0.weight …): name the file "
             "that torchvision downloads, vgg16-397923af.pth, or use --weights none."
         )
     return {k: features[k] for k in expected}
-
-
-def _meta_shapes() -> dict[str, torch.Size]:
-    with torch.device("meta"):
-        return {k: v.shape for k, v in vgg16(weights=None).features[:-2].state_dict().items()}
 
 
 def load_checkpoint(path: Path | str) -> NetVLADModel:

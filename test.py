@@ -36,7 +36,7 @@ from localization.localize import Estimate, View
 from localization.scenes import reorder_rows
 from localization.structure import structure_of
 from model import WARNINGS, InputError, choose_device, progress, refuse, warn
-from recognition.eval_command import load_any
+from recognition.recipes import load_any
 from reporting import check, handin, report
 from reporting.export import check_exports, write_exports
 from reporting.pose_file import pose_text, poses_tsv, summarize_rows

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torchvision
 from torch import Tensor, nn
 
 from model import (
@@ -80,9 +79,11 @@ def build_trunk(name: str, weights: str | None = None) -> tuple[nn.Sequential, s
     "random" (to be loaded into), a file, or None: ImageNet, and random with a warning where it cannot
     be had. A trunk that was given weights is `initialized`. InputError if weights that were asked for cannot be had or do not fit.
     """
+    from torchvision.models import get_model  # takes a second: not for those who have VGG16
+
     backbone = BACKBONES[name]
     with torch.device("meta"):  # the classifiers never take memory
-        network = torchvision.models.get_model(backbone.network, weights=None)
+        network = get_model(backbone.network, weights=None)
     state, origin = None, "random"
     if weights in (None, "imagenet"):
         try:
@@ -134,7 +135,9 @@ def _draw_weights(trunk: nn.Module) -> None:
 
 def imagenet_weights(network: str, name: str) -> dict[str, Tensor]:
     """torchvision's ImageNet weights of a network. InputError if they cannot be had."""
-    entry = torchvision.models.get_model_weights(network)[name]
+    from torchvision.models import get_model_weights
+
+    entry = get_model_weights(network)[name]
     stall_before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(DOWNLOAD_STALL_S)
     try:

@@ -34,8 +34,8 @@ from recognition.augmentation import Augmentation
 from recognition.class_batches import ClassBatches, square
 from recognition.classification import LOSS_FUNCTIONS, Adversary, ClassObjective
 from recognition.flags import above_zero, half_precision_flag, positive, share, strength
-from recognition.inference import Plain
-from recognition.job import Job, Judge, Where, framing, judged, report_split, val_judge
+from recognition.inference import Plain, framing
+from recognition.job import Job, Judge, Where, judged, report_split, val_judge
 from training.inputs import Inputs, Store
 
 RECIPE = "cosplace"

@@ -16,7 +16,6 @@ from types import ModuleType
 
 import numpy as np
 import torch
-from torch import nn
 
 import eval
 from dataset import lists, split_files
@@ -28,7 +27,6 @@ from model import (
     DescriptorModel,
     InputError,
     choose_device,
-    load_checkpoint,
     refuse,
     warn,
 )
@@ -36,7 +34,6 @@ from recognition import families, records
 from recognition.cosplace import seen_in_training
 from recognition.export import export_onnx
 from recognition.flags import (
-    RESIZE,
     add_model_flags,
     add_run_flags,
     add_test_flags,
@@ -45,21 +42,26 @@ from recognition.flags import (
 )
 from recognition.inference import (
     OF_CROPS,
+    RESIZE,
     Combined,
     Pca,
     Pipeline,
     describe_images,
     for_inference,
+    framing,
     rank,
     unit,
 )
-from recognition.job import framing, recall_at, report_split
+from recognition.job import recall_at, report_split
 from recognition.recipes import (
     ARCHITECTURE,
+    OWN_SIZE_PX,
     RECIPES,
     count_work,
+    load_any,
     load_model,
     read_settings,
+    ready_to_search,
     refuse_others,
 )
 from recognition.reranking import (
@@ -68,7 +70,6 @@ from recognition.reranking import (
     rerank_expansion,
     rerank_geometric,
 )
-from recognition.weights import SYSTEMS, read_weights, system_of
 from reporting import figures
 from reporting.handin import file_sha256, write_whole
 from reporting.predictions import save_predictions
@@ -77,7 +78,6 @@ from reporting.screen import on_screen
 from training.inputs import Store
 
 PCA_IMAGES = 2**14
-OWN_SIZE_PX = 512  # a side in a search, of models whose images keep their sizes
 TEST_SETTINGS = (
     "resize", "test_method", "majority_weight", "scales", "pca_dim", "pca_dataset_folder",
     "pca_whiten", "rerank", "val_positive_dist_threshold",
@@ -340,25 +340,6 @@ def command(argv: Sequence[str] | None = None) -> int:
     words = [word for word in argv if word not in ("-h", "--help")]
     _, others = eval.build_parser().parse_known_args(words)
     return main(argv) if others else eval.main(argv, recall_of_lists, load_any)
-
-
-def load_any(checkpoint: Path) -> nn.Module:
-    """The model in a checkpoint of any recipe, with what it wants done to images."""
-    settings = read_settings(checkpoint)
-    if "backbone" not in settings:
-        system = system_of(read_weights(checkpoint))
-        if system is None:
-            return load_checkpoint(checkpoint)
-        settings = RECIPES[SYSTEMS[system].recipe].defaults
-    model, settings = load_model(checkpoint, settings)
-    return ready_to_search(model, settings.get("resize", RESIZE))
-
-
-def ready_to_search(model: nn.Module, resize: Sequence[int]) -> nn.Module:
-    """The model, told of the size (height, width) of its images: squares where they may have their own."""
-    size = resize if len(resize) == 2 else [*(resize or [OWN_SIZE_PX])] * 2
-    model.image_size, model.transform = max(size), framing(size)
-    return model
 
 
 def recall_of_lists(args: argparse.Namespace) -> None:

@@ -7,13 +7,12 @@ from pathlib import Path
 from model import PRECISIONS
 from recognition.aggregation import AGGREGATION_SETTINGS, AGGREGATIONS, L2_PLACES
 from recognition.backbones import BACKBONES, backbone_name
-from recognition.inference import METHODS
+from recognition.inference import METHODS, RESIZE
 from recognition.optimization import OPTIMIZERS, SCHEDULERS
 from recognition.recipes import RECIPES
 from recognition.reranking import RERANKED
 from recognition.supervlad import ENCODER_MODES
 
-RESIZE = [480, 640]  # height, width; eval.py takes those of the checkpoint
 SIZES = {  # whole numbers among the settings of aggregations
     "netvlad_clusters": "netvlad",
     "mix_out_channels": "mixvpr",

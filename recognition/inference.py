@@ -16,19 +16,18 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.utils.data import Dataset, Subset
-from torchvision.transforms import functional as tvf
 
-from eval import compute_embeddings, load_image, search
+from eval import compute_embeddings, load_image, normalized, search
 from model import (
     IMAGE_CHANNELS,
-    IMAGENET_MEAN,
-    IMAGENET_STD,
     DescriptorModel,
     InputError,
     half_type,
 )
 from training.inputs import Store
 
+BILINEAR = Image.Resampling.BILINEAR
+RESIZE = [480, 640]  # height, width; eval.py takes those of the checkpoint
 METHODS = (
     "hard_resize",
     "single_query",
@@ -54,20 +53,43 @@ def transform_for(method: str, size: tuple[int, int]) -> Callable[[Image.Image],
     height, width = size
     side = min(size)
 
-    def shrunk(image: Image.Image) -> Image.Image:
+    def transform(image: Image.Image) -> Tensor:
         if method == "hard_resize":
-            return tvf.resize(image, [height, width])
+            return normalized(image.resize((width, height), BILINEAR))
         if method == "central_crop":
             scale = max(height / image.height, width / image.width)
-            grown = [round(image.height * scale), round(image.width * scale)]
-            grown = [max(a, b) for a, b in zip(grown, size)]
-            return tvf.center_crop(tvf.resize(image, grown), [height, width])
-        return tvf.resize(image, [side])
+            grown = max(width, round(image.width * scale)), max(height, round(image.height * scale))
+            x, y = round((grown[0] - width) / 2), round((grown[1] - height) / 2)
+            return normalized(image.resize(grown, BILINEAR).crop((x, y, x + width, y + height)))
+        tensor = normalized(with_shorter_side(image, side))
+        if method not in OF_CROPS:
+            return tensor
+        y, x = tensor.shape[1] - side, tensor.shape[2] - side
+        corners = (0, 0), (0, x), (y, 0), (y, x), (round(y / 2), round(x / 2))
+        return torch.cat([tensor[:, y : y + side, x : x + side] for y, x in corners])
+
+    return transform
+
+
+def with_shorter_side(image: Image.Image, side: int) -> Image.Image:
+    """An image re-sized so that its shorter side has `side` pixels."""
+    shape = [int(side * length / min(image.size)) for length in image.size]
+    return image.resize(tuple(shape), BILINEAR)
+
+
+def framing(resize: Sequence[int], method: str = "hard_resize") -> Callable[[Image.Image], Tensor]:
+    """What turns an image into the network's input.
+
+    resize: height and width (method: how queries get them, transform_for); or the shorter
+    side alone; or nothing, which leaves images as large as they are.
+    """
+    if len(resize) == 2:
+        return transform_for(method, tuple(resize))
+    if method != "hard_resize":
+        raise InputError(f"--test_method {method} needs a size: add --resize H W.")
 
     def transform(image: Image.Image) -> Tensor:
-        tensor = tvf.to_tensor(shrunk(image))
-        tvf.normalize(tensor, IMAGENET_MEAN, IMAGENET_STD, inplace=True)
-        return torch.cat(tvf.five_crop(tensor, [side])) if method in OF_CROPS else tensor
+        return normalized(with_shorter_side(image, *resize) if resize else image)
 
     return transform
 

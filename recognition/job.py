@@ -6,14 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor, nn
-from torchvision.transforms import functional as tvf
 
 from dataset.folders import FolderSplit
 from eval import first_hits, search
-from model import IMAGENET_MEAN, IMAGENET_STD, DescriptorModel, InputError
-from recognition.inference import transform_for
+from model import DescriptorModel
 from training.inputs import Inputs
 
 Judge = Callable[[DescriptorModel], tuple[Tensor, dict[str, float]]]
@@ -54,24 +51,6 @@ class Job:
     kept: Sequence[Inputs] = ()
     split: FolderSplit | None = None
     record: dict = field(default_factory=dict)
-
-
-def framing(resize: Sequence[int], method: str = "hard_resize") -> Callable[[Image.Image], Tensor]:
-    """What turns an image into the network's input.
-
-    resize: height and width (method: how queries get them, inference.transform_for); or the shorter
-    side alone; or nothing, which leaves images as large as they are.
-    """
-    if len(resize) == 2:
-        return transform_for(method, tuple(resize))
-    if method != "hard_resize":
-        raise InputError(f"--test_method {method} needs a size: add --resize H W.")
-
-    def transform(image: Image.Image) -> Tensor:
-        image = tvf.resize(image, list(resize)) if resize else image
-        return tvf.normalize(tvf.to_tensor(image), IMAGENET_MEAN, IMAGENET_STD)
-
-    return transform
 
 
 def recall_at(hits: np.ndarray, ranked: int, values: Sequence[int]) -> list[float]:

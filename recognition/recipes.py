@@ -1,6 +1,6 @@
 """Published systems as rows of one table, and their models: built, saved, loaded."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -11,6 +11,7 @@ from model import DescriptorModel, InputError, described_settings, load_checkpoi
 from recognition import vit
 from recognition.aggregation import AGGREGATION_SETTINGS, build_aggregation, fit_to
 from recognition.backbones import BACKBONES, build_trunk
+from recognition.inference import RESIZE, framing
 from recognition.weights import (
     SYSTEMS,
     load_fitting,
@@ -19,6 +20,8 @@ from recognition.weights import (
     read_weights,
     system_of,
 )
+
+OWN_SIZE_PX = 512  # a side in a search, of models whose images keep their sizes
 
 
 @dataclass(frozen=True)
@@ -195,6 +198,25 @@ def load_model(path: Path, settings: Mapping) -> tuple[DescriptorModel, dict]:
     model.trunk.initialized = True
     model.weights_origin = f"checkpoint {path.name}"
     return model.eval(), settings
+
+
+def load_any(checkpoint: Path) -> nn.Module:
+    """The model in a checkpoint of any recipe, with what it wants done to images."""
+    settings = read_settings(checkpoint)
+    if "backbone" not in settings:
+        system = system_of(read_weights(checkpoint))
+        if system is None:
+            return load_checkpoint(checkpoint)
+        settings = RECIPES[SYSTEMS[system].recipe].defaults
+    model, settings = load_model(checkpoint, settings)
+    return ready_to_search(model, settings.get("resize", RESIZE))
+
+
+def ready_to_search(model: nn.Module, resize: Sequence[int]) -> nn.Module:
+    """The model, told of the size (height, width) of its images: squares where they may have their own."""
+    size = resize if len(resize) == 2 else [*(resize or [OWN_SIZE_PX])] * 2
+    model.image_size, model.transform = max(size), framing(size)
+    return model
 
 
 def refuse_others(path: Path, own: Mapping, asked: Mapping) -> None:

@@ -6,12 +6,12 @@ import platform
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stdout, suppress
+from importlib.metadata import PackageNotFoundError, version
 
 import numpy
 import PIL
 import torch
-import torchvision
 
 from model import progress
 
@@ -59,11 +59,13 @@ def phase(name: str, seconds: dict[str, float]) -> Iterator[None]:
 
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages, and the machine, for metrics and report."""
-    packages = {"torch": torch, "torchvision": torchvision, "numpy": numpy, "pillow": PIL}
+    packages = {"torch": torch, "numpy": numpy, "pillow": PIL}
     machine = f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores"
     if torch.cuda.is_available():
         machine += f", {torch.cuda.get_device_name()}"
     found = {name: package.__version__ for name, package in packages.items()}
+    with suppress(PackageNotFoundError):  # not imported for its number: that takes a second
+        found["torchvision"] = version("torchvision")
     return {"python": platform.python_version(), **found, "machine": machine}
 
 

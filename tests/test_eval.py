@@ -1,5 +1,6 @@
 """Search, recall and chance by hand counts and brute force."""
 
+import pickle
 import shutil
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import torch
 from PIL import Image
 from torch import nn
 from torch.utils.data import Dataset
+from torchvision import transforms
 
 import eval as evaluation
 from eval import (
@@ -297,6 +299,14 @@ def test_photos_are_read_upright(tmp_path):
     exif[0x0112] = 6  # the camera was held on its side
     image.save(tmp_path / "held.jpg", exif=exif)
     assert evaluation.load_image(tmp_path / "held.jpg").size == (10, 20)
+
+
+def test_images_become_inputs_as_torchvision_makes_them_and_the_maker_pickles():
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 80, 3), dtype=np.uint8))
+    steps = [transforms.Resize((32, 32)), transforms.ToTensor()]
+    theirs = transforms.Compose([*steps, transforms.Normalize(evaluation.IMAGENET_MEAN, evaluation.IMAGENET_STD)])
+    ours = pickle.loads(pickle.dumps(evaluation.transform_to(32)))
+    assert torch.equal(ours(image), theirs(image))
 
 
 def test_large_jpegs_are_decoded_at_half_their_size_and_look_the_same(tmp_path):

@@ -43,3 +43,15 @@ def test_the_check_of_versions_fails_for_what_came_later(tmp_path):
 def test_no_file_starts_worker_processes_of_a_data_loader(name):
     text = (ROOT / name).read_text(encoding="utf-8")
     assert "DataLoader(" not in text and "num_workers" not in text
+
+
+def test_task_4_starts_without_torchvision_which_takes_a_second():
+    program = (
+        "import sys, torch, test\n"
+        "from model import NetVLADModel\n"
+        "with torch.inference_mode():\n"
+        "    NetVLADModel(pretrained=False)(torch.rand(1, 3, 32, 32))\n"
+        "sys.exit(str([name for name in ('torchvision', 'sympy', 'torch._dynamo') if name in sys.modules]))"
+    )
+    found = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert found.stderr.strip() == "[]"

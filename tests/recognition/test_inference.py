@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from PIL import Image
 from sklearn.decomposition import PCA
 from torch import nn
+from torchvision.transforms import functional as tvf
 
 from eval import first_hits, search
 from model import IMAGENET_MEAN, IMAGENET_STD, DescriptorModel, InputError
@@ -18,6 +19,7 @@ from recognition.inference import (
     Pipeline,
     describe_images,
     for_inference,
+    framing,
     merge_crops,
     rank,
     transform_for,
@@ -58,6 +60,28 @@ def test_every_method_gives_its_size(method, native):
     color = torch.tensor([1, 128 / 255, 0])
     want = (color - torch.tensor(IMAGENET_MEAN)) / torch.tensor(IMAGENET_STD)
     assert torch.allclose(tensor.unflatten(0, (-1, 3)).mean((0, 2, 3)), want, atol=1e-2)
+
+
+@pytest.mark.parametrize("native", [(61, 37), (37, 61), (64, 36), (25, 90)])
+def test_images_are_brought_to_size_as_torchvision_does(native):
+    pixels = np.random.default_rng(1).integers(0, 256, (*native[::-1], 3), dtype=np.uint8)
+    image = Image.fromarray(pixels)
+
+    def ready(image: Image.Image) -> torch.Tensor:
+        return tvf.normalize(tvf.to_tensor(image), IMAGENET_MEAN, IMAGENET_STD)
+
+    scale = max(24 / image.height, 33 / image.width)
+    grown = tvf.resize(image, [round(image.height * scale), round(image.width * scale)])
+    shorter = tvf.resize(image, [24])
+    for method, want in {
+        "hard_resize": ready(tvf.resize(image, [24, 33])),
+        "central_crop": ready(tvf.center_crop(grown, [24, 33])),
+        "single_query": ready(shorter),
+        "five_crops": torch.cat(tvf.five_crop(ready(shorter), [24])),
+    }.items():
+        assert torch.equal(transform_for(method, (24, 33))(image), want), method
+    assert torch.equal(framing([24])(image), ready(shorter))
+    assert torch.equal(framing([])(image), ready(image))
 
 
 def test_central_crop_keeps_the_middle():
