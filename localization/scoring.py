@@ -27,6 +27,9 @@ POINT_RATIO, SINGLE_RATIO = 0.97, 0.8
 # within these bounds.
 SAMPSON_PX = 2.0
 NOISE_PX = (0.75, 3.0)
+# A point seen farther from its keypoint contradicts a polished pose, however near the epipolar line is:
+# the lines of two aliases always meet somewhere.
+CONTRADICTION_PX = 16.0
 # A point counts for poses that see it from within 75 degrees of where its index image does.
 MIN_COSINE = 0.25
 # Hypothesis x match pairs scored at once.
@@ -144,7 +147,7 @@ def epipolar_scores(
     R_cam_from_world (h, 3, 3), c_world (h, 3). The gain of a match is weight * max(0, 1 - error^2 /
     limit^2)^2, error being Sampson's and limit SAMPSON_PX or, for poses as exact as the matches,
     the match's noise. It is nothing where the rays do not meet in front of both cameras, or under
-    more than 75 degrees.
+    more than 75 degrees, or, of such poses, where the match's point contradicts them.
     """
     m = len(evidence)
     if m == 0:
@@ -165,7 +168,12 @@ def epipolar_gains(
 ) -> Tensor:
     """The gains (h, m) of every match under h hypotheses (h, 3, 3), (h, 3): see `epipolar_scores`."""
     error, weight = epipolar_errors(evidence, R_cam_from_world, c_world)
-    limit = evidence.noise_px.clamp(*NOISE_PX) if polished else SAMPSON_PX
+    limit = SAMPSON_PX
+    if polished:
+        limit = evidence.noise_px.clamp(*NOISE_PX)
+        off, front = _off_points(evidence, R_cam_from_world, c_world)
+        agrees = front & (off.norm(dim=1) <= CONTRADICTION_PX)
+        weight = weight * (agrees | ~evidence.has_point)
     return weight * (1 - (error / limit).square()).clamp_min(0).square()
 
 
@@ -209,10 +217,18 @@ def match_errors(
     error, weight = epipolar_errors(evidence, R_cam_from_world, c_world)
     error, weight = error.double(), weight.double()
     beside = torch.stack([error, torch.zeros_like(error)], dim=1)
-    local = R_cam_from_world @ (evidence.point - c_world[:, None]).transpose(1, 2)
-    off = (project(evidence.camera, local.transpose(1, 2)) - evidence.xy_px).transpose(1, 2)
-    possible = torch.where(evidence.has_point, evidence.weight * (local[:, 2] > 0), weight)
+    off, front = _off_points(evidence, R_cam_from_world, c_world)
+    possible = torch.where(evidence.has_point, evidence.weight * front, weight)
     return torch.where(evidence.has_point, off, beside), possible
+
+
+def _off_points(
+    evidence: Evidence, R_cam_from_world: Tensor, c_world: Tensor
+) -> tuple[Tensor, Tensor]:
+    """How far from the keypoints (h, 2, m) in pixels the matches' points are seen, and whether in front (h, m)."""
+    local = R_cam_from_world @ (evidence.point - c_world[:, None]).transpose(1, 2)
+    off = project(evidence.camera, local.transpose(1, 2)) - evidence.xy_px
+    return off.transpose(1, 2), local[:, 2] > 0
 
 
 def match_slopes(

@@ -1,6 +1,7 @@
 """The score of hypotheses: the weight of a match, and that the truth explains most."""
 
 import math
+from dataclasses import replace
 
 import torch
 
@@ -42,6 +43,24 @@ def test_epipolar_score_prefers_the_truth(random_world, random_poses):
     # Turned about, the camera sees nothing of it.
     behind = epipolar_scores(evidence, torch.diag(torch.tensor([-1.0, 1, -1]).double())[None] @ R[:1], query.c_world[None])
     assert behind[0] < 0.2 * scores[0]
+
+
+def test_a_pose_that_points_contradict_explains_nothing_however_near_the_epipolar_lines(random_world, random_poses):
+    """Along the line through one index camera all epipolar lines stay: only the points tell how far."""
+    world = random_world(16)
+    views = [world.view(*pose) for pose in random_poses(7, 17)]
+    index, query = Map.build(views[:6]), views[6]
+    evidence = matched(query, index, [0])
+    evidence = evidence.select(evidence.has_point)
+    R, center = query.R_world_from_cam.T, index.views[0].c_world
+    c = torch.stack([query.c_world, center + 2.5 * (query.c_world - center)])
+    rough = epipolar_scores(evidence, R.expand(2, 3, 3), c)
+    torch.testing.assert_close(rough[1], rough[0], rtol=0.05, atol=0)
+    exact = epipolar_scores(evidence, R.expand(2, 3, 3), c, polished=True)
+    assert exact[0] > 0.8 * rough[0] and exact[1] < 0.3 * exact[0]
+    evidence = replace(evidence, has_point=torch.zeros_like(evidence.has_point))
+    exact = epipolar_scores(evidence, R.expand(2, 3, 3), c, polished=True)
+    torch.testing.assert_close(exact[1], exact[0], rtol=0.05, atol=0)
 
 
 def some_evidence(random_world, random_poses) -> tuple[Evidence, torch.Tensor, torch.Tensor]:
