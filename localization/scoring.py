@@ -27,9 +27,9 @@ POINT_RATIO, SINGLE_RATIO = 0.97, 0.8
 # within these bounds.
 SAMPSON_PX = 2.0
 NOISE_PX = (0.75, 3.0)
-# A point seen farther from its keypoint contradicts a polished pose, however near the epipolar line is:
-# the lines of two aliases always meet somewhere.
-CONTRADICTION_PX = 16.0
+# A point seen farther from its keypoint contradicts a pose, however near the epipolar line is: the
+# lines of two aliases always meet somewhere. Where things repeat some points are wrong themselves.
+CONTRADICTION_PX, AGREEING_SHARE = 16.0, 0.75
 # A point counts for poses that see it from within 75 degrees of where its index image does.
 MIN_COSINE = 0.25
 # Hypothesis x match pairs scored at once.
@@ -147,7 +147,8 @@ def epipolar_scores(
     R_cam_from_world (h, 3, 3), c_world (h, 3). The gain of a match is weight * max(0, 1 - error^2 /
     limit^2)^2, error being Sampson's and limit SAMPSON_PX or, for poses as exact as the matches,
     the match's noise. It is nothing where the rays do not meet in front of both cameras, or under
-    more than 75 degrees, or, of such poses, where the match's point contradicts them.
+    more than 75 degrees. Of such poses no more counts than what their points do not contradict is
+    AGREEING_SHARE of.
     """
     m = len(evidence)
     if m == 0:
@@ -157,9 +158,17 @@ def epipolar_scores(
     parts = [torch.zeros(0)]
     for start in range(0, len(c_world), step):
         rows = slice(start, start + step)
-        gains = epipolar_gains(evidence, R_cam_from_world[rows], c_world[rows], polished=polished)
-        best = gains.new_zeros(len(gains), len(keypoints))
-        parts.append(best.scatter_reduce_(1, keypoint.expand_as(gains), gains, "amax").sum(1))
+        of_poses = evidence, R_cam_from_world[rows], c_world[rows]
+
+        def explained(gains: Tensor) -> Tensor:
+            best = gains.new_zeros(len(gains), len(keypoints))
+            return best.scatter_reduce_(1, keypoint.expand_as(gains), gains, "amax").sum(1)
+
+        gains = epipolar_gains(*of_poses, polished=polished)
+        score = explained(gains)
+        if polished:
+            score = score.minimum(explained(gains * _agreeing(*of_poses)) / AGREEING_SHARE)
+        parts.append(score)
     return torch.cat(parts).double()
 
 
@@ -168,12 +177,7 @@ def epipolar_gains(
 ) -> Tensor:
     """The gains (h, m) of every match under h hypotheses (h, 3, 3), (h, 3): see `epipolar_scores`."""
     error, weight = epipolar_errors(evidence, R_cam_from_world, c_world)
-    limit = SAMPSON_PX
-    if polished:
-        limit = evidence.noise_px.clamp(*NOISE_PX)
-        off, front = _off_points(evidence, R_cam_from_world, c_world)
-        agrees = front & (off.norm(dim=1) <= CONTRADICTION_PX)
-        weight = weight * (agrees | ~evidence.has_point)
+    limit = evidence.noise_px.clamp(*NOISE_PX) if polished else SAMPSON_PX
     return weight * (1 - (error / limit).square()).clamp_min(0).square()
 
 
@@ -220,6 +224,12 @@ def match_errors(
     off, front = _off_points(evidence, R_cam_from_world, c_world)
     possible = torch.where(evidence.has_point, evidence.weight * front, weight)
     return torch.where(evidence.has_point, off, beside), possible
+
+
+def _agreeing(evidence: Evidence, R_cam_from_world: Tensor, c_world: Tensor) -> Tensor:
+    """Which matches (h, m) have no point that contradicts h poses."""
+    off, front = _off_points(evidence, R_cam_from_world, c_world)
+    return ~evidence.has_point | (front & (off.norm(dim=1) <= CONTRADICTION_PX))
 
 
 def _off_points(
