@@ -147,8 +147,8 @@ def epipolar_scores(
     R_cam_from_world (h, 3, 3), c_world (h, 3). The gain of a match is weight * max(0, 1 - error^2 /
     limit^2)^2, error being Sampson's and limit SAMPSON_PX or, for poses as exact as the matches,
     the match's noise. It is nothing where the rays do not meet in front of both cameras, or under
-    more than 75 degrees. Of such poses no more counts than what their points do not contradict is
-    AGREEING_SHARE of.
+    more than 75 degrees. The score of such poses is at most what their matches' points do not
+    contradict, over AGREEING_SHARE.
     """
     m = len(evidence)
     if m == 0:
@@ -159,17 +159,19 @@ def epipolar_scores(
     for start in range(0, len(c_world), step):
         rows = slice(start, start + step)
         of_poses = evidence, R_cam_from_world[rows], c_world[rows]
-
-        def explained(gains: Tensor) -> Tensor:
-            best = gains.new_zeros(len(gains), len(keypoints))
-            return best.scatter_reduce_(1, keypoint.expand_as(gains), gains, "amax").sum(1)
-
         gains = epipolar_gains(*of_poses, polished=polished)
-        score = explained(gains)
+        score = _sum_of_best(gains, keypoint, len(keypoints))
         if polished:
-            score = score.minimum(explained(gains * _agreeing(*of_poses)) / AGREEING_SHARE)
+            agreed = _sum_of_best(gains * _agreeing(*of_poses), keypoint, len(keypoints))
+            score = score.minimum(agreed / AGREEING_SHARE)
         parts.append(score)
     return torch.cat(parts).double()
+
+
+def _sum_of_best(gains: Tensor, keypoint: Tensor, count: int) -> Tensor:
+    """(h,): each of `count` keypoints' best of the gains (h, m) of its matches, summed; keypoint (m,)."""
+    best = gains.new_zeros(len(gains), count)
+    return best.scatter_reduce_(1, keypoint.expand_as(gains), gains, "amax").sum(1)
 
 
 def epipolar_gains(

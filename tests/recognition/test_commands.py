@@ -18,7 +18,7 @@ from model import InputError
 from recognition import benchmark, eval_command, records, train_command
 from recognition.augmentation import SMART
 from recognition.inference import transform_for
-from recognition.recipes import build_model, load_model
+from recognition.recipes import build_model, load_any, load_model
 from reporting import compare
 from tests.recognition.toy import EAST, NORTH, name, picture, write_data_set, write_split
 
@@ -361,7 +361,7 @@ def test_a_network_that_base_py_trained_is_read_by_its_description(tmp_path):
     settings = {"backbone": "resnet18conv4", "aggregation": "netvlad", "image_size": 64}
     file.with_suffix(".json").write_text(json.dumps({"settings": settings}))
     found, of_file = load_model(file, {})
-    assert of_file["resize"] == [64, 64] and eval_command.load_any(file).image_size == 64
+    assert of_file["resize"] == [64, 64] and load_any(file).image_size == 64
     x = torch.rand(1, 3, 64, 64)
     assert torch.equal(found(x), model.eval()(x))
 

@@ -16,8 +16,7 @@ from model import InputError
 from recognition import vit
 from recognition.aggregation import AGGREGATION_SETTINGS
 from recognition.backbones import BACKBONES, Backbone
-from recognition.eval_command import load_any
-from recognition.recipes import RECIPES, load_model
+from recognition.recipes import RECIPES, load_any, load_model
 from recognition.weights import SYSTEMS, read_weights, system_of
 
 TINY = vit.VitSize(48, 5, 3)
