@@ -17,8 +17,9 @@ from localization.absolute_pose import (
 from localization.cameras import Camera
 from localization.scoring import Evidence, match_errors, match_slopes
 
-# Robust threshold in standard deviations.
-THRESHOLD_SIGMA = 2.0
+# Robust threshold in standard deviations. The last step has a lower one, that what errs least decides:
+# most keypoints are located far better than their scale says.
+THRESHOLD_SIGMA, FINE_SIGMA = 2.0, 1.0
 STEPS = 15
 # With so many tracks matches without points begin to count for less: what nothing confirms errs together
 # where things repeat.
@@ -78,7 +79,8 @@ class _Problem:
     factors of both focal lengths and of fy alone, the principal point's shift over the focal
     length; lens: how many of the last are free.
 
-    whiten (n, 2, 2): of the tracks' errors; away_m: about how far away things are.
+    whiten (n, 2, 2): of the tracks' errors; away_m: about how far away things are; threshold: of the
+    robust loss.
     """
 
     camera: Camera
@@ -86,6 +88,7 @@ class _Problem:
     lens: int
     whiten: Tensor
     away_m: float
+    threshold: float = THRESHOLD_SIGMA
 
     @classmethod
     def of(cls, camera: Camera, R: Tensor, c: Tensor, tracks: Tracks, lens: int) -> "_Problem":
@@ -163,7 +166,7 @@ class _Problem:
 
     def cost(self, R: Tensor, v: Tensor, rows: Tensor) -> Tensor:
         costs = [
-            (weight * robust_loss(r.square().sum(1), THRESHOLD_SIGMA)[0]).sum()
+            (weight * robust_loss(r.square().sum(1), self.threshold)[0]).sum()
             for r, weight, *_ in self.terms(R[0], v[0], derived=False)
         ]
         return torch.stack(costs).sum()[None]
@@ -171,7 +174,7 @@ class _Problem:
     def normal_equations(self, R: Tensor, v: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
         normal = gradient = 0.0
         for r, weight, J in self.terms(R[0], v[0]):
-            slope = robust_loss(r.square().sum(1), THRESHOLD_SIGMA)[1]
+            slope = robust_loss(r.square().sum(1), self.threshold)[1]
             JW = J * (weight * slope)[:, None, None]
             normal = normal + torch.einsum("nki,nkj->ij", JW, J)
             gradient = gradient + torch.einsum("nki,nk->i", JW, r.where(r.isfinite(), 0.0))
@@ -204,11 +207,22 @@ def refine_with_points(
     loss.
     """
     problem = _Problem.of(camera, R, c, tracks, lens)
+    return _polished(problem, *_solved(problem, R, c))
+
+
+def _solved(problem: _Problem, R: Tensor, c: Tensor) -> tuple[Tensor, Tensor, float]:
     v = torch.cat([c, c.new_zeros(LENS)])
-    R, v, cost = levenberg_marquardt(
-        R[None], v[None], problem.cost, problem.normal_equations, _move, STEPS
-    )
-    return _polished(problem, R[0], v[0], float(cost))
+    of_problem = problem.cost, problem.normal_equations
+    R, v, cost = levenberg_marquardt(R[None], v[None], *of_problem, _move, STEPS)
+    return R[0], v[0], float(cost)
+
+
+def finely(pose: Polished) -> tuple[Tensor, Tensor]:
+    """R_cam_from_world (3, 3) and c_world (3,) of the pose moved to what errs least of its tracks."""
+    start = pose.R_cam_from_world, pose.c_world
+    problem = _Problem.of(pose.camera, *start, pose.observed, 0)
+    R, v, _ = _solved(replace(problem, threshold=FINE_SIGMA), *start)
+    return R, v[:3]
 
 
 def with_free_lens(pose: Polished) -> Polished:

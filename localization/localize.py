@@ -106,7 +106,7 @@ def localize(
     estimates = _with_each_other(queries, report)
     estimates = [
         replace(
-            estimate,
+            estimate.told(),
             sigma_m=math.hypot(estimate.sigma_m, outcome.beyond_m),
             sigma_deg=math.hypot(estimate.sigma_deg, outcome.beyond_deg),
             camera=estimate.camera
@@ -228,11 +228,12 @@ def _locate(
         search.add(image_hypotheses(evidence, order, generator), REFINED, POLISHED)
         answer = search.best()
     estimate = with_own_lens(search, answer, generator)
-    if estimate is not None and estimate.confidence >= SURE:
-        return estimate
-    return _least_expected_error(
-        estimate, fall_back(evidence, index.views, order, generator), index.place_m
-    )
+    if estimate is None or estimate.confidence < SURE:
+        guesses = fall_back(evidence, index.views, order, generator)
+        return _least_expected_error(estimate, guesses, index.place_m)
+    if estimate is answer.estimate and estimate.confidence * _within(estimate) >= SURE:
+        return replace(estimate, fine=search.refined_last(answer))
+    return estimate
 
 
 def _same_image(query: View, index: Map, evidence: Evidence) -> Estimate | None:

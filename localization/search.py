@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from localization.hypotheses import (
     bearing_hypotheses,
     pooled_hypotheses,
 )
-from localization.joint import Polished
+from localization.joint import Polished, finely
 from localization.map import SAME_MODE_DEG, SAME_PLACE_DEG, Map
 from localization.matching import View, mutual_matches
 from localization.refinement import (
@@ -57,11 +57,18 @@ class Estimate(Guess):
     R_world_from_cam (3, 3), c_world (3,) float64; method: name of what gave the pose; inliers:
     keypoints that agree; sigma_m, sigma_deg: standard deviations of position and rotation (infinite
     where unknown); confidence: 0..1; camera: the lens of its own that the query was found to have,
-    None where the given one explains it.
+    None where the given one explains it; fine: R_world_from_cam and c_world after the last
+    refinement, if there was one, which take the others' place when nothing is left to decide.
     """
 
     confidence: float
     camera: Camera | None = None
+    fine: tuple[Tensor, Tensor] | None = None
+
+    def told(self) -> "Estimate":
+        """The estimate with its fine pose as its pose."""
+        R, c = self.fine or (self.R_world_from_cam, self.c_world)
+        return replace(self, R_world_from_cam=R, c_world=c, fine=None)
 
 
 @dataclass(frozen=True)
@@ -135,7 +142,7 @@ class Search:
                 continue
             self.tried.add(start)
             R, c = poses.R_cam_from_world[start], poses.c_world[start]
-            self._polish(R, c)
+            self.polished += self._polish(R, c)
 
     def add_from_matches(self, more: Hypotheses, most: int) -> None:
         """Refine the best of more hypotheses on all distinct matches, those without points too;
@@ -156,11 +163,23 @@ class Search:
             R, c = found.R_cam_from_world[i], found.c_world[i]
             self.refined.append(Refined(R, c, 0))
             self.tried.add(len(self.refined) - 1)
-            self._polish(R, c, with_single=True)
+            self.polished += self._polish(R, c, with_single=True)
 
-    def _polish(self, R: Tensor, c: Tensor, *, with_single: bool = False) -> None:
+    def _polish(self, R: Tensor, c: Tensor, *, with_single: bool = False) -> list[Polished]:
         of = (self.query, self.index.views, self.order, self.map, self.evidence)
-        self.polished += filter(None, [polish(*of, R, c, with_single=with_single)])
+        return list(filter(None, [polish(*of, R, c, with_single=with_single)]))
+
+    def refined_last(self, answer: Answer) -> tuple[Tensor, Tensor]:
+        """R_world_from_cam (3, 3) and c_world (3,) of a sure answer, refined finely, and unless it is
+        settled on its matches without points too: its points may be few, or all in one part of the
+        image.
+        """
+        pose = answer.polished
+        if not answer.settled:
+            more = self._polish(pose.R_cam_from_world, pose.c_world, with_single=True)
+            pose = more[0] if more else pose
+        R, c = finely(pose)
+        return R.T, c
 
     def best(self) -> Answer | None:
         """The answer from the polished poses, whose errors are those of the matches; None if there

@@ -128,10 +128,12 @@ def _located(index: Map, number: int, others: list[int], seed: int) -> _Outcome:
     step = max(1, len(view.features) // KEYPOINTS)
     query = View(view.features.select(slice(None, None, step)), view.camera)
     generator = torch.Generator().manual_seed(seed)
-    _, answer = quick_search(query, index, others[:QUICK_IMAGES], generator)
+    search, answer = quick_search(query, index, others[:QUICK_IMAGES], generator)
     if answer is None:
         return _Outcome()
     found = answer.estimate
+    if found.confidence >= SURE:
+        found = replace(found, fine=search.refined_last(answer)).told()
     return _Outcome(
         float((found.c_world - view.c_world).norm()),
         float(angle_deg(found.R_world_from_cam.T @ view.R_world_from_cam)),

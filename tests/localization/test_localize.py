@@ -9,11 +9,11 @@ import torch
 
 from localization import threads
 from localization.absolute_pose import rotation_from_vector
-from localization.cameras import Camera, camera_for, quaternion_from_rotation, turned
+from localization.cameras import Camera, camera_for, project, quaternion_from_rotation, turned
 from localization.fallback import Guess
 from localization.features import Features
 from localization.hypotheses import Hypotheses
-from localization.joint import LENS, Polished, Tracks, refine_with_points
+from localization.joint import LENS, Polished, Tracks, finely, refine_with_points
 from localization.lens import _as_far_as, _searched_with, _usual_shape, with_own_lens
 from localization.localize import (
     Estimate,
@@ -292,6 +292,43 @@ def test_joint_refinement_is_honest(random_world, random_poses):
         plain.append(float((alike.c_world - c).norm()))
     assert 1.5 < sum(normalized) / len(normalized) < 6  # 3 coordinates; the Cauchy loss costs some efficiency
     assert sum(weighed) < 0.95 * sum(plain)
+
+
+def test_what_errs_least_decides_the_last_millimeters(random_world, random_poses):
+    """Two keypoints of three are located ten times better than the third: the pose errs less for it."""
+    world = random_world(18, count=60)
+    R, c = random_poses(1, 19)[0]
+    view = world.view(R, c, clutter=0, noise_px=0.0)
+    X, generator = world.points[view.seen], torch.Generator().manual_seed(1)
+    draw = {"generator": generator, "dtype": torch.float64}
+    known, noise = 1e-8 * torch.eye(3).double().expand(len(X), 3, 3), torch.ones(len(X)).double()
+    deviation = torch.where(torch.arange(len(X)) % 3 == 0, 1.5, 0.15)[:, None].double()
+    before, after = 0.0, 0.0
+    for _ in range(40):
+        xy = view.features.xy_px.double() + deviation * torch.randn(len(X), 2, **draw)
+        found = refine_with_points(view.camera, R.T, c, Tracks(xy, X, known, noise))
+        R_fine, c_fine = finely(found)
+        before, after = before + float((found.c_world - c).norm()), after + float((c_fine - c).norm())
+        assert float((R_fine @ R_fine.T - torch.eye(3)).abs().max()) < 1e-9
+    assert after < 0.85 * before
+
+
+def test_a_sure_answer_from_one_side_of_the_image_is_refined_on_all_of_it(random_world, random_poses):
+    """Points on the left alone leave a pose loose; matches without points, all over the image, do not."""
+    before, after = 0.0, 0.0
+    for seed in range(6):
+        world, poses = random_world(90 + seed), random_poses(7, 120 + seed)
+        views = [world.view(*pose, noise_px=1.0) for pose in poses]
+        index, query = Map.build(views[:6]), views[6]
+        left = project(CAMERA, (world.points - query.c_world) @ query.R_world_from_cam)[:, 0] < 200
+        for points, view in zip(index.points, views):
+            points.valid[: len(view.seen)] &= left[view.seen]
+        search, answer = quick_search(query, index, list(range(6)), torch.Generator().manual_seed(0))
+        assert not answer.settled
+        R, c = search.refined_last(answer)
+        before += float((answer.polished.c_world - query.c_world).norm())
+        after += error(replace(answer.estimate, R_world_from_cam=R, c_world=c), query)[0]
+    assert after < 0.7 * before
 
 
 def test_share_world(random_world, random_poses):
