@@ -6,7 +6,7 @@ gives hypotheses, one score judges them, the best are refined and polished, and 
 by how far its score is what is to be expected there. A query that is an index image has its pose.
 Sure queries then serve as index images for the rest. Only what is unsure even so is searched further:
 with each index image alone, with another lens. What is never sure is answered by the pose of
-least expected error, and every answer names its method.
+least expected error; the others' poses are refined once more. Every answer names its method.
 """
 
 import functools

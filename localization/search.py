@@ -142,7 +142,7 @@ class Search:
                 continue
             self.tried.add(start)
             R, c = poses.R_cam_from_world[start], poses.c_world[start]
-            self.polished += self._polish(R, c)
+            self._polish(R, c)
 
     def add_from_matches(self, more: Hypotheses, most: int) -> None:
         """Refine the best of more hypotheses on all distinct matches, those without points too;
@@ -163,22 +163,23 @@ class Search:
             R, c = found.R_cam_from_world[i], found.c_world[i]
             self.refined.append(Refined(R, c, 0))
             self.tried.add(len(self.refined) - 1)
-            self.polished += self._polish(R, c, with_single=True)
+            self._polish(R, c, with_single=True)
 
-    def _polish(self, R: Tensor, c: Tensor, *, with_single: bool = False) -> list[Polished]:
+    def _polish(self, R: Tensor, c: Tensor, *, with_single: bool = False) -> None:
+        self.polished += filter(None, [self._polished_at(R, c, with_single=with_single)])
+
+    def _polished_at(self, R: Tensor, c: Tensor, **how: bool | float) -> Polished | None:
         of = (self.query, self.index.views, self.order, self.map, self.evidence)
-        return list(filter(None, [polish(*of, R, c, with_single=with_single)]))
+        return polish(*of, R, c, **how)
 
     def refined_last(self, answer: Answer) -> tuple[Tensor, Tensor]:
-        """R_world_from_cam (3, 3) and c_world (3,) of a sure answer, refined finely, and unless it is
-        settled on its matches without points too: its points may be few, or all in one part of the
-        image.
+        """R_world_from_cam (3, 3) and c_world (3,) of a sure answer: polished on all that fits it, guided
+        matches, which can be trusted there, as much as others, and matches without points too, as points
+        may be few, or all in one part of the image; then finely.
         """
-        pose = answer.polished
-        if not answer.settled:
-            more = self._polish(pose.R_cam_from_world, pose.c_world, with_single=True)
-            pose = more[0] if more else pose
-        R, c = finely(pose)
+        at = answer.polished.R_cam_from_world, answer.polished.c_world
+        last = self._polished_at(*at, with_single=True, guided_noise=1.0)
+        R, c = finely(last or answer.polished)
         return R.T, c
 
     def best(self) -> Answer | None:

@@ -51,11 +51,13 @@ def polish(
     c: Tensor,
     *,
     with_single: bool = False,
+    guided_noise: float = GUIDED_NOISE,
 ) -> Polished | None:
     """The pose refined on its tracks; None if there are too few. Where that moves their points out of
     the reach of the guided search, they are built anew and it is refined once more.
 
-    order: the index views that count; with_single: distinct matches without points count too.
+    order: the index views that count; with_single: distinct matches without points count too;
+    guided_noise: of keypoints that only the guided search matched, times that of others.
     """
     cameras = cameras_of([views[i] for i in order])
     column = torch.full((len(views),), -1)
@@ -67,7 +69,7 @@ def polish(
         if len(keypoint) < MIN_TRACKS:
             return result
         noise = query.features.scale_px[keypoint].double() * NOISE_OF_SCALE
-        noise = torch.where(seen.by_descriptor[keypoint], noise, GUIDED_NOISE * noise)
+        noise = torch.where(seen.by_descriptor[keypoint], noise, guided_noise * noise)
         xy = query.features.xy_px[keypoint].double()
         single = evidence.select(_single(seen, keypoint, evidence)) if with_single else None
         tracks = Tracks(xy, position, covariance, noise, single)

@@ -14,7 +14,7 @@ from localization.fallback import Guess
 from localization.features import Features
 from localization.hypotheses import Hypotheses
 from localization.joint import LENS, Polished, Tracks, finely, refine_with_points
-from localization.lens import _as_far_as, _searched_with, _usual_shape, with_own_lens
+from localization.lens import _as_far_as, _is_confirmed, _searched_with, _usual_shape, with_own_lens
 from localization.localize import (
     Estimate,
     Map,
@@ -313,7 +313,7 @@ def test_what_errs_least_decides_the_last_millimeters(random_world, random_poses
     assert after < 0.85 * before
 
 
-def test_a_sure_answer_from_one_side_of_the_image_is_refined_on_all_of_it(random_world, random_poses):
+def test_a_sure_answer_is_refined_on_all_of_the_image(random_world, random_poses):
     """Points on the left alone leave a pose loose; matches without points, all over the image, do not."""
     before, after = 0.0, 0.0
     for seed in range(6):
@@ -471,6 +471,15 @@ def test_standard_deviations_reach_what_another_lens_explains_as_well():
     reach = _as_far_as(own, [SimpleNamespace(answer=SimpleNamespace(estimate=other))])
     assert (reach.sigma_m, reach.sigma_deg) == (2.0, 5.0) and reach.c_world is own.c_world
     assert _as_far_as(own, []) == own
+
+
+@pytest.mark.parametrize(
+    ("tracks", "confidence", "sigma", "confirmed"),
+    [(100, 0.5, 0.004, True), (99, 0.9, 0.004, False), (300, 0.4, 0.004, False), (300, 0.9, 0.006, False)],
+)
+def test_other_lenses_are_looked_for_until_the_given_one_is_confirmed(tracks, confidence, sigma, confirmed):
+    answer = SimpleNamespace(polished=SimpleNamespace(tracks=tracks), estimate=SimpleNamespace(confidence=confidence))
+    assert _is_confirmed(answer, SimpleNamespace(lens_sigma=torch.tensor([sigma, 0.1]))) == confirmed
 
 
 def test_versions_of_one_picture_do_not_help_each_other(random_world, random_poses):
