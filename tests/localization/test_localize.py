@@ -331,6 +331,17 @@ def test_a_sure_answer_is_refined_on_all_of_the_image(random_world, random_poses
     assert after < 0.7 * before
 
 
+def test_the_pose_refined_last_is_the_one_told(random_world, random_poses, monkeypatch):
+    world = random_world(27)
+    views = [world.view(*pose) for pose in random_poses(7, 28)]
+    index = build_map(views[:6], seed=0)
+    fine = torch.eye(3).double(), torch.full((3,), 7.0).double()
+    monkeypatch.setattr(Search, "refined_last", lambda self, answer: fine)
+    (told,) = localize_in(index, queries_of(views[6:]), [list(range(6))], seed=0)
+    assert told.confidence > 0.5 and told.fine is None
+    assert told.R_world_from_cam is fine[0] and told.c_world is fine[1]
+
+
 def test_share_world(random_world, random_poses):
     world, other = random_world(20), random_world(21)
     views = [world.view(*pose) for pose in random_poses(8, 22)]
