@@ -40,7 +40,6 @@ VGG16 = (64, 64, 0, 128, 128, 0, 256, 256, 256, 0, 512, 512, 512, 0, 512, 512, 5
 PRECISIONS = ("auto", "bf16", "fp16", "float32")
 # Index in `trunk` of the first trained module, by the name used on the command line.
 TRAIN_FROM = {"conv1": 0, "conv2": 5, "conv3": 10, "conv4": 17, "conv5": 24, "netvlad": 29}
-IMAGENET_FILE = "vgg16-397923af.pth"
 DOWNLOAD_STALL_S = 20
 CACHED_PIXELS = 4 * 224 * 224  # of images that pass a trunk at once on a processor
 # What torch.load raises for a file that is damaged or of another kind.
@@ -245,22 +244,9 @@ class NetVLADModel(DescriptorModel):
 
     def load_imagenet(self) -> None:
         """Give the trunk torchvision's ImageNet weights; InputError if they cannot be had."""
-        cached = Path(torch.hub.get_dir()) / "checkpoints" / IMAGENET_FILE
         from torchvision.models import VGG16_Weights
 
-        stall_before = socket.getdefaulttimeout()
-        socket.setdefaulttimeout(DOWNLOAD_STALL_S)
-        try:
-            state = VGG16_Weights.IMAGENET1K_V1.get_state_dict(progress=True, check_hash=True)
-            state = tensors_in(state, cached)
-        except DAMAGED as error:
-            damaged = f"{cached} is damaged, remove it" if cached.is_file() else error
-            raise InputError(
-                f"the ImageNet weights of VGG16 could not be had ({damaged}): give a downloaded "
-                f"{IMAGENET_FILE} with --weights FILE."
-            ) from error
-        finally:
-            socket.setdefaulttimeout(stall_before)
+        state = download(VGG16_Weights.IMAGENET1K_V1, "VGG16")
         self.trunk.load_state_dict(_trunk_weights(state, "the downloaded VGG16"))
         self.weights_origin = "ImageNet (torchvision IMAGENET1K_V1)"
 
@@ -353,6 +339,26 @@ def tensors_in(state: object, path: Path) -> dict[str, Tensor]:
                 f"{path} holds values that are not finite ({name}): name an earlier checkpoint."
             )
     return state
+
+
+def download(entry: object, network: str) -> dict[str, Tensor]:
+    """The ImageNet weights of a network that an entry of torchvision's tables names.
+
+    InputError if they cannot be had, or what lies in torch's cache is damaged.
+    """
+    cached = Path(torch.hub.get_dir()) / "checkpoints" / entry.url.rsplit("/", 1)[1]
+    stall_before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(DOWNLOAD_STALL_S)
+    try:
+        return tensors_in(entry.get_state_dict(progress=True, check_hash=True), cached)
+    except DAMAGED as error:
+        damaged = f"{cached} is damaged, remove it" if cached.is_file() else error
+        raise InputError(
+            f"the ImageNet weights of {network} could not be had ({damaged}): give a downloaded "
+            f"{cached.name} with --weights FILE."
+        ) from error
+    finally:
+        socket.setdefaulttimeout(stall_before)
 
 
 def _numbers_of_numpy() -> contextlib.AbstractContextManager:

@@ -1,6 +1,5 @@
 """Trunks by name: torchvision's networks cut before their last stages, and where their weights are from."""
 
-import socket
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,12 +8,11 @@ from torch import Tensor, nn
 
 from model import (
     CALIBRATION_CHUNK,
-    DAMAGED,
-    DOWNLOAD_STALL_S,
     DescriptorModel,
     InputError,
     Trunk,
     calibrate_trunk,
+    download,
     progress,
     warn,
 )
@@ -77,17 +75,19 @@ def build_trunk(name: str, weights: str | None = None) -> tuple[nn.Sequential, s
 
     weights: "imagenet" (torchvision's), "none" (random, to be calibrated, with a warning),
     "random" (to be loaded into), a file, or None: ImageNet, and random with a warning where it cannot
-    be had. A trunk that was given weights is `initialized`. InputError if weights that were asked for cannot be had or do not fit.
+    be had. A trunk that was given weights is `initialized`. InputError if weights that were asked for
+    cannot be had or do not fit.
     """
-    from torchvision.models import get_model  # takes a second: not for those who have VGG16
+    from torchvision import models  # takes a second: not for those who have VGG16
 
     backbone = BACKBONES[name]
     with torch.device("meta"):  # the classifiers never take memory
-        network = get_model(backbone.network, weights=None)
+        network = models.get_model(backbone.network, weights=None)
     state, origin = None, "random"
     if weights in (None, "imagenet"):
         try:
-            state = imagenet_weights(backbone.network, backbone.weights)
+            entry = models.get_model_weights(backbone.network)[backbone.weights]
+            state = download(entry, backbone.network)
             origin = f"ImageNet (torchvision {backbone.weights})"
         except InputError as error:
             if weights:
@@ -131,25 +131,6 @@ def _draw_weights(trunk: nn.Module) -> None:
     for name, parameter in trunk.named_parameters():
         if name.endswith("layer_scale"):  # of ConvNeXt's blocks
             nn.init.constant_(parameter, LAYER_SCALE)
-
-
-def imagenet_weights(network: str, name: str) -> dict[str, Tensor]:
-    """torchvision's ImageNet weights of a network. InputError if they cannot be had."""
-    from torchvision.models import get_model_weights
-
-    entry = get_model_weights(network)[name]
-    stall_before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(DOWNLOAD_STALL_S)
-    try:
-        return entry.get_state_dict(progress=True, check_hash=True)
-    except DAMAGED as error:
-        file = entry.url.rsplit("/", 1)[1]
-        raise InputError(
-            f"the ImageNet weights of {network} could not be had ({error}): give a downloaded {file} "
-            "with --weights FILE."
-        ) from error
-    finally:
-        socket.setdefaulttimeout(stall_before)
 
 
 @torch.no_grad()

@@ -13,7 +13,6 @@ from torch import nn
 from torchvision.models import vgg16
 
 from model import (
-    IMAGENET_FILE,
     WARNINGS,
     DescriptorModel,
     InputError,
@@ -261,7 +260,7 @@ def test_a_damaged_download_is_named_and_imagenet_typed_by_hand_fails(
     content, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    cached = tmp_path / "checkpoints" / IMAGENET_FILE
+    cached = tmp_path / "checkpoints" / "vgg16-397923af.pth"
     cached.parent.mkdir()
     cached.write_bytes(content)
     model = NetVLADModel(4)

@@ -357,6 +357,18 @@ def test_random_filters_do_not_answer_to_brightness():
         assert answer.abs().max() < 1e-4 < first.weight.std()
 
 
+def test_a_damaged_download_of_any_backbone_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    entry = torchvision.models.ResNet18_Weights[BACKBONES["resnet18conv4"].weights]
+    cached = tmp_path / "checkpoints" / entry.url.rsplit("/", 1)[1]
+    cached.parent.mkdir()
+    cached.write_bytes(b"half a file")
+    build_trunk("resnet18conv4")
+    assert "RANDOM" in WARNINGS[0] and f"{cached} is damaged" in WARNINGS[0]
+    with pytest.raises(InputError, match=f"give a downloaded {cached.name} with --weights FILE"):
+        build_trunk("resnet18conv4", "imagenet")
+
+
 def test_random_weights_are_said(monkeypatch):
     build_trunk("resnet18conv4", "none")
     assert "RANDOM" in WARNINGS[0]
