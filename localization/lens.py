@@ -14,7 +14,7 @@ from localization.cameras import Camera, turned
 from localization.hypotheses import focal_hypotheses
 from localization.joint import LENS, Polished, Tracks, refine_with_points, with_free_lens
 from localization.scoring import Evidence, epipolar_scores
-from localization.search import MANY_TRACKS, SURE, Answer, Estimate, Search, poses_of
+from localization.search import MANY_TRACKS, Answer, Estimate, Search, poses_of
 
 # A lens is another one when it is off by so much (`_lens_change`) and by so many sigmas; it is refined
 # in so many rounds, or until it stays.
@@ -57,7 +57,7 @@ def with_own_lens(
         search, answer = _turned(search, answer)
         lens = _refined_lens(answer.polished)
         off = _is_other(search.query.camera, lens)
-        sure = answer.settled or _is_confirmed(answer, lens)
+        sure = answer.settled or (answer.supported and _is_told(lens))
         if sure and not off and _usual_shape(search):
             return _with_lens(answer.estimate, search, given)
         off = (
@@ -270,11 +270,9 @@ def _refined_lens(pose: Polished) -> Polished:
     return with_free_lens(lens) if pose.tracks >= MANY_TRACKS else lens
 
 
-def _is_confirmed(answer: Answer, lens: Polished) -> bool:
-    """Whether a sure answer has tracks enough for a lens of its own to show, and to tell the focal length."""
-    known = SAME_LENS_SIGMA * float(lens.lens_sigma[0]) < SAME_LENS
-    many = answer.polished.tracks >= MANY_TRACKS
-    return known and many and answer.estimate.confidence >= SURE
+def _is_told(lens: Polished) -> bool:
+    """Whether the matches tell the focal length well enough for a lens of the query's own to show."""
+    return SAME_LENS_SIGMA * float(lens.lens_sigma[0]) < SAME_LENS
 
 
 def _is_other(given: Camera, lens: Polished, first: int = 0, times: float = 1.0) -> bool:

@@ -79,10 +79,14 @@ class Answer:
     polished: Polished
 
     @property
+    def supported(self) -> bool:
+        """Whether it is sure, and rests on many tracks."""
+        return self.polished.tracks >= MANY_TRACKS and self.estimate.confidence >= SURE
+
+    @property
     def settled(self) -> bool:
         """Whether it is sure, and rests on much that fits: nothing else need be tried."""
-        fits = self.polished.tracks >= MANY_TRACKS and self.polished.fit >= WELL_FIT
-        return fits and self.estimate.confidence >= SURE
+        return self.supported and self.polished.fit >= WELL_FIT
 
 
 @dataclass

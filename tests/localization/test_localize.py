@@ -14,7 +14,7 @@ from localization.fallback import Guess
 from localization.features import Features
 from localization.hypotheses import Hypotheses
 from localization.joint import LENS, Polished, Tracks, finely, refine_with_points
-from localization.lens import _as_far_as, _is_confirmed, _searched_with, _usual_shape, with_own_lens
+from localization.lens import _as_far_as, _is_told, _searched_with, _usual_shape, with_own_lens
 from localization.localize import (
     Estimate,
     Map,
@@ -31,7 +31,7 @@ from localization.localize import (
 from localization.matching import View, mutual_matches
 from localization.refinement import Refined
 from localization.scoring import gather_evidence
-from localization.search import matched, quick_search
+from localization.search import Answer, matched, quick_search
 
 CAMERA = Camera(320.0, 320.0, 320.0, 240.0, 640, 480)
 
@@ -489,8 +489,9 @@ def test_standard_deviations_reach_what_another_lens_explains_as_well():
     [(100, 0.5, 0.004, True), (99, 0.9, 0.004, False), (300, 0.4, 0.004, False), (300, 0.9, 0.006, False)],
 )
 def test_other_lenses_are_looked_for_until_the_given_one_is_confirmed(tracks, confidence, sigma, confirmed):
-    answer = SimpleNamespace(polished=SimpleNamespace(tracks=tracks), estimate=SimpleNamespace(confidence=confidence))
-    assert _is_confirmed(answer, SimpleNamespace(lens_sigma=torch.tensor([sigma, 0.1]))) == confirmed
+    answer = Answer(SimpleNamespace(confidence=confidence), SimpleNamespace(tracks=tracks, fit=0.0))
+    told = _is_told(SimpleNamespace(lens_sigma=torch.tensor([sigma, 0.1])))
+    assert (answer.supported and told) == confirmed and not answer.settled
 
 
 def test_versions_of_one_picture_do_not_help_each_other(random_world, random_poses):
