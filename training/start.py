@@ -47,7 +47,7 @@ def _evenly_spaced(rows: range, most: int) -> np.ndarray:
 def whiten_last(model: DescriptorModel, images: Tensor) -> None:
     """Fold into the trunk's last convolution what makes its outputs uncorrelated, of unit variance.
 
-    images: (N, 3, H, W), on the model's device, some 200. W = ((1 - s) C + s mean(eig C) I)^(-1/2)
+    images: (N, 3, H, W), or what the stages below `first_trained` made of them, some 200. W = ((1 - s) C + s mean(eig C) I)^(-1/2)
     with C the covariance of the outputs over all locations, s SHRINKAGE: w <- W w, b <- W (b - mean).
     """
     count, total, square = 0, 0.0, 0.0
@@ -86,14 +86,21 @@ def choose_start(
     utm_query, utm_index = data.utm_query[queries], data.utm_index[index]
     positives = positives_within(utm_query, utm_index, data.threshold)
     model.to(device, memory_format=torch.channels_last).eval()
-    ranks, trunks = {}, {}
-    for name, prepare in STARTS.items():
+    last = max(i for i, stage in enumerate(model.trunk) if isinstance(stage, nn.Conv2d))
+    ranks, trunks, maps = {}, {}, None  # maps: what the trunk makes of the images below `last`
+    for name, (calibrated, whitened) in STARTS.items():
         candidate = copy.deepcopy(model)
-        prepare(candidate, images[len(queries) :])
-        initialize_netvlad(candidate, images[len(queries) :].split(BATCH), device, seed=seed)
-        batches = progress(images.split(BATCH), desc=name, unit="batch")
-        found = torch.cat([describe(candidate, batch, device).cpu() for batch in batches]).numpy()
-        similarity = found[: len(queries)] @ found[len(queries) :].T
+        if calibrated:
+            rows = _evenly_spaced(range(len(queries), len(images)), CALIBRATION_IMAGES)
+            calibrate_trunk(candidate, images[rows])
+        candidate.first_trained = last
+        if calibrated or maps is None:
+            maps = _below(candidate, images, name)
+        if whitened:
+            whiten_last(candidate, maps[len(queries) :])
+        initialize_netvlad(candidate, maps[len(queries) :].split(BATCH), device, seed=seed)
+        found = torch.cat([describe(candidate, batch, device).cpu() for batch in maps.split(BATCH)])
+        similarity = (found[: len(queries)] @ found[len(queries) :].T).numpy()
         ranks[name] = np.array([reciprocal_rank(*pair) for pair in zip(similarity, positives)])
         trunks[name] = candidate.trunk.state_dict()
     best = max(ranks, key=lambda name: ranks[name].mean())
@@ -109,17 +116,20 @@ def choose_start(
     return f"{line}. Taken: {best}."
 
 
-def _calibrated(model: DescriptorModel, images: Tensor) -> None:
-    rows = torch.linspace(0, len(images) - 1, min(CALIBRATION_IMAGES, len(images))).long()
-    calibrate_trunk(model, images[rows])
-    whiten_last(model, images)
-
-
+# Of each start: whether all convolutions are rescaled, and whether the last one's outputs are whitened.
 STARTS = {
-    "as they are": lambda model, images: None,
-    "last convolution whitened": whiten_last,
-    "all convolutions calibrated, the last whitened": _calibrated,
+    "as they are": (False, False),
+    "last convolution whitened": (False, True),
+    "all convolutions calibrated, the last whitened": (True, True),
 }
+
+
+def _below(model: DescriptorModel, images: Tensor, name: str) -> Tensor:
+    """What the stages below `model.first_trained` make of images."""
+    batches = progress(images.split(BATCH), desc=name, unit="batch")
+    with torch.inference_mode(), model.autocast(images.device):
+        parts = [model.frozen_part(x.contiguous(memory_format=torch.channels_last)) for x in batches]
+    return torch.cat(parts)
 
 
 def _some_places(data: LoadDataset | FolderSplit) -> tuple[np.ndarray, np.ndarray]:

@@ -62,7 +62,8 @@ def test_the_start_is_chosen_by_what_each_candidate_ranks(pittsburgh, monkeypatc
     def spoil(model: DescriptorModel, images: torch.Tensor) -> None:
         model.trunk[2].weight.data.zero_()
 
-    monkeypatch.setattr(start, "STARTS", {"as they are": lambda m, x: None, "spoiled": spoil})
+    monkeypatch.setattr(start, "whiten_last", spoil)
+    monkeypatch.setattr(start, "STARTS", {"as they are": (False, False), "spoiled": (False, True)})
     data, model = read_split(pittsburgh, "train"), a_model()
     assert choose_start(model, data, torch.device("cpu"), seed=0).endswith("Taken: as they are.")
     assert model.trunk[2].weight.abs().max() > 0 and model.weights_origin == "random"
