@@ -396,11 +396,9 @@ def announce(
         print(f"{tuples.dropped} training queries without an index image in {radius} are left out.")
     print(f"{args.epochs} epochs of {len(tuples)} steps at most on {inputs['train'].device}.")
     if inputs["train"].model.first_trained:
-        mirrored = tuples.few and args.epochs > 1
         each = inputs["train"].bytes_each()
         sizes = [each * len(images) for images in inputs.values()]
-        room = store.fits(*sizes[:1], *(sizes[:1] if mirrored else []), *sizes[1:])
-        print(f"The frozen trunk's outputs are kept in {room}.")
+        print(f"The frozen trunk's outputs are kept in {store.fits(*sizes)}.")
 
 
 def finish(output: Path, checkpoint: Path, section: dict, rows: list[figures.GalleryRow]) -> None:

@@ -1,7 +1,7 @@
 """Which tuples (query, positive, negatives) are trained on: random ones, or the hardest.
 
 Hard negatives are looked for as in the NetVLAD paper, section 4 and appendix A, with descriptors of
-the model as it is.
+the model as it is; a tuple takes a few of them.
 """
 
 import math
@@ -19,11 +19,12 @@ from training.distributed import from_first, rank_and_world
 from training.inputs import Inputs
 
 NEGATIVES = {"hard": 2, "random": 1}  # a tuple
-FEW_QUERIES = 1000  # up to so many, index images are queries too and epochs are mirrored
+HARDEST = 10  # of a query, among which its negatives are drawn, and which join its next pool
+JOINING = 2  # index images for each query that are queries too, where those are few
+FEW_QUERIES = 1000  # up to so many, index images are queries too and every second epoch is flipped
 POSITIVE_RADIUS = 0.4  # potential positives lie within this share of posDistThr
 SAME_POSITION_M = 1.0  # views from one position show the same pixels: nothing to learn
 POOL = 1000  # random index images among which hard negatives are looked for
-REMEMBERED = 10  # hardest negatives of a query that join its next pool
 REFRESH_QUERIES = 1000  # after so many, and at the start of each epoch, descriptors are made anew
 
 
@@ -60,8 +61,11 @@ class TupleLoader:
 
     A query without an index image within POSITIVE_RADIUS is dropped; its nearest image may look
     anywhere. An index image's positives were taken from another position than it.
-    Few queries would be learned by heart. So up to FEW_QUERIES, with hard negatives, as many index
-    images, other ones in each epoch, are queries too, and every second epoch takes the mirror images.
+    Few queries would be learned by heart. So up to FEW_QUERIES, with hard negatives, JOINING times as
+    many index images, other ones in each epoch, are queries too, and every second epoch flips its inputs
+    from left to right (what a frozen part made of the images, not these: it costs nothing, and served as
+    well). Hard negatives are drawn among the HARDEST: the very hardest are often one place, again and
+    again.
     Steps are filled with tuples that have something to teach. Every draw is keyed by the seed, the
     epoch and the query's place in it, so an epoch can be taken up at any step.
     """
@@ -93,13 +97,12 @@ class TupleLoader:
         self.near_held_out[np.concatenate([np.zeros(0, int), *held_out_places])] = True
         self.can_join = self.possible_index_queries()
         self.few = mining == "hard" and len(self.rows) <= FEW_QUERIES
-        self.joining = min(len(self.rows), len(self.can_join)) if self.few else 0
-        self.remembered = np.full((len(self.utm), REMEMBERED), -1)
+        self.joining = min(JOINING * len(self.rows), len(self.can_join)) if self.few else 0
+        self.remembered = np.full((len(self.utm), HARDEST), -1)
         self.window = Tuples.zeros(0, NEGATIVES[mining])  # mined and not yet trained on
         self.window_step = 0  # the step that begins with the first of them
         self.mined = 0  # queries of the epoch that were mined
         self.index_descriptors: np.ndarray | None = None
-        self.mirrored = False  # whether inputs are of mirror images at the moment
 
     def positives_of(self, row: int) -> np.ndarray:
         """Potential positives of a row of the inputs: index images near it, none of its position."""
@@ -130,7 +133,7 @@ class TupleLoader:
         rng = np.random.default_rng([self.seed, number])
         joining = rng.choice(self.can_join, self.joining, replace=False)
         order = rng.permutation(np.concatenate([self.rows, joining]))
-        self.use_mirrored(self.few and number % 2 == 0)
+        flipped = self.few and number % 2 == 0
         if not done:
             self.window, self.window_step, self.mined = self.window[:0], 0, 0
         step = done
@@ -145,7 +148,7 @@ class TupleLoader:
                 model.train()
             if self.waiting(step) <= 0:
                 return
-            yield self.fetch(_own_share(self.in_step(step)))
+            yield self.fetch(_own_share(self.in_step(step)), flipped)
             step += 1
 
     def waiting(self, step: int) -> int:
@@ -177,7 +180,6 @@ class TupleLoader:
         After them those of the index images near a held-out query, each ranking the index images of
         other positions: they are several times as many, so that chance decides less which epoch is best.
         """
-        self.use_mirrored(False)
         data = self.data
         index = self.describe_index(model)
         near = np.flatnonzero(self.near_held_out)
@@ -213,21 +215,16 @@ class TupleLoader:
         begin = (step - self.window_step) * self.batch_size
         return self.window[begin : begin + self.batch_size]
 
-    def fetch(self, tuples: Tuples) -> list[Tensor]:
-        """Inputs of tuples: q (B, …), p (B, …), n (B, N, …)."""
+    def fetch(self, tuples: Tuples, flipped: bool = False) -> list[Tensor]:
+        """Inputs of tuples, from left to right or `flipped`: q (B, …), p (B, …), n (B, N, …)."""
         if not len(tuples):
             return []
         positives, negatives = (self.first_index + t for t in (tuples.positives, tuples.negatives))
         rows = np.concatenate([tuples.queries, positives, negatives.ravel()])
-        inputs = self.inputs.take(rows, self.mirrored)
+        inputs = self.inputs.take(rows)
+        inputs = inputs.flip(-1) if flipped else inputs
         q, p, n = inputs.split([len(tuples), len(positives), negatives.size])
         return [q, p, n.unflatten(0, negatives.shape)]
-
-    def use_mirrored(self, mirrored: bool) -> None:
-        """Take inputs of the images, or of their mirror images, from now on."""
-        if mirrored != self.mirrored:
-            self.forget_descriptors()
-        self.mirrored = mirrored
 
     def forget_descriptors(self) -> None:
         """To be called where the model has changed, or is about to."""
@@ -237,12 +234,8 @@ class TupleLoader:
         """Descriptors of all index images, kept until `forget_descriptors`."""
         if self.index_descriptors is None:
             rows = np.arange(self.first_index, len(self.utm))
-            self.index_descriptors = self.describe(model, rows, "index images")
+            self.index_descriptors = self.inputs.describe(model, rows, "index images")
         return self.index_descriptors
-
-    def describe(self, model: DescriptorModel, rows: np.ndarray, what: str) -> np.ndarray:
-        """Descriptors (n, D) of rows of the (mirrored) inputs."""
-        return self.inputs.describe(model, rows, what, self.mirrored)
 
     def draw(
         self, model: DescriptorModel, queries: np.ndarray, key: list[int], all_of_them: bool = False
@@ -274,7 +267,7 @@ class TupleLoader:
         similarity = np.empty((len(queries), len(index)), np.float32)
         similarity[of_index] = self.products(index[queries[of_index] - self.first_index], index)
         if not of_index.all():
-            described = self.describe(model, queries[~of_index], "queries")
+            described = self.inputs.describe(model, queries[~of_index], "queries")
             similarity[~of_index] = self.products(described, index)
         return similarity
 
@@ -291,17 +284,19 @@ class TupleLoader:
         rng: np.random.Generator,
         all_of_them: bool,
     ) -> bool:
-        """Fill in the i-th tuple, the nearest potential positive, the hardest negatives; -> if to use it."""
+        """Fill in the i-th tuple: nearest potential positive, some of the hardest negatives; -> if to use it."""
         query, data = found.queries[i], self.data
         far = np.flatnonzero(np.hypot(*(data.utm_index - self.utm[query]).T) > data.threshold)
         near = self.positives[query]
         before = self.remembered[query]
-        hardest = hardest_negatives(similarity, far, before[before >= 0], POOL, rng)
-        self.remembered[query, : len(hardest)] = hardest[:REMEMBERED]
+        hardest = hardest_negatives(similarity, far, before[before >= 0], POOL, rng)[:HARDEST]
+        self.remembered[query, : len(hardest)] = hardest
         if not len(hardest) or not len(near):
             return False
         found.positives[i] = near[similarity[near].argmax()]
-        found.negatives[i] = np.resize(hardest, found.negatives.shape[1])
+        count = found.negatives.shape[1]
+        drawn = rng.choice(hardest, min(count, len(hardest)), replace=False)
+        found.negatives[i] = np.resize(drawn, count)
         positive, negatives = similarity[found.positives[i]], similarity[found.negatives[i]]
         return all_of_them or bool(violates(positive, negatives, self.margin).any())
 
@@ -359,7 +354,6 @@ class HeldOutTuples:
 
     def __iter__(self) -> Iterator[list[Tensor]]:
         loader = self.loader
-        loader.use_mirrored(False)
         tuples = loader.draw(self.model, self.rows, [0, 0], all_of_them=True)
         for begin in range(0, len(tuples), loader.batch_size):
             yield loader.fetch(tuples[begin : begin + loader.batch_size])

@@ -17,7 +17,14 @@ from training.mining import HeldOutTuples, hardest_negatives, reciprocal_rank, v
 
 @pytest.fixture
 def three_negatives(monkeypatch):
+    """All of the three hardest, so that a tuple does not depend on what is drawn."""
     monkeypatch.setitem(mining_py.NEGATIVES, "hard", 3)
+    monkeypatch.setattr(mining_py, "HARDEST", 3)
+
+
+@pytest.fixture
+def the_two_hardest(monkeypatch):
+    monkeypatch.setattr(mining_py, "HARDEST", 2)
 
 
 def described(model, outputs: torch.Tensor) -> torch.Tensor:
@@ -49,10 +56,27 @@ def test_mined_tuples_are_those_a_plain_loop_finds(three_negatives):
     for epoch in (1, 3):
         for _ in tuples.epoch(model, epoch):
             found = tuples.window
-        assert sorted(found.queries)[:4] == [0, 1, 2, 3] and len(found) == 8
+        assert sorted(found.queries)[:4] == [0, 1, 2, 3] and len(found) == 4 + 8
         assert not {6, 7, 8} & set(found.queries)  # another position is 13 m away
         for query, p, n in zip(found.queries, found.positives, found.negatives):
-            assert (p, list(n)) == by_brute_force(data, similarity, query)
+            positive, hardest = by_brute_force(data, similarity, query)
+            assert p == positive and set(n) == set(hardest)
+
+
+def test_negatives_are_drawn_anew_from_the_hardest_and_from_no_others(monkeypatch):
+    monkeypatch.setattr(mining_py, "HARDEST", 3)
+    data, drawn = places(), {}
+    tuples, model = tuples_of(data, margin=10.0, batch_size=100)
+    every = described(model, data.outputs)
+    similarity = (every @ every[6:].T).numpy()
+    for epoch in range(1, 40, 2):
+        list(tuples.epoch(model, epoch))
+        for query, n in zip(tuples.window.queries, tuples.window.negatives):
+            assert len(set(n)) == 2
+            drawn.setdefault(query, set()).add(frozenset(n))
+    for query in range(5):
+        hardest = by_brute_force(data, similarity, query)[1]
+        assert drawn[query] == {frozenset(hardest) - {left} for left in hardest}
 
 
 def test_views_of_pittsburgh_have_positives_of_other_positions_only(pittsburgh):
@@ -68,7 +92,10 @@ def test_views_of_pittsburgh_have_positives_of_other_positions_only(pittsburgh):
     assert tuples.dropped == views  # of the query panorama that is 15 m from its place
 
 
-def test_index_images_are_queries_too_but_not_their_own_positives_nor_near_a_held_out_query():
+def test_index_images_are_queries_too_but_not_their_own_positives_nor_near_a_held_out_query(
+    monkeypatch,
+):
+    monkeypatch.setattr(mining_py, "JOINING", 1)
     data, joined = places(), []
     tuples, model = tuples_of(data, margin=10.0, batch_size=100)
     for epoch in (1, 3):
@@ -102,7 +129,7 @@ def test_a_query_without_negatives_is_skipped_and_few_negatives_repeat(monkeypat
     monkeypatch.setitem(mining_py.NEGATIVES, "hard", 8)
     data = places(2)
     tuples, model = tuples_of(data, margin=10.0)
-    (batch,) = tuples.epoch(model, 1)
+    batch, _ = tuples.epoch(model, 1)
     assert [tuple(part.shape[:2]) for part in batch] == [(2, 512), (2, 512), (2, 8)]
     assert set(tuples.window.negatives.ravel()) == {3, 4, 5}
     data.utm_index[:] = data.utm_query[0]
@@ -110,7 +137,7 @@ def test_a_query_without_negatives_is_skipped_and_few_negatives_repeat(monkeypat
     assert list(tuples.epoch(model, 1)) == []
 
 
-def test_steps_are_filled_with_tuples_that_have_something_to_teach(monkeypatch):
+def test_steps_are_filled_with_tuples_that_have_something_to_teach(the_two_hardest, monkeypatch):
     monkeypatch.setattr(mining_py, "REFRESH_QUERIES", 6)
     data = places(12)
     data.outputs[6:12] = data.outputs[12 + 3 * 6 :: 3][:6]  # these queries are their positives
@@ -172,7 +199,7 @@ def test_random_tuples_keep_the_distances_of_the_assignment():
 
 
 @pytest.mark.parametrize("mining", ["hard", "random"])
-def test_held_out_tuples_are_chosen_as_in_training_and_none_is_skipped(mining):
+def test_held_out_tuples_are_chosen_as_in_training_and_none_is_skipped(mining, the_two_hardest):
     data = places()
     data.outputs[5] = data.outputs[6 + 15]  # nothing to learn from it
     tuples, model = tuples_of(data, margin=0.01, mining=mining)
@@ -192,27 +219,30 @@ def test_held_out_tuples_are_chosen_as_in_training_and_none_is_skipped(mining):
         ]
         if mining == "hard":
             best, hardest = by_brute_force(data, similarity, query)
-            assert rows == [best, *hardest[:2]]
+            assert rows[0] == best and set(rows[1:]) == set(hardest[:2])
         else:
             assert rows[0] // 3 == query != rows[1] // 3
 
 
-def test_every_second_epoch_takes_mirror_images_and_the_judge_never_does():
+def test_every_second_epoch_flips_its_inputs_and_nothing_else_does():
     data = places()
     tuples, model = tuples_of(data, margin=10.0)
-    mirrored = tuples.inputs.cached[True] = data.outputs.flip(0, 3)  # in another order, to tell
     score, _ = tuples.judge(model)
+    held_out = list(HeldOutTuples(tuples, model, np.array([5])))
+    every = described(model, data.outputs)
     for epoch in (1, 2, 3, 4):
         q, p, n = next(tuples.epoch(model, epoch))
-        outputs = data.outputs if epoch % 2 else mirrored
+        outputs = data.outputs if epoch % 2 else data.outputs.flip(3)
         w = tuples.window
         assert torch.equal(q, outputs[w.queries[:2]])
         assert torch.equal(p, outputs[6 + w.positives[:2]])
         assert torch.equal(n, outputs[6 + w.negatives[:2]])
-        every, i = described(model, outputs), int(w.queries[0])
+        i = int(w.queries[0])
         similar = every[6:] @ every[i]
         assert w.positives[0] == max(tuples.positives[i], key=lambda j: similar[j])
         assert torch.equal(tuples.judge(model)[0], score)
+        (batch,) = HeldOutTuples(tuples, model, np.array([5]))
+        assert all(torch.equal(*pair) for pair in zip(batch, held_out[0]))
     plain, model = tuples_of(data, mining="random")
     q, *_ = next(plain.epoch(model, 2))
     assert torch.equal(q, data.outputs[plain.window.queries[:2]])
@@ -263,14 +293,14 @@ def test_descriptors_are_made_anew_for_each_window_of_queries(monkeypatch):
     monkeypatch.setattr(mining_py, "REFRESH_QUERIES", 4)
     tuples, model = tuples_of(places(12), margin=10.0)
     drawn, described = [], []
-    draw, describe = tuples.draw, tuples.describe
+    draw, describe = tuples.draw, tuples.inputs.describe
     tuples.draw = lambda m, queries, key: drawn.append(queries) or draw(m, queries, key)
-    tuples.describe = lambda m, rows, what: described.append(what) or describe(m, rows, what)
-    assert len(list(tuples.epoch(model, 1))) == 11
-    assert [len(queries) for queries in drawn] == [4, 4, 4, 4, 4, 2]
-    assert described.count("index images") == 6
+    tuples.inputs.describe = lambda m, rows, what: described.append(what) or describe(m, rows, what)
+    assert len(list(tuples.epoch(model, 1))) == 17  # of 2 of 11 queries and 22 index images
+    assert [len(queries) for queries in drawn] == [4] * 8 + [1]
+    assert described.count("index images") == 9
     everyone = np.concatenate(drawn)
-    assert sorted(everyone)[:11] == list(range(11)) and len(set(everyone)) == 22
+    assert sorted(everyone)[:11] == list(range(11)) and len(set(everyone)) == 33
 
 
 @pytest.mark.parametrize("mining", ["hard", "random"])
@@ -309,7 +339,7 @@ def test_the_mean_loss_of_an_epoch_is_that_of_the_tuples_used():
         for q, p, n in zip(w.queries, w.positives, w.negatives)
     ]
     assert history[0]["train_loss"] == pytest.approx(float(torch.stack(each).mean()), rel=1e-3)
-    assert history[0]["skipped"] == 10 - len(each)
+    assert history[0]["skipped"] == 15 - len(each)
 
 
 def test_reciprocal_ranks_by_hand_with_others_first_among_equals():
