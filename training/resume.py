@@ -11,6 +11,7 @@ from model import DAMAGED, WARNINGS, DescriptorModel, InputError, described_sett
 from reporting import handin
 
 SAVED = {"settings", "images", "model", "clustered", "origin", "warnings", "training"}  # its keys
+RULES = 2  # by which runs draw and train: raised where one could not go on as it began
 ANY_TIME = {"output", "device", "quiet", "resume"}  # settings that may differ when resuming
 
 
@@ -40,7 +41,7 @@ def resume_settings(
     or argv names another value for a setting, or what was saved is not finite.
     """
     saved = read_saved(args.output)
-    if saved["settings"].keys() != settings_of(args).keys():
+    if (saved["settings"].keys(), saved.get("rules")) != (settings_of(args).keys(), RULES):
         raise InputError(
             f"{args.output / handin.LAST} was saved by another version of base.py: go on with that "
             "version, or begin anew with another --output."
@@ -130,6 +131,7 @@ def saver(
                 origin=model.weights_origin,
                 warnings=list(WARNINGS),
                 settings=settings_of(args),
+                rules=RULES,
             )
         state = {**untrained, "training": training}
         handin.write_or_warn(args.output / handin.LAST, handin.tensors(state))

@@ -9,14 +9,14 @@ import torch
 import base
 from model import InputError
 from reporting.handin import CHECKPOINT, LAST
-from training.resume import SAVED, refuse_to_overwrite, settings_of
+from training.resume import RULES, SAVED, refuse_to_overwrite, settings_of
 
 
-def saved_run(output: Path, training: dict | None = None, **settings) -> None:
+def saved_run(output: Path, training: dict | None = None, rules: int | None = RULES, **settings) -> None:
     """A last.pth as a run with these settings leaves it."""
     settings = settings_of(base.parse(["--output", str(output)])) | settings
     (output / "checkpoints").mkdir(parents=True, exist_ok=True)
-    saved = dict.fromkeys(SAVED) | {"settings": settings, "training": training}
+    saved = dict.fromkeys(SAVED) | {"settings": settings, "training": training, "rules": rules}
     torch.save(saved, output / LAST)
 
 
@@ -59,8 +59,9 @@ def test_what_was_saved_of_a_run_without_numbers_is_named(value, tmp_path):
         base.parse(["--resume", "--output", str(tmp_path)])
 
 
-def test_what_another_version_saved_is_named_as_such(tmp_path):
-    saved_run(tmp_path, a_setting_of_old="x")
+@pytest.mark.parametrize("of_old", [{"a_setting_of_old": "x"}, {"rules": RULES - 1}, {"rules": None}])
+def test_what_another_version_saved_is_named_as_such(of_old, tmp_path):
+    saved_run(tmp_path, **of_old)
     with pytest.raises(InputError, match=r"last\.pth was saved by another version of base\.py"):
         base.parse(["--resume", "--output", str(tmp_path)])
 
