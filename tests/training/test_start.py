@@ -9,8 +9,16 @@ import torch
 from torch import nn
 
 from dataset.lists import read_split
-from model import DescriptorModel, NetVLAD
+from eval import describe, positives_within
+from model import (
+    CALIBRATION_IMAGES,
+    DescriptorModel,
+    NetVLAD,
+    calibrate_trunk,
+    initialize_netvlad,
+)
 from training import start
+from training.mining import reciprocal_rank
 from training.start import choose_start, whiten_last
 
 
@@ -56,6 +64,27 @@ def test_the_start_that_ranks_training_queries_best_is_taken_and_said(pittsburgh
     same = torch.equal(model.trunk[2].weight, before["2.weight"])
     assert same == (best == "as they are")
     assert not model.aggregation.initialized  # its clusters come from all images, later
+
+
+def test_each_start_is_judged_by_descriptors_of_the_whole_network(pittsburgh):
+    """Though the candidates share what lies below their last convolution."""
+    data, device = read_split(pittsburgh, "train"), torch.device("cpu")
+    line = choose_start(a_model(), data, device, seed=0)
+    queries, index = start._some_places(data)
+    rows = [data.queries[int(i)][0] for i in queries], [data.index[int(i)][0] for i in index]
+    pictures, others = map(torch.stack, rows)
+    positives = positives_within(data.utm_query[queries], data.utm_index[index], data.threshold)
+    for name, (calibrated, whitened) in start.STARTS.items():
+        model = a_model()
+        if calibrated:
+            few = np.linspace(0, len(others) - 1, min(CALIBRATION_IMAGES, len(others))).astype(int)
+            calibrate_trunk(model, others[few])
+        if whitened:
+            whiten_last(model, others)
+        initialize_netvlad(model, others.split(start.BATCH), device, seed=0)
+        found = [describe(model.eval(), images, device).numpy() for images in (pictures, others)]
+        ranks = [reciprocal_rank(*pair) for pair in zip(found[0] @ found[1].T, positives)]
+        assert f"{name} {np.mean(ranks):.3f}" in line
 
 
 def test_the_start_is_chosen_by_what_each_candidate_ranks(pittsburgh, monkeypatch):
