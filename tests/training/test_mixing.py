@@ -18,6 +18,7 @@ class Ranking:
     def judge(self, model):
         assert self.fresh  # descriptors of other weights would be ranked
         self.fresh = False
+        self.described = [p.detach().clone() for p in model.parameters()]
         away = [(p - b).abs().max() for p, b in zip(model.parameters(), self.best, strict=True)]
         return -torch.stack(away), {}
 
@@ -42,7 +43,10 @@ def test_the_share_that_ranks_held_out_queries_best_is_taken(share):
     for found, other in zip(model.parameters(), wanted, strict=True):
         torch.testing.assert_close(found, other)
     torch.testing.assert_close(model[1].running_mean, share * mean)
-    assert model[1].num_batches_tracked == 1 and ranking.fresh
+    assert model[1].num_batches_tracked == 1
+    kept = zip(model.parameters(), ranking.described, strict=True)
+    assert ranking.fresh or all(torch.equal(*pair) for pair in kept)  # no descriptors of other weights
+    assert ranking.fresh == (share < 1)  # those of all of the way serve on
     if share == 1:
         assert all(torch.equal(p, t) for p, t in zip(model.parameters(), trained, strict=True))
 
