@@ -20,7 +20,7 @@ from training.inputs import Inputs
 
 NEGATIVES = {"hard": 2, "random": 1}  # a tuple
 HARDEST = 10  # of a query, among which its negatives are drawn, and which join its next pool
-JOINING = 2  # index images for each query that are queries too, where those are few
+JOINING = 4  # index images for each query that are queries too, where those are few
 FEW_QUERIES = 1000  # up to so many, index images are queries too and every second epoch is flipped
 POSITIVE_RADIUS = 0.4  # potential positives lie within this share of posDistThr
 SAME_POSITION_M = 1.0  # views from one position show the same pixels: nothing to learn
