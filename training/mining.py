@@ -20,8 +20,8 @@ from training.inputs import Inputs
 
 NEGATIVES = {"hard": 2, "random": 1}  # a tuple
 HARDEST = 10  # of a query, among which its negatives are drawn, and which join its next pool
-JOINING = 4  # index images for each query that are queries too, where those are few
-FEW_QUERIES = 1000  # up to so many, index images are queries too and every second epoch is flipped
+FEW_QUERIES = 1000  # up to so many, index images join as queries and every second epoch is flipped
+JOINING = 4  # index images at most that join for each query
 POSITIVE_RADIUS = 0.4  # potential positives lie within this share of posDistThr
 SAME_POSITION_M = 1.0  # views from one position show the same pixels: nothing to learn
 POOL = 1000  # random index images among which hard negatives are looked for
@@ -61,9 +61,9 @@ class TupleLoader:
 
     A query without an index image within POSITIVE_RADIUS is dropped; its nearest image may look
     anywhere. An index image's positives were taken from another position than it.
-    Few queries would be learned by heart. So up to FEW_QUERIES, with hard negatives, JOINING times as
-    many index images, other ones in each epoch, are queries too, and every second epoch flips its inputs
-    from left to right (what a frozen part made of the images, not these: it costs nothing, and served as
+    Few queries would be learned by heart. So, with hard negatives, index images join up to FEW_QUERIES
+    in all, JOINING for each query, other ones in each epoch, and every second epoch flips its inputs from
+    left to right (what a frozen part made of the images, not these: it costs nothing, and served as
     well). Hard negatives are drawn among the HARDEST: the very hardest are often one place, again and
     again.
     Steps are filled with tuples that have something to teach. Every draw is keyed by the seed, the
@@ -97,7 +97,8 @@ class TupleLoader:
         self.near_held_out[np.concatenate([np.zeros(0, int), *held_out_places])] = True
         self.can_join = self.possible_index_queries()
         self.few = mining == "hard" and len(self.rows) <= FEW_QUERIES
-        self.joining = min(JOINING * len(self.rows), len(self.can_join)) if self.few else 0
+        most = min(JOINING * len(self.rows), FEW_QUERIES - len(self.rows))
+        self.joining = min(most, len(self.can_join)) if self.few else 0
         self.remembered = np.full((len(self.utm), HARDEST), -1)
         self.window = Tuples.zeros(0, NEGATIVES[mining])  # mined and not yet trained on
         self.window_step = 0  # the step that begins with the first of them

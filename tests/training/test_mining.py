@@ -115,6 +115,14 @@ def test_index_images_are_queries_too_but_not_their_own_positives_nor_near_a_hel
     assert len(plain) == 3 and len(tuples) == 1 and plain.joining == 0
 
 
+@pytest.mark.parametrize(("few", "each", "joining"), [(1000, 4, 10), (1000, 1, 5), (8, 4, 3), (5, 4, 0), (4, 4, 0)])
+def test_index_images_join_up_to_a_number_and_to_one_for_each_query(few, each, joining, monkeypatch):
+    """Five queries, and ten index images that can join."""
+    monkeypatch.setattr(mining_py, "FEW_QUERIES", few)
+    monkeypatch.setattr(mining_py, "JOINING", each)
+    assert tuples_of(places())[0].joining == joining
+
+
 def test_negatives_come_from_the_pool_and_what_was_hard_before():
     similarity = np.arange(100) / 100
     rng = np.random.default_rng(0)
