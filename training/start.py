@@ -47,7 +47,8 @@ def _evenly_spaced(rows: range, most: int) -> np.ndarray:
 def whiten_last(model: DescriptorModel, images: Tensor) -> None:
     """Fold into the trunk's last convolution what makes its outputs uncorrelated, of unit variance.
 
-    images: (N, 3, H, W), or what the stages below `first_trained` made of them, some 200. W = ((1 - s) C + s mean(eig C) I)^(-1/2)
+    images: (N, 3, H, W), or what the stages below `first_trained` made of them, on the model's device,
+    some 200. W = ((1 - s) C + s mean(eig C) I)^(-1/2)
     with C the covariance of the outputs over all locations, s SHRINKAGE: w <- W w, b <- W (b - mean).
     """
     count, total, square = 0, 0.0, 0.0

@@ -116,7 +116,7 @@ def test_index_images_are_queries_too_but_not_their_own_positives_nor_near_a_hel
 
 
 @pytest.mark.parametrize(("few", "each", "joining"), [(1000, 4, 10), (1000, 1, 5), (8, 4, 3), (5, 4, 0), (4, 4, 0)])
-def test_index_images_join_up_to_a_number_and_to_one_for_each_query(few, each, joining, monkeypatch):
+def test_index_images_join_up_to_a_number_and_to_so_many_for_each_query(few, each, joining, monkeypatch):
     """Five queries, and ten index images that can join."""
     monkeypatch.setattr(mining_py, "FEW_QUERIES", few)
     monkeypatch.setattr(mining_py, "JOINING", each)
