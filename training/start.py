@@ -129,7 +129,9 @@ def _below(model: DescriptorModel, images: Tensor, name: str) -> Tensor:
     """What the stages below `model.first_trained` make of images."""
     batches = progress(images.split(BATCH), desc=name, unit="batch")
     with torch.inference_mode(), model.autocast(images.device):
-        parts = [model.frozen_part(x.contiguous(memory_format=torch.channels_last)) for x in batches]
+        parts = [
+            model.frozen_part(x.contiguous(memory_format=torch.channels_last)) for x in batches
+        ]
     return torch.cat(parts)
 
 
