@@ -25,7 +25,7 @@ for mining in ("random", "hard"):
     model.precision = "float32"
     tuples, _ = tuples_of(places(8), model, mining=mining, batch_size=3)
     fetched, fetch = [], tuples.fetch
-    tuples.fetch = lambda t: fetched.append(t.queries.tolist()) or fetch(t)
+    tuples.fetch = lambda t, flipped: fetched.append(t.queries.tolist()) or fetch(t, flipped)
     history = train(
         model, tuples, [], "cpu", epochs=2, objective=RankingLoss(0.5), judge=tuples.judge,
         sum_over_processes=sum_over_processes,
