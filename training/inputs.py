@@ -179,10 +179,8 @@ class Inputs:
             self.store.release(outputs)
         self.cached.clear()
 
-    def describe(
-        self, model: DescriptorModel, rows: Sequence[int], what: str, mirrored: bool = False
-    ) -> np.ndarray:
-        """Descriptors (n, D) of rows, or of their mirror images, in batches bounded by n alone.
+    def describe(self, model: DescriptorModel, rows: Sequence[int], what: str) -> np.ndarray:
+        """Descriptors (n, D) of rows, in batches bounded by n alone.
 
         model: one with the same frozen part; it is left in evaluation mode.
         """
@@ -190,7 +188,7 @@ class Inputs:
         rows = np.asarray(rows)
         batches = shard(len(rows), DESCRIBE_BATCH)
         bar = progress(batches, desc=f"descriptors, {what}", unit="batch")
-        parts = (describe(model, self.take(rows[batch], mirrored), self.device) for batch in bar)
+        parts = (describe(model, self.take(rows[batch]), self.device) for batch in bar)
         found = np.empty((len(rows), model.descriptor_dim), np.float32)
         done = 0
         for part in gather(parts, len(rows), DESCRIBE_BATCH):

@@ -41,7 +41,7 @@ def main() -> None:
     parser.add_argument("--try", nargs="+", default=[], dest="tries", metavar="NAME=VALUE …")
     args = parser.parse_args()
     for values in ["", *args.tries]:
-        changed = {"HARDEST": mining.HARDEST}
+        changed = {"HARDEST": mining.HARDEST}  # patch.multiple wants something
         changed |= {name: int(value) for name, value in (pair.split("=") for pair in values.split())}
         if "NEGATIVES" in changed:
             changed["NEGATIVES"] = {**mining.NEGATIVES, "hard": changed["NEGATIVES"]}
