@@ -12,7 +12,7 @@ result_pose_eval.txt.
 import argparse
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -21,25 +21,24 @@ import torch
 
 from dataset import CAMERA, locate
 from eval import ImageFiles, compute_embeddings, load_image, search
-from localization.atlas import Atlas, build_atlas, kept, key_of
-from localization.cameras import (
-    Camera,
-    Convention,
-    default_camera,
-    parse_convention,
-    poses_from_file,
-    poses_to_file,
-)
+from localization.atlas import Atlas, kept, key_of
+from localization.cameras import Camera, default_camera, parse_convention
 from localization.feature_cache import features_of_files
 from localization.frames import IndoorDataset
-from localization.localize import Estimate, View
+from localization.matching import View
 from localization.scenes import reorder_rows
 from localization.structure import structure_of
-from model import WARNINGS, InputError, choose_device, progress, refuse, warn
+from model import WARNINGS, InputError, choose_device, progress, refuse
 from recognition.recipes import load_any
 from reporting import check, handin, report
+from reporting.answers import answer, print_answers
 from reporting.export import check_exports, write_exports
-from reporting.pose_file import pose_text, poses_tsv, summarize_rows
+from reporting.pose_file import (
+    pose_error,  # noqa: F401, offered from here by contract
+    pose_text,
+    poses_tsv,
+    summarize_rows,
+)
 from reporting.poses import PosedFrames, write_pose_pictures
 from reporting.scene_view import write_scene_views
 from reporting.screen import always_printed, on_screen, phase, print_method_table, versions
@@ -47,20 +46,6 @@ from reporting.screen import always_printed, on_screen, phase, print_method_tabl
 QUERY_SHARE = 0.2
 HERE = Path(__file__).resolve().parent
 CACHE = HERE / ".cache"
-
-
-def pose_error(pose_a: np.ndarray, pose_b: np.ndarray) -> tuple[float, float]:
-    """Distance in meters and angle in degrees of two camera-to-world poses `tx ty tz` + quaternion.
-
-    Both (7,), as they stand in a file; the quaternions may be in any order (the same for both), of
-    any length and sign. The angle is 2 atan2(|v|, |w|) of q_a^-1 q_b, in float64: |w| is |q_a . q_b|
-    and |v| the length of what of q_b is orthogonal to q_a. NaN in, NaN out.
-    """
-    a, b = (np.asarray(pose, dtype=np.float64) for pose in (pose_a, pose_b))
-    q_a, q_b = (pose[3:] / np.linalg.norm(pose[3:]) for pose in (a, b))
-    w = q_a @ q_b
-    angle = 2 * np.arctan2(np.linalg.norm(q_b - w * q_a), abs(w))
-    return float(np.linalg.norm(a[:3] - b[:3])), float(np.degrees(angle))
 
 
 def split_frames(poses: np.ndarray, seed: int) -> tuple[list[int], list[int]]:
@@ -79,53 +64,6 @@ def split_frames(poses: np.ndarray, seed: int) -> tuple[list[int], list[int]]:
 def read_gray(path: Path) -> torch.Tensor:
     """(H, W) float32 in 0..1 of an image file."""
     return torch.from_numpy(np.asarray(load_image(path).convert("L"), dtype=np.float32) / 255)
-
-
-def as_camera_to_world(pose7: np.ndarray, convention: Convention) -> np.ndarray:
-    """(7,) in the same convention but for the direction, which becomes camera to world."""
-    return poses_to_file(*poses_from_file(pose7[None], convention), convention.plain())[0].numpy()
-
-
-def answer(
-    frames: IndoorDataset, query: int, match: int, similarity: float, estimate: Estimate | None,
-    conventions: dict[str, Convention],
-) -> dict:  # fmt: skip
-    """All that is known of one query: its estimate in the scene's own convention, and the errors."""
-    path, scene, _ = frames.frames[query]
-    convention = conventions[scene]
-    retrieved = frames.poses[match]
-    if estimate is None:
-        warn(f"{scene} has no index image left: {path.name} is answered by retrieval from elsewhere.")
-        R, c = poses_from_file(retrieved[None], conventions[frames.frames[match][1]])
-        estimate = Estimate(R[0], c[0], "retrieval", 0, float("nan"), float("nan"), 0.0)
-    lens = estimate.camera
-    pose = poses_to_file(estimate.R_world_from_cam[None], estimate.c_world[None], convention)
-    truth = as_camera_to_world(frames.poses[query], convention)
-    error = pose_error(as_camera_to_world(pose[0].numpy(), convention), truth)
-    alone = pose_error(as_camera_to_world(retrieved, conventions[frames.frames[match][1]]), truth)
-    return {
-        "path": str(path), "scene": scene, "best_match": str(frames.frames[match][0]),
-        "embed_dist": float(np.sqrt(max(0.0, 2 - 2 * similarity))),
-        "error_m": error[0], "error_deg": error[1], "retrieval_m": alone[0], "retrieval_deg": alone[1],
-        "method": estimate.method, "inliers": estimate.inliers, "sigma_m": estimate.sigma_m,
-        "sigma_deg": estimate.sigma_deg, "confidence": estimate.confidence, "pose": pose[0].tolist(),
-        "lens": lens.describe() if lens else None,
-    }  # fmt: skip
-
-
-def tell_poses(rows: list[dict], conventions: dict[str, Convention], file: Path, with_found: bool) -> None:
-    """Print the poses of new images and write them to `file`."""
-    for row in rows:
-        print(
-            f"{row['path']}: in scene {row['scene']}, most like {row['best_match']}\n"
-            f"  {' '.join(f'{v:.6f}' for v in row['pose'])}  ({conventions[row['scene']].describe()})\n"
-            f"  method {row['method']}, {row['inliers']} inliers, standard deviations {row['sigma_m']:.4f} m "
-            f"{row['sigma_deg']:.3f} deg, confidence {row['confidence']:.2f}"
-            + ("" if row["found"] else ": not found, less than --min-confidence")
-            + (f"\n  taken with a lens of its own: {row['lens']}" if row["lens"] else "")
-        )
-    handin.write_text(file, poses_tsv(rows, with_found))
-    print(f"Written: {file}")
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -210,43 +148,6 @@ def look_at(
     return [View(found, default_camera(*size)) for found, size in features], descriptors[readable], readable
 
 
-def make_atlas(
-    frames: IndoorDataset, index: list[int], views: list[View], descriptors: np.ndarray, args: argparse.Namespace,
-    show: Callable,
-) -> Atlas:  # fmt: skip
-    """Cameras and maps from the frames `index`; poses and views get what was found out."""
-    paths, scene_of, _ = zip(*frames.frames)
-    given = Camera(*args.intrinsics, 0, 0) if args.intrinsics else None  # of a size to be found
-    said = parse_convention(args.convention) if args.convention else None
-    return build_atlas(
-        paths, scene_of, frames.poses, views, descriptors, index,
-        {scene: given or files.camera for scene, files in frames.files.items()},
-        {scene: said or files.convention for scene, files in frames.files.items()},
-        [None if given else frames.lens_of(row) for row in range(len(frames))],
-        seed=args.seed, progress=show,
-    )  # fmt: skip
-
-
-def find_poses(
-    atlas: Atlas, frames: IndoorDataset, queries: list[int], views: list[View], descriptors: np.ndarray,
-    args: argparse.Namespace, show: Callable,
-) -> list[Estimate | None]:  # fmt: skip
-    """An estimate for each query, None where its world has no index image; views get their scene's camera."""
-    scene_of = [frames.frames[row][1] for row in queries]
-    for k, (row, scene) in enumerate(zip(queries, scene_of)):
-        views[k] = atlas.calibrations[scene].applied(views[k], None if args.intrinsics else frames.lens_of(row))
-        if args.query_intrinsics:
-            own = views[k].camera
-            lens = Camera(*args.query_intrinsics, own.width, own.height)
-            views[k] = replace(views[k], camera=lens, lens_is_sure=True)
-    estimates = atlas.localize(views, scene_of, descriptors, top_k=args.top_k, seed=args.seed, progress=show)
-    for k, (row, estimate) in enumerate(zip(queries, estimates)):
-        if estimate and estimate.camera:
-            views[k] = replace(views[k], camera=estimate.camera)
-            print(f"{frames.frames[row][0].name} has a lens of its own: {estimate.camera.describe()}.")
-    return estimates
-
-
 @dataclass
 class Task:
     """The frames, the rows of them that are queries and index images, and the map if there is one yet.
@@ -275,6 +176,8 @@ def read_task(args: argparse.Namespace, checkpoint: str) -> Task:
         place, is_sample = (None, False) if args.camera else locate(None, CAMERA)
         root = args.camera or place / "camera"
         frames = IndoorDataset(root, scenes=args.scenes)
+    frames.camera = Camera(*args.intrinsics, 0, 0) if args.intrinsics else None
+    frames.convention = parse_convention(args.convention) if args.convention else None
     queries: list[int] = []
     if args.query:
         index = np.flatnonzero(~np.isnan(frames.poses).any(axis=1)).tolist()
@@ -324,7 +227,7 @@ def localize(
             if not task.index:
                 raise InputError(f"no index image of {' '.join(frames.scenes)} can be read: replace them.")
             with phase("map", seconds):
-                task.atlas = make_atlas(frames, task.index, views, descriptors, args, show)
+                task.atlas = frames.atlas(task.index, views, descriptors, seed=args.seed, progress=show)
             task.atlas.key, task.atlas.checkpoint = task.key, checkpoint
             if task.file and task.key and len(readable) == len(looked):
                 task.atlas.keep(task.file)
@@ -334,18 +237,15 @@ def localize(
             frames.place_queries(task.queries, task.index, best)
         task.atlas.tell()
         with phase("poses", seconds):
-            estimates = find_poses(task.atlas, frames, task.queries, views, descriptors, args, show)
-    conventions = conventions_of(task.atlas)
+            estimates = frames.localize(
+                task.queries, task.atlas, views, descriptors, args.query_intrinsics,
+                top_k=args.top_k, seed=args.seed, progress=show,
+            )  # fmt: skip
     answers = [
-        answer(frames, query, task.index[b], float(s), estimate, conventions)
+        answer(frames, query, task.index[b], float(s), estimate, task.atlas.conventions)
         for query, b, s, estimate in zip(task.queries, best[:, 0], similarity[:, 0], estimates)
     ]
     return [{**row, "found": row["confidence"] >= args.min_confidence} for row in answers], views
-
-
-def conventions_of(atlas: Atlas) -> dict[str, Convention]:
-    """How the poses of each scene are written."""
-    return {scene: calibration.convention for scene, calibration in atlas.calibrations.items()}
 
 
 def run(args: argparse.Namespace) -> None:
@@ -367,10 +267,12 @@ def run(args: argparse.Namespace) -> None:
     views = dict(zip([*index, *queries], [*atlas.views, *views]))
     maps = [([index[k] for k in world.rows], world.map.views, world.map.points) for world in atlas.worlds]
     points = {row: of_view for numbers, _, of_views in maps for row, of_view in zip(numbers, of_views)}
-    posed = PosedFrames(paths, scenes, frames.poses, views, queries, index, conventions_of(atlas))
+    posed = PosedFrames(paths, scenes, frames.poses, views, queries, index, atlas.conventions)
     if args.query:
         with always_printed():
-            tell_poses(rows, posed.conventions, args.output / "query_poses.tsv", args.min_confidence > 0)
+            print_answers(rows, posed.conventions)
+            handin.write_text(args.output / "query_poses.tsv", poses_tsv(rows, args.min_confidence > 0))
+            print(f"Written: {args.output / 'query_poses.tsv'}")
             export(args, posed, rows, maps, task.root)
         return
     handin.write_text(args.output / "result_pose_eval.txt", pose_text(rows, len(index)))
@@ -394,14 +296,8 @@ def run(args: argparse.Namespace) -> None:
     with always_printed():
         finish(args, section)
         export(args, posed, rows, maps, task.root)
-        mean_m, mean_deg = (known_mean([row[kind] for row in rows]) for kind in ("error_m", "error_deg"))
+        mean_m, mean_deg = (section.get(mean, float("nan")) for mean in ("mean_m", "mean_deg"))
         print(f"Mean Pose Error: {mean_m:.4f}\nMean Rotation Error: {mean_deg:.2f} deg")
-
-
-def known_mean(values: list[float]) -> float:
-    """The mean without NaN; NaN if all are."""
-    known = [value for value in values if np.isfinite(value)]
-    return float(np.mean(known)) if known else float("nan")
 
 
 def export(args: argparse.Namespace, posed: PosedFrames, rows: list[dict], maps: list, root: Path) -> None:

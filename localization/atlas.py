@@ -61,6 +61,11 @@ class Atlas:
     key: str = ""
     checkpoint: str = ""
 
+    @property
+    def conventions(self) -> dict[str, Convention]:
+        """How the poses of each scene are written."""
+        return {scene: found.convention for scene, found in self.calibrations.items()}
+
     @classmethod
     def load(cls, file: Path) -> "Atlas":
         """What `keep` wrote; InputError for any other file."""

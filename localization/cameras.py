@@ -365,3 +365,8 @@ def poses_to_file(R_world_from_cam: Tensor, c_world: Tensor, convention: Convent
         q = q.roll(1, dims=-1)
     pose7 = torch.cat([t, q], dim=-1)
     return pose7.roll(-3, dims=-1) if convention.quaternion.endswith(_FIRST) else pose7
+
+
+def as_camera_to_world(pose7: np.ndarray, convention: Convention) -> np.ndarray:
+    """(7,) in the same convention but for the direction, which becomes camera to world."""
+    return poses_to_file(*poses_from_file(pose7[None], convention), convention.plain())[0].numpy()

@@ -1,6 +1,7 @@
 """Task 4's frames: the images of scenes with the rows of their pose files, in one list."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -8,8 +9,10 @@ import torch
 from torch.utils.data import Dataset
 
 from eval import load_image
-from localization.atlas import Atlas
-from localization.cameras import Camera
+from localization.atlas import Atlas, build_atlas
+from localization.cameras import Camera, Convention
+from localization.localize import Estimate
+from localization.matching import View
 from localization.pose_files import SceneFiles, read_scene
 from model import InputError
 
@@ -23,9 +26,13 @@ class IndoorDataset(Dataset):
     the shorter of the two rules. What else is read: localization/pose_files.py. scenes: their names;
     None takes the assignment's four, or all that are there if one of them is missing. transform:
     applied to the RGB image; None leaves it a PIL image. `poses` holds the 7 numbers in float64, NaN
-    where they were removed, `files` what each scene's files say besides.
+    where they were removed, `files` what each scene's files say besides, `camera` and `convention`
+    what was said of all scenes, and counts instead.
     Raises InputError for a scene that is not there, has no image or no readable pose.txt.
     """
+
+    camera: Camera | None = None
+    convention: Convention | None = None
 
     def __init__(
         self, base_dir: Path | str, transform: Callable | None = None,
@@ -72,7 +79,61 @@ class IndoorDataset(Dataset):
     def lens_of(self, row: int) -> Camera | None:
         """The camera of a frame whose scene tells several."""
         path, scene, _ = self.frames[row]
-        return self.files[scene].lenses.get(path) if scene in self.files else None
+        if self.camera or scene not in self.files:
+            return None
+        return self.files[scene].lenses.get(path)
+
+    def atlas(
+        self,
+        index: list[int],
+        views: list[View],
+        descriptors: np.ndarray,
+        *,
+        seed: int,
+        progress: Callable[[str, int, int], None],
+    ) -> Atlas:
+        """Cameras and maps from the rows `index`; poses and views (one a frame) get what is found out."""
+        paths, scene_of, _ = zip(*self.frames)
+        return build_atlas(
+            paths,
+            scene_of,
+            self.poses,
+            views,
+            descriptors,
+            index,
+            {scene: self.camera or files.camera for scene, files in self.files.items()},
+            {scene: self.convention or files.convention for scene, files in self.files.items()},
+            [self.lens_of(row) for row in range(len(self))],
+            seed=seed,
+            progress=progress,
+        )
+
+    def localize(
+        self,
+        queries: Sequence[int],
+        atlas: Atlas,
+        views: list[View],
+        descriptors: np.ndarray,
+        intrinsics: Sequence[float] | None = None,
+        **how,
+    ) -> list[Estimate | None]:
+        """An estimate for each row of `queries`, see `Atlas.localize`; views (one a query) get the cameras
+        they were found to be taken with. intrinsics: fx, fy, cx, cy of all, where these are known.
+        """
+        scene_of = [self.frames[row][1] for row in queries]
+        for k, (row, scene) in enumerate(zip(queries, scene_of)):
+            views[k] = atlas.calibrations[scene].applied(views[k], self.lens_of(row))
+            if intrinsics:
+                own = views[k].camera
+                lens = Camera(*intrinsics, own.width, own.height)
+                views[k] = replace(views[k], camera=lens, lens_is_sure=True)
+        estimates = atlas.localize(views, scene_of, descriptors, **how)
+        for k, (row, estimate) in enumerate(zip(queries, estimates)):
+            if estimate and estimate.camera:
+                views[k] = replace(views[k], camera=estimate.camera)
+                name = self.frames[row][0].name
+                print(f"{name} has a lens of its own: {estimate.camera.describe()}.")
+        return estimates
 
     def keep(self, rows: list[int], *parts: list[int]) -> list[list[int]]:
         """Reduce the data set to these rows; -> the new rows of each of `parts`, as far as they are kept."""

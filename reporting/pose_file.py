@@ -33,6 +33,20 @@ KEYS = ("path", "best_match", "embed_dist", "error_m", "error_deg")  # of an ent
 TSV_HEADER = "path\ttx\tty\ttz\tq1\tq2\tq3\tq4\tmethod\tinliers\tsigma_m\tsigma_deg\tconfidence"
 
 
+def pose_error(pose_a: np.ndarray, pose_b: np.ndarray) -> tuple[float, float]:
+    """Distance in meters and angle in degrees of two camera-to-world poses `tx ty tz` + quaternion.
+
+    Both (7,), as they stand in a file; the quaternions may be in any order (the same for both), of
+    any length and sign. The angle is 2 atan2(|v|, |w|) of q_a^-1 q_b, in float64: |w| is |q_a . q_b|
+    and |v| the length of what of q_b is orthogonal to q_a. NaN in, NaN out.
+    """
+    a, b = (np.asarray(pose, dtype=np.float64) for pose in (pose_a, pose_b))
+    q_a, q_b = (pose[3:] / np.linalg.norm(pose[3:]) for pose in (a, b))
+    w = q_a @ q_b
+    angle = 2 * np.arctan2(np.linalg.norm(q_b - w * q_a), abs(w))
+    return float(np.linalg.norm(a[:3] - b[:3])), float(np.degrees(angle))
+
+
 def pose_text(rows: Sequence[dict], index_count: int) -> str:
     """result_pose_eval.txt of all queries, `rows` as "per_query" in metrics.json; None is nan."""
     blocks = [f"Top-1 retrieval pose evaluation\n(queries={len(rows)}, index={index_count})\n\n"]

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from scipy.spatial.transform import Rotation
 
-from localization.cameras import OPENCV, Convention, poses_to_file
+from localization.cameras import OPENCV, Convention, as_camera_to_world, poses_to_file
 from model import InputError
 from reporting import poses
 from tests.course_driver.tiny_data import write_scene
@@ -44,7 +44,7 @@ def test_world_to_camera_poses_are_compared_as_camera_to_world():
     R = torch.from_numpy(Rotation.random(2, random_state=rng).as_matrix())
     c = torch.tensor([[1.0, 2, 3], [1, 2, 7]], dtype=torch.float64)
     rows = poses_to_file(R, c, convention).numpy()
-    turned = [task4.as_camera_to_world(row, convention) for row in rows]
+    turned = [as_camera_to_world(row, convention) for row in rows]
     assert task4.pose_error(*turned)[0] == pytest.approx(4)
     assert task4.pose_error(*rows)[0] != pytest.approx(4)
 

@@ -66,9 +66,8 @@ def measure(camera: Path, scene: str, count: int, checkpoint: Path, folder: Path
     views, descriptors, _ = task4.look_at(
         paths, [], model, torch.device("cpu"), None, {}, lambda *_: None
     )
-    args = task4.parse([])
     index = [row for row in range(len(frames)) if row not in rows]
-    atlas = task4.make_atlas(frames, index, views, descriptors, args, lambda *_: None)
+    atlas = frames.atlas(index, views, descriptors, seed=42, progress=lambda *_: None)
     calibration, total = atlas.calibrations[scene], np.zeros(4, int)
     for k, (row, name) in enumerate(files.values(), len(frames)):
         view = calibration.applied(views[k])
