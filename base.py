@@ -60,6 +60,7 @@ from training.mining import POSITIVE_RADIUS, HeldOutTuples, TupleLoader
 from training.mixing import keep_best_share
 from training.places import split_by_place
 from training.resume import (
+    digest,
     how_to_resume,
     refuse_to_overwrite,
     resume_settings,
@@ -96,6 +97,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     option(
         "--weights",
+        type=_weights,
         help="of VGG16: imagenet (downloaded), none (random, calibrated), or a file (default: "
         "imagenet, and none where it cannot be had)",
     )
@@ -154,6 +156,10 @@ def not_assigned(args: argparse.Namespace) -> dict[str, str]:
     """The flags, with their values, that make another network than the assignment's."""
     names = {name: getattr(args, name) for name in ASSIGNED}
     return {f"--{name}": value for name, value in names.items() if value != ASSIGNED[name]}
+
+
+def _weights(text: str) -> str:
+    return text.lower() if text.lower() in ("imagenet", "none") else text
 
 
 def _image_size(text: str) -> int:
@@ -215,7 +221,8 @@ def initialize(
 ) -> None:
     """Calibrate random weights, or choose the start of others; frozen outputs of all; clusters."""
     index = range(len(inputs) - len(data.index), len(inputs))
-    if isinstance(model, NetVLADModel) and model.trunk.initialized and not model.initialized:
+    learned = model.trunk.initialized and not model.weights_origin.startswith("random")
+    if isinstance(model, NetVLADModel) and learned and not model.initialized:
         with phase("choosing the start", seconds):
             print(choose_start(model, data, inputs.device, seed))
     if not model.trunk.initialized:
@@ -279,7 +286,8 @@ def run(args: argparse.Namespace) -> None:
         name: Inputs(model, [split.queries, split.index], device, store)
         for name, split in {"train": data, **splits}.items()
     }
-    save = saver(args, model, [len(data.queries), len(data.index)])
+    what = digest(data.queries.paths, data.index.paths, data.utm_query, data.utm_index)
+    save = saver(args, model, [len(data.queries), len(data.index), what])
     tuples = TupleLoader(
         data,
         inputs["train"],
@@ -391,9 +399,21 @@ def announce(
     for name, images in inputs.items():
         queries, index = (len(dataset) for dataset in images.datasets)
         print(f"{name:6s}{queries:6d} queries {index:6d} index images")
+    radius, usual = tuples.radius_m, POSITIVE_RADIUS * tuples.data.threshold
+    if args.epochs and not len(tuples):
+        raise InputError(
+            f"none of the {tuples.dropped} training queries has an index image within {radius:g} m, "
+            "which training needs: look at utmQ and utmDb, or evaluate only (--epochs 0)."
+        )
+    if tuples.mining == "hard" and radius > usual:
+        warn(
+            f"most training queries have no index image within {usual:g} m: those within {radius:g} m "
+            "count as their positives, which may show something else."
+        )
     if tuples.dropped:
-        radius = f"{POSITIVE_RADIUS * tuples.data.threshold:g} m"
-        print(f"{tuples.dropped} training queries without an index image in {radius} are left out.")
+        print(
+            f"{tuples.dropped} training queries without an index image in {radius:g} m are left out."
+        )
     print(f"{args.epochs} epochs of {len(tuples)} steps at most on {inputs['train'].device}.")
     if inputs["train"].model.first_trained:
         each = inputs["train"].bytes_each()
@@ -413,7 +433,8 @@ def finish(output: Path, checkpoint: Path, section: dict, rows: list[figures.Gal
     handin.copy_code(Path(__file__).resolve().parent, output)
     handin.draw_or_warn("the report", lambda: report.write_report(output))
     print(f"Weights: {section['weights']['origin']}. Data: {section['data']['name']}.")
-    print(f"Written: {checkpoint}, {picture}, {output / 'report' / 'report.html'}.")
+    files = (checkpoint, picture, output / "report" / "report.html")
+    print(f"Written: {', '.join(str(file) for file in files if file.is_file())}.")
     for line in check.missing(output):
         print(f"Still missing in {output}: {line}")
 

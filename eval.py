@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib.util
+import os
 import re
 import sys
 from collections import deque
@@ -20,6 +21,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from typing import TextIO
 
 import numpy as np
 import torch
@@ -91,7 +93,8 @@ def load_image(path: Path | str, at_least: int | None = None) -> Image.Image:
         most = f"{2 * Image.MAX_IMAGE_PIXELS / 1e6:.0f} million pixels"
         raise InputError(f"the image {path} has more than {most}: make it smaller.") from None
     except Exception as error:  # Pillow raises all kinds for a damaged file
-        raise InputError(f"the image {path} cannot be read ({error}): replace it.") from error
+        mend = "name the images in it" if os.path.isdir(path) else "replace it"
+        raise InputError(f"the image {path} cannot be read ({error}): {mend}.") from error
 
 
 def to_8_bit(values: np.ndarray) -> np.ndarray:
@@ -283,7 +286,11 @@ def evaluate_recall(
         )
     by_distance = unit_norm is False
     _, ranking = search(queries, database, max(recall_values), device, by_distance)
-    positives = positives_within(np.asarray(utmQ), np.asarray(utmDb), float(posDistThr))
+    utmQ, utmDb, threshold = (np.asarray(value, dtype=float) for value in (utmQ, utmDb, posDistThr))
+    for name, utm, rows in (("utmQ", utmQ, queries), ("utmDb", utmDb, database)):
+        if len(utm) != len(rows):
+            raise InputError(f"{name} has {len(utm)} rows for {len(rows)} images: give a row an image.")
+    positives = positives_within(utmQ, utmDb, threshold.item())
     return print_recall(first_hits(ranking, positives), recall_values)
 
 
@@ -366,7 +373,8 @@ def search_folder(args: argparse.Namespace, load: Callable[[], nn.Module]) -> No
         raise InputError("--query needs --index FOLDER, the images to search in.")
     if args.top_k < 1:
         raise InputError(f"--top-k {args.top_k} names no image: use 1 or more.")
-    if args.picture and args.picture.suffix.lower() not in Image.registered_extensions():
+    written = {ending for ending, kind in Image.registered_extensions().items() if kind in Image.SAVE}
+    if args.picture and args.picture.suffix.lower() not in written:
         raise InputError(f"--picture {args.picture} has no ending of an image: name a .png file.")
     if args.picture and importlib.util.find_spec("reporting") is None:
         raise InputError("--picture needs the program's reporting/ beside eval.py.")
@@ -396,6 +404,32 @@ def search_folder(args: argparse.Namespace, load: Callable[[], nn.Module]) -> No
         ]
         figures.retrieval_picture(args.picture, rows, f"The most similar images in {args.index}")
         print(f"Written: {args.picture}")
+
+
+class Screen:
+    """An output stream that goes on into nowhere where nobody reads it (`| head`) or a disk is full."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self.stream = stream
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        """Write, or forget, `text`."""
+        self._try(lambda: self.stream.write(text))
+        return len(text)
+
+    def flush(self) -> None:
+        """Write what waits to be written."""
+        self._try(self.stream.flush)
+
+    def _try(self, write: Callable[[], object]) -> None:
+        try:
+            write()
+        except OSError:
+            with contextlib.suppress(OSError, ValueError):  # a stream without a file
+                os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -435,14 +469,21 @@ def main(
     if hasattr(sys.stdout, "reconfigure"):  # a path in letters that the console lacks stops nothing
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        if args.query:
-            search_folder(args, lambda: load(args.checkpoint))
-        elif recall_of_lists is None:
-            raise InputError("--split needs the program's recognition/ and dataset/ beside eval.py.")
-        else:
-            recall_of_lists(args)
+        with contextlib.redirect_stdout(Screen(sys.stdout)) as screen:
+            if args.query:
+                search_folder(args, lambda: load(args.checkpoint))
+            elif args.index or args.picture:
+                raise InputError("--index and --picture need --query, the images to look for.")
+            elif recall_of_lists is None:
+                raise InputError("--split needs the program's recognition/ and dataset/ beside eval.py.")
+            else:
+                recall_of_lists(args)
+            screen.flush()
     except InputError as error:
         return refuse("eval.py", error)
+    except KeyboardInterrupt:
+        print("\nInterrupted: nothing was measured.", file=sys.stderr)
+        return 130
     return 0
 
 

@@ -20,6 +20,7 @@ import os
 import pickle
 import re
 import socket
+import struct
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -43,7 +44,12 @@ TRAIN_FROM = {"conv1": 0, "conv2": 5, "conv3": 10, "conv4": 17, "conv5": 24, "ne
 DOWNLOAD_STALL_S = 20
 CACHED_PIXELS = 4 * 224 * 224  # of images that pass a trunk at once on a processor
 # What torch.load raises for a file that is damaged or of another kind.
-DAMAGED = (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError)
+DAMAGED = (
+    OSError, RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError, AssertionError,
+    MemoryError, struct.error, pickle.UnpicklingError,
+)  # fmt: skip
+# What the weights and counts of a checkpoint may be.
+KINDS = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int64, torch.bool)
 CALIBRATION_IMAGES = 48
 CALIBRATION_CHUNK = 8
 KMEANS_DESCRIPTORS = 50_000
@@ -323,8 +329,8 @@ def refuse_what_holds_nothing(path: Path) -> None:
 def tensors_in(state: object, path: Path) -> dict[str, Tensor]:
     """The tensors of what a file holds: a state dict, or one among what a training saved.
 
-    `module.` of nn.DataParallel is dropped from their names. InputError if there are none, or a value
-    is not finite.
+    `module.` of nn.DataParallel and `_orig_mod.` of torch.compile are dropped from their names.
+    InputError if there are none, or a value is not finite or no plain number.
     """
     for key in ("state_dict", "model_state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
@@ -332,8 +338,14 @@ def tensors_in(state: object, path: Path) -> dict[str, Tensor]:
             break
     if not (isinstance(state, dict) and all(isinstance(v, Tensor) for v in state.values())):
         raise InputError(f"{path} holds no plain state dict: name a file of torch.save(state_dict).")
-    state = {re.sub(r"(^|\.)module\.", r"\1", str(name)): v for name, v in state.items()}
+    wrapped = re.compile(r"(^|\.)(?:(?:module|_orig_mod)\.)+")
+    state = {wrapped.sub(r"\1", str(name)): v for name, v in state.items()}
     for name, values in state.items():
+        if values.is_meta or values.layout != torch.strided or values.dtype not in KINDS:
+            kind = "meta" if values.is_meta else values.dtype
+            raise InputError(
+                f"{path} holds no plain numbers ({name} is {kind}): save it in float32 or bfloat16."
+            )
         if not torch.isfinite(values).all():
             raise InputError(
                 f"{path} holds values that are not finite ({name}): name an earlier checkpoint."
@@ -397,7 +409,7 @@ def load_checkpoint(path: Path | str) -> NetVLADModel:
     """
     state = _our_names(_read_state_dict(Path(path)), path)
     centers = state.get("netvlad.centers")
-    if centers is None or centers.dim() != 2:
+    if centers is None or centers.dim() != 2 or not len(centers):
         raise InputError(
             f"{path} is no NetVLAD checkpoint (it has no netvlad.centers): name the "
             "netvlad_final.pth that base.py wrote."
@@ -584,9 +596,9 @@ def choose_device(name: str) -> torch.device:
     torch.backends.cudnn.deterministic = True
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    kind, _, number = name.partition(":")
+    kind, colon, number = name.partition(":")
     count = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
-    if not (number or "0").isdecimal() or int(number or 0) >= count.get(kind, 0):
+    if not (number if colon else "0").isdecimal() or int(number or 0) >= count.get(kind, 0):
         raise InputError(f"--device {name} is not available here: use --device auto.")
     return torch.device(name)
 

@@ -319,13 +319,16 @@ def finish(args: argparse.Namespace, section: dict) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run task 4; 0, or 2 for bad input."""
+    """Run task 4; 0, 2 for bad input, 130 when interrupted."""
     args = parse(argv)
     try:
         with on_screen(args.quiet):
             run(args)
     except InputError as error:
         return refuse("test.py", error)
+    except KeyboardInterrupt:
+        print("\nInterrupted: start again; the features found so far are in .cache/.", file=sys.stderr)
+        return 130
     return 0
 
 

@@ -41,6 +41,7 @@ WARM_UP = 0.1  # share of the steps in which the rate climbs to its peak
 SAVE_SECONDS = 60
 SETTLE_STEPS = 50  # on a GPU the losses are looked at after so many steps: each look waits for it
 STUCK = 0.995  # share of violating triplets
+NO_BATCH = "the training loader gives no batch: give it images, or a smaller batch size."
 COLLAPSED = 0.05  # distance of the loss from the margin, as a share of it
 
 
@@ -254,6 +255,8 @@ def train(
                 checkpoint()
         settle()
         totals = run["totals"]
+        if not (run["step"] or takes_up):
+            raise InputError(NO_BATCH)
         record = {
             "epoch": epoch,
             "train_loss": totals["loss"] / max(1, totals["losses"]),
@@ -473,7 +476,7 @@ def initialize_from_loader(model: DescriptorModel, loader: Iterable, device: tor
 
 
 def _images(loader: Iterable) -> Iterator[Tensor]:
-    """The images of a loader of (q, p, n) batches, up to what k-means asks for."""
+    """The images of a loader of (q, p, n) batches, up to what k-means asks for. InputError if none."""
     enough = KMEANS_DESCRIPTORS // DESCRIPTORS_PER_IMAGE
     gathered = 0
     for batch in loader:
@@ -483,6 +486,8 @@ def _images(loader: Iterable) -> Iterator[Tensor]:
             yield part
             if gathered >= enough:
                 return
+    if not gathered:
+        raise InputError(NO_BATCH)
 
 
 if __name__ == "__main__":

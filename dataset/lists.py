@@ -23,6 +23,7 @@ from model import IMAGE_SIZE, InputError
 # A path that ends like an image, and what may follow it: a label, the other columns of a CSV.
 _ENDING = "|".join(re.escape(suffix) for suffix in IMAGE_SUFFIXES)
 _PATH = re.compile(rf"(.*(?:{_ENDING}))(?:$|[\s,;\"'])", re.IGNORECASE)
+_COLUMN = re.compile(r"^[^\s,;/]+[\s,;]+")  # before the path
 _UNTIL_DATASET = re.compile(r"^(?:.*/)?dataset/")
 
 
@@ -33,8 +34,8 @@ def read_list(
 
     A line is tried as it stands, then under `root_dir`, then under it without its leading
     `dataset/`; `inside_first` tries the last first. Only where none of them is a file, backslashes
-    count as slashes, all before `dataset/` is dropped, and capital letters and Unicode's two ways
-    to write an accent count as equal. Lines that begin with `#`, a header above the paths and what
+    count as slashes, all before `dataset/` and a column before the path are dropped, and capital
+    letters and Unicode's two ways to write an accent count as equal. Lines that begin with `#`, a header above the paths and what
     follows an image's name are passed over. InputError for a missing or empty list.
     """
     disk = _Disk()
@@ -53,8 +54,9 @@ def read_list(
         found = disk.first(tries[-1:] * inside_first + tries)
         if found is None:
             line = line.replace("\\", "/")
-            loose = [("", line), (root, line), (root, _UNTIL_DATASET.sub("", line))]
-            found = disk.first_alike(loose[-1:] * inside_first + loose)
+            for part in (line, _COLUMN.sub("", line)):
+                loose = [("", part), (root, part), (root, _UNTIL_DATASET.sub("", part))]
+                found = found or disk.first_alike(loose[-1:] * inside_first + loose)
         if found is None:
             absent.append(row)
         paths.append(Path(os.path.join(root, inside) if found is None else found))

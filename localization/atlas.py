@@ -218,7 +218,8 @@ def kept(file: Path | None, key: str, named: bool) -> Atlas | None:
         return None
     if atlas.key != key:
         raise InputError(
-            f"{file} is a map of other images or settings: remove it, or name another file."
+            f"{file} is a map of other images or settings: give --query IMAGE, without --camera, to find "
+            "images in it, or name another file to keep a new map."
         )
     touch(file)
     return atlas

@@ -1,5 +1,6 @@
 """Task 4's frames: the images of scenes with the rows of their pose files, in one list."""
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -39,7 +40,7 @@ class IndoorDataset(Dataset):
         scenes: list[str] | None = None,
     ) -> None:  # fmt: skip
         base_dir = Path(base_dir)
-        self.scenes = list(dict.fromkeys(scenes)) if scenes else find_scenes(base_dir)
+        self.scenes = named_scenes(base_dir, scenes) if scenes else find_scenes(base_dir)
         self.transform = transform
         self.frames: list[tuple[Path, str, int]] = []
         self.files: dict[str, SceneFiles] = {}
@@ -161,6 +162,26 @@ def _scenes_in(base_dir: Path) -> list[str]:
         if base_dir.is_dir()
         else []
     )
+
+
+def named_scenes(base_dir: Path, names: Sequence[str]) -> list[str]:
+    """The scenes of these names, each once however it is written: `hall/` and `./hall` are `hall`.
+
+    InputError for a folder that is not below `base_dir`: pictures are named by their scene.
+    """
+    found = {}
+    for name in names:
+        inside = Path(os.path.normpath(name))
+        if inside.is_absolute() and inside.is_relative_to(base_dir.absolute()):
+            inside = inside.relative_to(base_dir.absolute())
+        if inside.is_absolute() or inside.parts[:1] in ((), ("..",)):
+            folder = (base_dir / name).resolve()
+            raise InputError(
+                f"the scene {name} is no folder in {base_dir}: give --camera {folder.parent} "
+                f"--scenes {folder.name}."
+            )
+        found.setdefault((base_dir / inside).resolve(), inside.as_posix())
+    return list(found.values())
 
 
 def find_scenes(base_dir: Path) -> list[str]:

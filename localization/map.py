@@ -126,7 +126,7 @@ def load(file: Path, *kinds: type) -> object:
         ) from error
     except Exception as error:
         raise InputError(
-            f"{file} is no map, or one of another version: remove it or name another file."
+            f"{file} is no map, or one of another version: name another file."
         ) from error
 
 

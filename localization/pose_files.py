@@ -86,10 +86,9 @@ def read_scene(folder: Path) -> SceneFiles:
         else:
             rows = text_rows(file, lines)
     if not any(rows):
-        is_model = convention == COLMAP
-        need = (
-            "has no image: export it again" if is_model else "is empty: a line an image is needed"
-        )
+        need = "has no image: export it again"
+        if convention != COLMAP:
+            need = "has no line of numbers: a line an image is needed, tx ty tz and a quaternion"
         raise InputError(f"{file} {need}.")
     labels = next(row.labels for row in rows if row)
     kept = _by_labels(file, rows, paths) if labels else _by_order(file, rows, paths)

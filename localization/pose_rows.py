@@ -81,7 +81,7 @@ def _words(line: str) -> list[str]:
         return [named[1].lstrip("\"'"), *numbers_in(named[2])]
     if named := _NAME_LAST.fullmatch(line):
         return [*numbers_in(named[1]), named[2]]
-    return numbers_in(line)
+    return numbers_in(re.sub("[\"']", " ", line))
 
 
 def is_number(word: str) -> bool:

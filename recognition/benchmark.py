@@ -24,6 +24,7 @@ from recognition.inference import transform_for
 from recognition.job import Job, Where, report_split, val_judge
 from recognition.objectives import CRITERIA, build_objective
 from training.inputs import Inputs, Store
+from training.resume import digest
 
 RECIPE = "netvlad"
 FLAGS = {"--dataset_name", "--datasets_folder", "--mining", "--criterion"}
@@ -191,12 +192,13 @@ def prepare(
         )
     rows = np.flatnonzero([len(rows) > 0 for rows in val.positives])
     rows = rows[np.linspace(0, len(rows) - 1, min(VAL_LOSS_QUERIES, len(rows))).astype(int)]
+    of_train = train.queries.paths, train.index.paths, train.utm_query, train.utm_index
     return Job(
         tuples,
         build_objective(args.criterion, args.margin),
         val_judge(val, inputs["val"], args.recall_values, SCORED_K),
         start=inputs["train"],
-        images=[len(train), len(train.index)],
+        images=[len(train), len(train.index), digest(*of_train)],
         size=tuple(args.resize),
         val_loader=RandomTriplets(val, inputs["val"], rows, args.train_batch_size, args.seed),
         kept=list(inputs.values()),

@@ -37,6 +37,7 @@ from recognition.flags import above_zero, half_precision_flag, positive, share, 
 from recognition.inference import Plain, framing
 from recognition.job import Job, Judge, Where, judged, report_split, val_judge
 from training.inputs import Inputs, Store
+from training.resume import digest
 
 RECIPE = "cosplace"
 FLAGS = {
@@ -316,7 +317,11 @@ def prepare(
         objective,
         judge,
         start=start,
-        images=[len(data.train), len(data.groups)],
+        images=[
+            len(data.train),
+            len(data.groups),
+            digest(data.train.paths, data.train.utm),
+        ],
         size=(args.image_size, args.image_size),
         kept=kept,
         record={

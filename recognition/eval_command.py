@@ -138,6 +138,8 @@ def read_tests(tests: Mapping[str, Path], args: argparse.Namespace) -> dict[str,
         raise InputError(f"--night_queries {night} names none of the queries' files.")
     if args.pca_dim:
         pca_folder(args, next(iter(tests.values())))
+    if args.save_descriptors and args.save_descriptors.is_dir():
+        raise InputError(f"--save_descriptors {args.save_descriptors} is a folder: name a file.")
     return splits
 
 
@@ -158,12 +160,15 @@ def evaluate(
     split.index.transform = framing(args.resize)
     split.queries.transform = framing(args.resize, args.test_method)
     pipeline, store = Pipeline(for_inference(model, device), args.scales), Store(run)
+    pcas = fit_pcas(pipeline, args, split.folder, device, store) if args.pca_dim else []
     index = describe_images(pipeline, split.index, device, store, args.infer_batch_size)[:, :, 0]
     batch = 1 if args.test_method == "single_query" else args.infer_batch_size
     crops = 5 if args.test_method in OF_CROPS else 1
     queries = describe_images(pipeline, split.queries, device, store, batch, crops)
-    if args.pca_dim:
-        queries, index = reduce(pipeline, queries, index, args, split.folder, device, store)
+    if pcas:
+        queries, index = (
+            np.stack([pca(part) for pca, part in zip(pcas, parts)]) for parts in (queries, index)
+        )
     if args.save_descriptors:
         of_crops = queries[-1] if crops > 1 else queries[-1][:, 0]
         arrays = {"queries": of_crops, "database": index[-1]}
@@ -237,16 +242,10 @@ def draw_found(
     figures.retrieval_picture(picture, rows, f"What was found: {name}")
 
 
-def reduce(
-    pipeline: Pipeline,
-    queries: np.ndarray,
-    index: np.ndarray,
-    args: argparse.Namespace,
-    tested: Path,
-    device: torch.device,
-    store: Store,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Queries (V, nq, C, D) and index (V, nd, D) after a PCA fitted on --pca_dataset_folder."""
+def fit_pcas(
+    pipeline: Pipeline, args: argparse.Namespace, tested: Path, device: torch.device, store: Store
+) -> list[Pca]:
+    """The PCA of --pca_dataset_folder's descriptors, one a variant of the pipeline."""
     folder = pca_folder(args, tested)
     images = FolderImages([folder], framing(args.resize), max(args.resize, default=None))
     if not len(images):
@@ -255,11 +254,7 @@ def reduce(
     chosen = rng.choice(len(images), min(PCA_IMAGES, len(images)), replace=False)
     subset = torch.utils.data.Subset(images, chosen.tolist())
     fitted = describe_images(pipeline, subset, device, store, args.infer_batch_size)[:, :, 0]
-    pcas = [Pca.fit(part, args.pca_dim, args.pca_whiten) for part in fitted]
-    return (
-        np.stack([pca(part) for pca, part in zip(pcas, queries)]),
-        np.stack([pca(part) for pca, part in zip(pcas, index)]),
-    )
+    return [Pca.fit(part, args.pca_dim, args.pca_whiten) for part in fitted]
 
 
 def pca_folder(args: argparse.Namespace, tested: Path) -> Path:

@@ -29,6 +29,7 @@ from recognition.multi_similarity import BASE, MultiSimilarity
 from recognition.places import PlaceBatches
 from recognition.recipes import RECIPES
 from training.inputs import Inputs, Store
+from training.resume import digest
 
 RECIPE = "supervlad"
 FLAGS = {
@@ -207,7 +208,11 @@ def prepare(
         ),
         sum_of_recalls(val_judge(data.val, val, [*args.recall_values, 5], 1)),
         start=start,
-        images=[len(data.train), len(data.train.city_of)],
+        images=[
+            len(data.train),
+            len(data.train.city_of),
+            digest(data.train.names, data.train.place),
+        ],
         size=tuple(args.resize),
         kept=[val],
         record={"dropped_places": data.train.dropped},

@@ -66,6 +66,7 @@ from training.distributed import (
     sum_over_processes,
 )
 from training.inputs import Inputs, Store
+from training.resume import refuse_other_data
 from training.start import calibration_images, choose_start, initialize_clusters
 
 BEST, AVERAGED = "best_model.pth", "averaged_model.pth"
@@ -226,11 +227,8 @@ def run_training(
         model = build(args).to(device, memory_format=torch.channels_last)
     store = Store(run, device=device)
     job = family.prepare(args, data, model, device, store)
-    if args.saved and args.saved["images"] != job.images:
-        raise InputError(
-            f"the run to resume had {args.saved['images']} training queries and database images, now "
-            f"there are {job.images}: bring back its data."
-        )
+    if args.saved:
+        refuse_other_data(args.saved["images"], job.images)
     choose_kept(job.kept, store)
     initialize(model, job, device, args.seed)
     for part in (model, job.objective.to(device)):

@@ -22,7 +22,7 @@ from localization.structure import Structure
 from model import InputError
 from reporting.handin import write_text
 from reporting.pose_file import one_line
-from reporting.poses import PosedFrames, placed, point_colors
+from reporting.poses import PosedFrames, in_file_name, placed, point_colors
 
 FORMATS = ("colmap", "tum", "hloc")
 NOTE = "# Written by test.py --export\n"
@@ -114,7 +114,10 @@ def _targets(name: str, path: str, scenes: Sequence[str]) -> dict[str, Path]:
     target = Path(path)
     if name != "tum" or len(scenes) == 1:
         return {scenes[0]: target}
-    return {scene: target.with_name(f"{target.stem}_{scene}{target.suffix}") for scene in scenes}
+    return {
+        scene: target.with_name(f"{target.stem}_{in_file_name(scene)}{target.suffix}")
+        for scene in scenes
+    }
 
 
 def _is_there(target: Path, is_folder: bool) -> bool:

@@ -263,8 +263,9 @@ def _tile(path: str, right: bool | None, left_text: str, right_text: str) -> c.B
     """A framed photo with two words and its file name beneath; right None: no verdict."""
     border, row = 14, c.SMALL * c.LINE_HEIGHT
     width = (c.INNER + c.GAP // 2) // (MATCHES_SHOWN + 1) - c.GAP // 2
-    photo = c.resized(c.opened(path), width - 2 * border)
+    photo = c.opened(path)
     photo = photo.crop((0, 0, photo.width, min(photo.height, 2 * photo.width)))
+    photo = c.resized(photo, width - 2 * border)
     color = c.INK if right is None else c.RIGHT if right else c.WRONG
     height = photo.height + 2 * border
     tile = c.blank(width, height + 2 * row + 16)

@@ -61,6 +61,8 @@ def check_output(folder: Path) -> None:
             f"cannot read {folder}: {error.strerror}; choose another folder."
         ) from error
     names = [name for name in names if not name.startswith(".") and name not in UNSEEN]
+    if (checkpoint := folder / CHECKPOINT).is_dir():
+        raise InputError(f"{checkpoint} is a folder, where a file is to be: remove or rename it.")
     if names and not _is_ours(folder):
         some = ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
         raise InputError(
@@ -256,7 +258,10 @@ def read_metrics(output: Path) -> dict:
     if not path.exists():
         return {}
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
+        metrics = dict(json.loads(path.read_text(encoding="utf-8")))
+        if wrong := [name for name in SECTIONS if not isinstance(metrics.get(name, {}), dict)]:
+            raise ValueError(f"its {wrong[0]} is no section")
+        return metrics
     except (OSError, ValueError, TypeError) as error:
         raise InputError(f"{path} cannot be read ({error}); delete it and run again.") from error
 

@@ -61,7 +61,8 @@ def write_pose_pictures(
     drawings = [("errors.png", curves, partial(_errors, answers))]
     for scene in dict.fromkeys(frames.scenes):
         caption = f"Scene {scene}: index cameras, true and estimated query cameras."
-        drawings.append((f"poses_{scene}.png", caption, partial(_scene, frames, answers, scene)))
+        name = f"poses_{in_file_name(scene)}.png"
+        drawings.append((name, caption, partial(_scene, frames, answers, scene)))
     drawings += _matches(frames, answers, points)
 
     def drawn(drawing: tuple[str, str, Callable]) -> bool | None:
@@ -82,6 +83,11 @@ def _write(file: Path, draw: Callable[[], Block | None]) -> bool:
     if picture is not None:
         save(file, picture)
     return picture is not None
+
+
+def in_file_name(scene: str) -> str:
+    """A scene as a part of the name of a file, which no folder that it lies in may split."""
+    return scene.replace("/", "_")
 
 
 def earlier_files(output: Path, kind: str) -> list[str]:
@@ -143,9 +149,8 @@ def _matches(
         answer, path = answers[number], Path(answers[number]["path"])
         caption = f"{' and '.join(names).capitalize()} query by {by}: {_verdict(answer)}."
         draw = partial(_match_picture, frames, answers[number], number, caption, points)
-        drawings.append(
-            (f"matches_{frames.scenes[frames.queries[number]]}_{path.stem}.png", caption, draw)
-        )
+        scene = in_file_name(frames.scenes[frames.queries[number]])
+        drawings.append((f"matches_{scene}_{path.stem}.png", caption, draw))
     return drawings
 
 

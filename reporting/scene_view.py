@@ -18,7 +18,7 @@ from localization.matching import View
 from localization.structure import Structure
 from reporting.figures import meters
 from reporting.handin import draw_or_warn, write_text
-from reporting.poses import PosedFrames, earlier_files, placed, point_colors
+from reporting.poses import PosedFrames, earlier_files, in_file_name, placed, point_colors
 
 PAGE = Path(__file__).parent / "scene.html"
 MAX_POINTS = 30_000  # 9 bytes each, 12 as text
@@ -40,7 +40,7 @@ def write_scene_views(
         (folder / old).unlink(missing_ok=True)
     written = []
     for scene in dict.fromkeys(frames.scenes):
-        name = f"scene_{scene}.html"
+        name = f"scene_{in_file_name(scene)}.html"
         draw = partial(_write, folder / name, frames, answers, structure, scene)
         if draw_or_warn(f"report/{name}", draw):
             caption = f"Scene {scene} in space, to be turned: points and cameras"

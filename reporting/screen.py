@@ -13,6 +13,7 @@ import numpy
 import PIL
 import torch
 
+from eval import Screen
 from model import progress
 
 _screen = sys.stdout  # what `always_printed` prints to: the standard output that `on_screen` found
@@ -20,14 +21,15 @@ _screen = sys.stdout  # what `always_printed` prints to: the standard output tha
 
 @contextmanager
 def on_screen(quiet: bool = False) -> Iterator[None]:
-    """What a script runs in: no progress bars where nobody sees them, no character that stops it.
+    """What a script runs in: no progress bars where nobody sees them, and neither a character nor a
+    closed pipe stops it.
 
     quiet: nothing of what is printed appears, nor bars, but for what is printed inside
     `always_printed`; warnings, on stderr, do. A character that the console's encoding lacks is
     printed as an escape.
     """
     global _screen
-    _screen, progress.hidden = sys.stdout, quiet
+    _screen, progress.hidden = Screen(sys.stdout), quiet
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
@@ -39,6 +41,7 @@ def on_screen(quiet: bool = False) -> Iterator[None]:
             yield
     finally:
         progress.hidden = False
+        _screen.flush()
 
 
 @contextmanager

@@ -16,6 +16,7 @@ import base
 from model import load_checkpoint
 from reporting.handin import CHECKPOINT, LAST
 from tests.dataset.places import make_lists
+from training.inputs import Inputs
 
 
 def start(*words: object) -> subprocess.Popen:
@@ -52,8 +53,13 @@ def test_killed_then_resumed_ends_with_the_weights_of_an_unbroken_run(tmp_path):
     truth = np.load(lists[1])
     np.savez(lists[1], utmQ=truth["utmQ"][1:], utmDb=truth["utmDb"], posDistThr=25)
     refused = start("--resume", "--output", outputs[0])
-    assert "had [6, 12] training queries and index images" in refused.communicate()[1]
+    said = "had other training images or positions (6 and 12 of them; now {} and 12)"
+    assert said.format(5) in refused.communicate()[1]
     assert refused.returncode == 2
+    lists[0].write_text("".join(reversed(kept[0].decode().splitlines(keepends=True))))
+    lists[1].write_bytes(kept[1])
+    refused = start("--resume", "--output", outputs[0])
+    assert said.format(6) in refused.communicate()[1]
     for file, content in zip(lists, kept):
         file.write_bytes(content)
 
@@ -135,3 +141,34 @@ def test_parts_of_other_systems_are_trained_on_the_assignment_s_lists(tmp_path):
     assert run_small(tmp_path, *words, "--image-size", 64, "--output", tmp_path / "a") == 0
     state = torch.load(tmp_path / "a" / CHECKPOINT, weights_only=True)
     assert state["aggregation.p"].shape == (1,) and "netvlad.centers" not in state
+
+
+def test_a_run_stopped_before_its_clusters_goes_on_as_an_unbroken_one(tmp_path, monkeypatch, capsys):
+    for split, queries in (("train", 50), ("val", 1)):  # so many that a start could be chosen
+        make_lists(tmp_path / "data", queries, 2 * queries, split)
+    words = ["--dataset", tmp_path / "data", "--weights", "none", "--epochs", 0, "--clusters", 4,
+             "--image-size", 32]  # fmt: skip
+    outputs = tmp_path / "broken", tmp_path / "whole"
+
+    def stop(inputs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as stopped:
+        stopped.setattr(Inputs, "cache", stop)
+        assert base.main([*map(str, words), "--output", str(outputs[0])]) == 130
+    assert base.main(["--resume", "--output", str(outputs[0])]) == 0
+    assert "choosing the start" not in capsys.readouterr().out  # that is for weights that learned
+    assert base.main([*map(str, words), "--output", str(outputs[1])]) == 0
+    first, second = (torch.load(output / CHECKPOINT, weights_only=True) for output in outputs)
+    assert all(torch.equal(first[name], second[name]) for name in second)
+
+
+def test_queries_without_any_index_image_near_cannot_be_trained_on(tmp_path, capsys):
+    make_lists(tmp_path / "data", 4, 8)
+    truth = tmp_path / "data" / "gt/pitts30k_train.npz"
+    arrays = dict(np.load(truth))
+    np.savez(truth, **{**arrays, "utmQ": arrays["utmQ"] + 500})
+    words = ["--weights", "none", "--clusters", 4, "--image-size", 32, "--output", tmp_path / "o"]
+    assert run_small(tmp_path, *words) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert "training queries has an index image within 25 m" in said and "--epochs 0" in said

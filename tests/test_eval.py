@@ -25,7 +25,7 @@ from eval import (
     read_batches,
     search,
 )
-from model import NetVLADModel
+from model import InputError, NetVLADModel
 
 
 class Images(Dataset):
@@ -172,6 +172,13 @@ def test_recall_by_hand_count_with_a_query_that_has_no_positive(capsys):
     found = evaluate_recall(model, images, images, utm_query, utm_index, 25, "cpu", [1, 4])
     assert found == {1: 2, 4: 4}
     assert capsys.readouterr().out == "Recall@1: 2/4 = 50.00%\nRecall@4: 4/4 = 100.00%\n"
+    for threshold in (np.array([[25]]), [25.0]):  # as a file of the course may hold it
+        assert found == evaluate_recall(
+            model, images, images, utm_query, utm_index, threshold, "cpu", [1, 4]
+        )
+    for name, places in (("utmQ", (utm_query[:3], utm_index)), ("utmDb", (utm_query, utm_index[:3]))):
+        with pytest.raises(InputError, match=f"{name} has 3 rows for 4 images"):
+            evaluate_recall(model, images, images, *places, 25, "cpu")
 
 
 ROOT = Path(__file__).parents[1]
@@ -246,6 +253,9 @@ def test_images_are_searched_in_a_folder_without_lists_or_truth(
             "found.png",
         ),
         (["--query", "again.jpg", "--index", "photos", "--picture", "found.xyz"], "xyz"),
+        (["--query", "again.jpg", "--index", "photos", "--picture", "found.psd"], "psd"),
+        (["--query", "photos", "--index", "photos"], "name the images in it"),
+        (["--index", "photos"], "need --query"),
     ],
 )
 def test_bad_input_of_a_search_is_a_sentence(

@@ -200,7 +200,7 @@ def test_auto_takes_cuda_or_the_processor_never_apples_gpu(monkeypatch):
         monkeypatch.setattr(torch.cuda, "device_count", lambda gpus=gpus: gpus)
         assert choose_device("auto").type == expected
     assert choose_device("mps").type == "mps" and choose_device("cuda:1").index == 1
-    for name in ("cuda:2", "cuda:x", "mps:1", "gpu", ""):
+    for name in ("cuda:2", "cuda:x", "mps:1", "cpu:", "gpu", ""):
         with pytest.raises(InputError, match="--device auto"):
             choose_device(name)
 

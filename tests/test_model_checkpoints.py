@@ -48,6 +48,7 @@ def nanne(state: dict) -> dict:
 FORMS = {
     "plain": lambda state: state,
     "DataParallel": lambda state: renamed(state, {"": "module."}),
+    "torch.compile of DataParallel": lambda state: renamed(state, {"": "_orig_mod.module."}),
     "state_dict": lambda state: {"epoch": 3, "state_dict": state},
     "model_state_dict": lambda state: {"model_state_dict": state, "optimizer_state_dict": {}},
     "model": lambda state: {"model": renamed(state, {"": "module."})},
@@ -105,6 +106,11 @@ class Runs:
         return Path.touch, (self.file,)
 
 
+def changed(model, change) -> dict:
+    state = model.state_dict()
+    return {**state, "trunk.2.weight": change(state["trunk.2.weight"])}
+
+
 def spoiled(state: dict, value: float) -> dict:
     weight = state["trunk.2.weight"].clone()
     weight[0, 0, 1, 1] = value
@@ -119,6 +125,16 @@ REFUSED = {
     "code": (lambda model, path: {"a": Runs(path / "ran")}, "holds pickled objects"),
     "nan": (lambda model, _: spoiled(model.state_dict(), np.nan), r"not finite \(trunk.2.weight\)"),
     "inf": (lambda model, _: spoiled(model.state_dict(), np.inf), r"not finite \(trunk.2.weight\)"),
+    "8 bits": (
+        lambda model, _: changed(model, lambda w: torch.quantize_per_tensor(w, 0.1, 0, torch.qint8)),
+        r"no plain numbers \(trunk.2.weight is torch.qint8\)",
+    ),
+    "sparse": (lambda model, _: changed(model, torch.Tensor.to_sparse), "no plain numbers"),
+    "without values": (lambda model, _: changed(model, lambda w: w.to("meta")), "is meta"),
+    "no clusters": (
+        lambda model, _: {**model.state_dict(), "netvlad.centers": torch.zeros(0, 512)},
+        "has no netvlad.centers",
+    ),
     "another network": (lambda *_: torch.nn.Linear(2, 2).state_dict(), "has no netvlad.centers"),
     "a nested dict": (lambda *_: {"state_dict": {"a": {}}}, "holds no plain state dict"),
     "a tensor": (lambda *_: torch.zeros(2), "holds no plain state dict"),

@@ -80,6 +80,24 @@ def test_shorter_of_images_and_poses_rules_and_scene_choice(sample, tmp_path, ca
     assert "not all of P001 P002 P003 P004" in capsys.readouterr().out
     with pytest.raises(InputError, match=f"nowhere.*{scenes[0]}"):
         task4.IndoorDataset(camera, scenes=["nowhere"])
+    (camera / "in").mkdir()
+    (camera / scenes[1]).rename(camera / "in" / "it")
+    same = [scenes[0], f"./{scenes[0]}/", f"{scenes[0]}/../{scenes[0]}", str(camera.absolute() / scenes[0])]
+    frames = task4.IndoorDataset(camera, scenes=[*same, "in//it"])
+    assert frames.scenes == [scenes[0], "in/it"]
+    assert poses.in_file_name("in/it") == "in_it"
+    for outside in ("..", "../camera", str(tmp_path), "."):
+        with pytest.raises(InputError, match=f"{outside} is no folder in .*: give --camera .* --scenes"):
+            task4.IndoorDataset(camera, scenes=[outside])
+
+
+def test_an_interrupted_run_ends_with_a_line(monkeypatch, capsys):
+    def interrupted(args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(task4, "run", interrupted)
+    assert task4.main([]) == 130
+    assert capsys.readouterr().err.startswith("\nInterrupted: ")
 
 
 def test_a_folder_that_is_a_scene_itself_is_told_how_to_name_it(sample):

@@ -361,6 +361,12 @@ def test_a_loss_that_is_no_number_names_the_files():
         train(a_model(), [batch], [], "cpu", epochs=1)
 
 
+def test_a_loader_without_batches_is_refused():
+    for model in (a_model(), NetVLADModel(4, pretrained=False)):
+        with pytest.raises(InputError, match="gives no batch"):
+            train(model, [], [], "cpu", epochs=1)
+
+
 def test_what_goes_wrong_is_named(capsys):
     diagnose = RankingLoss(0.1).diagnose
     assert "collapsed" in diagnose(0.1002, 1.0)

@@ -23,6 +23,7 @@ HARDEST = 10  # of a query, among which its negatives are drawn, and which join 
 FEW_QUERIES = 1000  # up to so many, index images join as queries and every second epoch is flipped
 JOINING = 4  # index images at most that join for each query
 POSITIVE_RADIUS = 0.4  # potential positives lie within this share of posDistThr
+ENOUGH = 0.5  # of the queries must have one, else all within posDistThr are potential positives
 SAME_POSITION_M = 1.0  # views from one position show the same pixels: nothing to learn
 POOL = 1000  # random index images among which hard negatives are looked for
 REFRESH_QUERIES = 1000  # after so many, and at the start of each epoch, descriptors are made anew
@@ -60,7 +61,7 @@ class TupleLoader:
     mining: "random" negatives, or "hard" ones.
 
     A query without an index image within POSITIVE_RADIUS is dropped; its nearest image may look
-    anywhere. An index image's positives were taken from another position than it.
+    anywhere. Where that would leave few, the radius (`radius_m`) is all of posDistThr. An index image's positives were taken from another position than it.
     Few queries would be learned by heart. So, with hard negatives, index images join up to FEW_QUERIES
     in all, JOINING for each query, other ones in each epoch, and every second epoch flips its inputs from
     left to right (what a frozen part made of the images, not these: it costs nothing, and served as
@@ -88,9 +89,14 @@ class TupleLoader:
         self.batch_size, self.seed, self.mining, self.margin = batch_size, seed, mining, margin
         self.first_index = len(data.utm_query)  # row of the first index image in the inputs
         self.utm = np.concatenate([data.utm_query, data.utm_index])
-        self.positives = [self.positives_of(row) for row in range(len(self.utm))]
+        for share in (POSITIVE_RADIUS, 1.0):
+            self.radius_m = share * data.threshold
+            self.positives = [self.positives_of(row) for row in range(len(self.utm))]
+            have_one = np.array([len(self.positives[row]) > 0 for row in rows], bool)
+            if have_one.sum() >= ENOUGH * len(rows):
+                break
         if mining == "hard":
-            self.rows = rows[[len(self.positives[row]) > 0 for row in rows]]
+            self.rows = rows[have_one]
         self.dropped = len(rows) - len(self.rows)
         held_out_places = positives_within(data.utm_query[held_out], data.utm_index, data.threshold)
         self.near_held_out = np.zeros(len(data.utm_index), dtype=bool)
@@ -108,7 +114,7 @@ class TupleLoader:
     def positives_of(self, row: int) -> np.ndarray:
         """Potential positives of a row of the inputs: index images near it, none of its position."""
         distance = np.hypot(*(self.data.utm_index - self.utm[row]).T)
-        near = distance <= POSITIVE_RADIUS * self.data.threshold
+        near = distance <= self.radius_m
         if row >= self.first_index:
             near &= distance > SAME_POSITION_M
         return np.flatnonzero(near)

@@ -2,16 +2,18 @@
 
 import argparse
 import shlex
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from model import DAMAGED, WARNINGS, DescriptorModel, InputError, described_settings
 from reporting import handin
 
 SAVED = {"settings", "images", "model", "clustered", "origin", "warnings", "training"}  # its keys
-RULES = 2  # by which runs draw and train: raised where one could not go on as it began
+RULES = 3  # by which runs draw and train: raised where one could not go on as it began
 ANY_TIME = {"output", "device", "quiet", "resume"}  # settings that may differ when resuming
 
 
@@ -112,14 +114,10 @@ def saver(
 ) -> Callable[[dict | None], None]:
     """A function that writes what --resume needs: the untrained model, or the state of its training.
 
-    images: how many training queries and index images there are. InputError if the run that is
-    resumed had another number.
+    images: how many training queries and index images there are, and their `digest`.
     """
-    if args.saved and args.saved["images"] != images:
-        raise InputError(
-            f"the run to resume had {args.saved['images']} training queries and index images, now "
-            f"there are {images}: bring back its data, or begin anew with another --output."
-        )
+    if args.saved:
+        refuse_other_data(args.saved["images"], images)
     untrained = {k: v for k, v in (args.saved or {}).items() if k != "training"}
 
     def save(training: dict | None = None) -> None:
@@ -139,6 +137,31 @@ def saver(
             handin.write_log(args.output, training["history"])
 
     return save
+
+
+def digest(*parts: Iterable[Path | str] | np.ndarray) -> int:
+    """A number that tells lists of files, wherever they lie, and arrays from others."""
+    found = 0
+    for part in parts:
+        is_array = isinstance(part, np.ndarray)
+        data = part.tobytes() if is_array else "\n".join(Path(p).name for p in part).encode()
+        found = zlib.crc32(data, found)
+    return found
+
+
+def refuse_other_data(saved: list[int], now: list[int]) -> None:
+    """InputError if a run to resume had other numbers of training images, or another digest of them."""
+    if len(saved) < len(now):
+        raise InputError(
+            "the run to resume is of another version of this program: go on with that version, or "
+            "begin anew."
+        )
+    if saved != now:
+        had, have = (" and ".join(map(str, numbers[:-1])) for numbers in (saved, now))
+        raise InputError(
+            f"the run to resume had other training images or positions ({had} of them; now {have}): "
+            "bring back its data, or begin anew."
+        )
 
 
 def how_to_resume(args: argparse.Namespace | None) -> str:

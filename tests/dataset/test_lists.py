@@ -157,6 +157,8 @@ FORMS: dict[str, Callable[[Path], None]] = {
         root, lambda v: ["image_path,east", *(f"{x},1.5" for x in v)]
     ),
     "a label after the path": lambda root: edit(root, each(lambda line: f"{line} 0")),
+    "a number before the path": lambda root: edit(root, each(lambda line: f"0 {line}")),
+    "CSV with a number before the path": lambda root: edit(root, each(lambda line: f"12,{line}")),
     "quotes": lambda root: edit(root, each(lambda line: f'"{line}",7')),
     "backslashes and a mark": lambda root: edit(
         root, each(lambda line: line.replace("/", "\\") + "\r"), "utf-8-sig"

@@ -76,6 +76,9 @@ FORMS: dict[str, Callable[[Path], None]] = {
     "comment lines and ends of lines": lambda folder: write(
         folder, ["# tx ty tz qx qy qz qw", *(f"{line} # seen" for line in LINES)]
     ),
+    "quotes": lambda folder: write(
+        folder, ['"' + line.replace(" ", '","') + '"' for line in LINES]
+    ),
     "commas": lambda folder: write(folder, [line.replace(" ", ", ") for line in LINES]),
     "semicolons, tabs, brackets": lambda folder: write(
         folder, [f"[{line}]".replace(" ", ";\t") for line in LINES]

@@ -59,8 +59,9 @@ BAD_FILES = {
     ),
     "matrices by columns": ([words(m.T.ravel()) for m in MATRICES], "line 1.*by rows"),
     "blocks cut short": ([words(r) for m in MATRICES for r in m][:-1], "23 rows of four"),
-    "nothing": ([], "is empty"),
-    "comments": (["# tx ty tz"], "is empty"),
+    "nothing": ([], "has no line of numbers"),
+    "comments": (["# tx ty tz"], "has no line of numbers"),
+    "numbers with names": (["tx=1 ty=2 tz=3 qx=0 qy=0 qz=0 qw=1"] * COUNT, "has no line of numbers"),
 }
 
 

@@ -49,6 +49,13 @@ def test_a_folder_with_foreign_files_is_refused_untouched(tmp_path, files):
     assert everything_in(tmp_path) == before
 
 
+def test_a_folder_in_the_checkpoint_s_place_is_refused_before_the_run(tmp_path):
+    handin.claim_output(tmp_path)
+    (tmp_path / handin.CHECKPOINT).mkdir(parents=True)
+    with pytest.raises(InputError, match=r"netvlad_final\.pth is a folder"):
+        handin.check_output(tmp_path)
+
+
 @pytest.mark.parametrize("hidden", [(), (".DS_Store",), ("Thumbs.db", "desktop.ini")])
 def test_a_new_or_empty_folder_is_claimed_and_stays_ours(tmp_path, hidden):
     for name in hidden:
@@ -216,8 +223,9 @@ def test_sections_of_another_checkpoint_are_stale_until_it_is_theirs_again(tmp_p
     assert "stale" not in metrics["base"] and "stale" not in metrics["test"]
 
 
-def test_broken_metrics_are_begun_anew_with_a_word(tmp_path):
-    (tmp_path / "metrics.json").write_text("[1, 2")
+@pytest.mark.parametrize("broken", ["[1, 2", '{"test": "x"}', '{"base": [1]}'])
+def test_broken_metrics_are_begun_anew_with_a_word(broken, tmp_path):
+    (tmp_path / "metrics.json").write_text(broken)
     metrics = handin.update_metrics(tmp_path, "base", {}, "one")
     assert "begun anew" in metrics["warnings"][0] and "base" in metrics
 

@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import base
 import test as task4
 from model import progress, warn
@@ -75,3 +77,22 @@ def test_the_scripts_take_quiet(capsys, monkeypatch):
         assert script.main(["--quiet", "--output", "LICENSE"]) == 2
         said = capsys.readouterr()
         assert said.out == "" and said.err.startswith(f"{Path(script.__file__).name}: cannot write")
+
+
+@pytest.mark.parametrize("quiet", [False, True])
+def test_a_run_goes_on_where_nobody_reads_what_it_prints(quiet, tmp_path):
+    code = (
+        "from pathlib import Path\nfrom reporting.screen import always_printed, on_screen, phase\n"
+        f"with on_screen({quiet}):\n"
+        "    for i in range(3):\n"
+        "        with phase('x', {}): print('y' * 9999)\n"
+        "    with always_printed(): print('z' * 9999)\n"
+        f"    Path({str(tmp_path / 'done')!r}).touch()"
+    )
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, stdout=writer, stderr=subprocess.PIPE, check=False
+    )
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (0, b"") and (tmp_path / "done").exists()

@@ -364,3 +364,13 @@ def test_an_untrained_model_that_ranks_better_is_kept():
     before, scores = model.trunk[28].weight.clone(), iter((0.9, 0.5, 0.6))
     train(model, tuples, [], "cpu", epochs=2, judge=lambda m: (torch.full((9,), next(scores)), {}))
     assert torch.equal(model.trunk[28].weight, before)
+
+
+@pytest.mark.parametrize(("near", "radius", "dropped"), [(3, 10, 2), (2, 25, 0)])
+def test_where_few_queries_have_a_positive_near_them_farther_ones_count(near, radius, dropped):
+    data = places()  # of the five trained on, `near` have index images within 10 m, all within 25 m
+    data.utm_index[3 * near : 15, 1] = 20
+    tuples, model = tuples_of(data, margin=10.0)
+    assert (tuples.radius_m, tuples.dropped) == (radius, dropped)
+    used = [row for batch in range(9) for row in tuples.rows]
+    assert set(used) == set(range(5 - dropped)) and list(tuples.epoch(model, 1))
