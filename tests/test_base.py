@@ -33,7 +33,7 @@ def wait_for(file: Path, process: subprocess.Popen) -> None:
         time.sleep(0.01)
 
 
-def test_killed_then_resumed_ends_with_the_weights_of_an_unbroken_run(tmp_path):
+def test_killed_then_resumed_ends_with_the_weights_of_an_unbroken_run(tmp_path, capsys):
     for split, queries in (("train", 6), ("val", 1)):
         make_lists(tmp_path / "data", queries, 2 * queries, split)
     words = ["--dataset", tmp_path / "data", "--weights", "none", "--epochs", 2, "--batch-size", 2,
@@ -52,24 +52,20 @@ def test_killed_then_resumed_ends_with_the_weights_of_an_unbroken_run(tmp_path):
     lists[0].write_text(lists[0].read_text().split("\n", 1)[1])
     truth = np.load(lists[1])
     np.savez(lists[1], utmQ=truth["utmQ"][1:], utmDb=truth["utmDb"], posDistThr=25)
-    refused = start("--resume", "--output", outputs[0])
+    resume = ["--resume", "--output", str(outputs[0])]
     said = "had other training images or positions (6 and 12 of them; now {} and 12)"
-    assert said.format(5) in refused.communicate()[1]
-    assert refused.returncode == 2
+    assert base.main(resume) == 2 and said.format(5) in capsys.readouterr().err
     lists[0].write_text("".join(reversed(kept[0].decode().splitlines(keepends=True))))
     lists[1].write_bytes(kept[1])
-    refused = start("--resume", "--output", outputs[0])
-    assert said.format(6) in refused.communicate()[1]
+    assert base.main(resume) == 2 and said.format(6) in capsys.readouterr().err
     for file, content in zip(lists, kept):
         file.write_bytes(content)
 
-    resumed = start("--resume", "--output", outputs[0])
-    said, complaints = resumed.communicate()
-    assert resumed.returncode == 0, complaints
+    assert base.main(resume) == 0
+    said = capsys.readouterr().out
     assert "calibrating" not in said and "k-means" not in said and "Epoch 1/2" not in said
     assert "Epoch 2/2" in said
-    whole = start(*words, "--output", outputs[1])
-    assert whole.wait() == 0, whole.communicate()
+    assert base.main([*map(str, words), "--output", str(outputs[1])]) == 0
     first, second = (
         torch.load(output / "checkpoints/netvlad_final.pth", weights_only=True) for output in outputs
     )
@@ -144,7 +140,7 @@ def test_parts_of_other_systems_are_trained_on_the_assignment_s_lists(tmp_path):
 
 
 def test_a_run_stopped_before_its_clusters_goes_on_as_an_unbroken_one(tmp_path, monkeypatch, capsys):
-    for split, queries in (("train", 50), ("val", 1)):  # so many that a start could be chosen
+    for split, queries in (("train", 20), ("val", 1)):  # so many that a start could be chosen
         make_lists(tmp_path / "data", queries, 2 * queries, split)
     words = ["--dataset", tmp_path / "data", "--weights", "none", "--epochs", 0, "--clusters", 4,
              "--image-size", 32]  # fmt: skip
