@@ -88,7 +88,7 @@ class Atlas:
         for scene, calibration in self.calibrations.items():
             print(f"Camera of {scene}: {calibration.describe()}")
             for sentence in calibration.warnings:
-                warn(f"{scene}: {sentence}.")
+                warn(f"{scene}: {sentence}" + "." * (not sentence.endswith("?")))
         for world in self.worlds:
             print(f"Map of {' '.join(world.scenes)}: {world.map.test.describe()}.")
 

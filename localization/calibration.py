@@ -26,7 +26,7 @@ from localization.cameras import (
 )
 from localization.lens_fit import CENTER, FOCAL, K1, LENS, TALLER, PosedMatches, refined
 from localization.matching import View
-from localization.posed_pairs import StillCells, matched_pairs
+from localization.posed_pairs import MIN_IMAGES, StillCells, matched_pairs
 from localization.readings import (
     CLEARLY_MORE,
     CONVENTIONS,
@@ -69,6 +69,10 @@ _UNEXPLAINED = (
 _DOUBTFUL = (
     "the poses explain only {:.0f} % of the matches between the scene's own index images (healthy: "
     "45 to 90 %), and no test shows that they are right: look at some answers before all are believed"
+)
+_FEW_PAIRS = (
+    "only {} pairs of the {} index images match, too few to judge poses and lens by: do the images "
+    "overlap, or does most of what they show stand still in them?"
 )
 _ONE_PLACE_ONLY = (
     "all index images were taken from one place: they tell rotations, and no pose of it is trusted"
@@ -224,7 +228,7 @@ def calibrate(
     size = (camera.width, camera.height)
     everything, still = matched_pairs(
         [View(v.features, camera_for(camera, *s)) for v, s in zip(views, sizes)],
-        pose7[rows[frame], 3:],
+        pose7[rows[frame]],
     )
     same = torch.tensor([s == size for s in sizes], dtype=torch.bool)
     one_size = everything.select(same[everything.a] & same[everything.b])
@@ -271,6 +275,8 @@ def calibrate(
     one_place = grounded and far > _ONE_PLACE * explained > 0
     if one_place:
         warnings.append(_ONE_PLACE_ONLY)
+    if not pairs.enough() and len(views) >= MIN_IMAGES:
+        warnings.append(_FEW_PAIRS.format(len(pairs.a), len(views)))
     if pairs.enough() and explained < MIN_SHARE:
         warnings.append(_UNEXPLAINED.format(100 * explained))
     elif (unusual := read.convention.unusual()) and not convention:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from localization.absolute_pose import angle_deg
+from localization.absolute_pose import angle_deg, pose_deviation
 from localization.cameras import Camera, turned
 from localization.hypotheses import focal_hypotheses
 from localization.joint import LENS, Polished, Tracks, refine_with_points, with_free_lens
@@ -48,17 +48,19 @@ def with_own_lens(
     more.
 
     The lens is refined beside the answer's pose; where it is not the given one, or the answer is
-    not settled, the query is searched for with the lenses that its matches suggest.
+    not settled, the query is searched for with the lenses that its matches suggest. Where neither the
+    size of the image nor its matches tell the lens, for it may be a part of an image, the standard
+    deviations are those of a pose with any lens.
     """
     if search.query.lens_is_sure or int(search.evidence.has_point.sum()) < MIN_POINTS:
         return answer and answer.estimate
-    off, given = False, search.query.camera
+    off, known, given = False, True, search.query.camera
     if answer is not None:
         search, answer = _turned(search, answer)
         lens = _refined_lens(answer.polished)
-        off = _is_other(search.query.camera, lens)
-        sure = answer.settled or (answer.supported and _is_told(lens))
-        if sure and not off and _usual_shape(search):
+        off, told = _is_other(search.query.camera, lens), _is_told(lens)
+        known = _usual_shape(search) and (told or _usual_size(search))
+        if known and not off and (answer.settled or (answer.supported and told)):
             return _with_lens(answer.estimate, search, given)
         off = (
             off
@@ -81,10 +83,15 @@ def with_own_lens(
             sigma_m=OWN_SIGMA * own.answer.estimate.sigma_m,
             sigma_deg=OWN_SIGMA * own.answer.estimate.sigma_deg,
         )
+        if own.odd > SAME_LENS:
+            sigmas = _sigmas_of_any_lens(own.answer.polished)
+            estimate = _at_least(estimate, *(OWN_SIGMA * sigma for sigma in sigmas))
         return _as_far_as(estimate, plainest)
     if answer is None:
         return None
     estimate = _with_lens(answer.estimate, search, given)
+    if not known:
+        estimate = _at_least(estimate, *_sigmas_of_any_lens(answer.polished))
     if not (off or better):
         return estimate
     estimate = replace(estimate, confidence=min(estimate.confidence, DOUBTFUL_LENS))
@@ -142,12 +149,23 @@ def _as_far_as(estimate: Estimate, rivals: list[_Other]) -> Estimate:
         other = rival.answer.estimate
         away_m = float((other.c_world - estimate.c_world).norm())
         turned = float(angle_deg(other.R_world_from_cam.T @ estimate.R_world_from_cam))
-        estimate = replace(
-            estimate,
-            sigma_m=max(estimate.sigma_m, away_m),
-            sigma_deg=max(estimate.sigma_deg, turned),
-        )
+        estimate = _at_least(estimate, away_m, turned)
     return estimate
+
+
+def _sigmas_of_any_lens(pose: Polished) -> tuple[float, float]:
+    """sigma_m and sigma_deg of a pose whose lens might be any other."""
+    sigma_m, sigma_deg = pose_deviation(with_free_lens(pose).covariance)
+    return float(sigma_m), float(sigma_deg)
+
+
+def _at_least(estimate: Estimate, sigma_m: float, sigma_deg: float) -> Estimate:
+    """The estimate with standard deviations no smaller than these."""
+    return replace(
+        estimate,
+        sigma_m=max(estimate.sigma_m, sigma_m),
+        sigma_deg=max(estimate.sigma_deg, sigma_deg),
+    )
 
 
 def _with_lens(estimate: Estimate, search: Search, given: Camera) -> Estimate:
@@ -190,6 +208,15 @@ def _usual_shape(search: Search) -> bool:
         for view in (search.query, *(search.index.views[i] for i in search.order))
     )
     return any(abs(own - shape) < SAME_SHAPE for shape in usual)
+
+
+def _usual_size(search: Search) -> bool:
+    """Whether the query is as large as an index image, upright or turned: others may be parts of one."""
+    own, *usual = (
+        sorted((view.camera.width, view.camera.height))
+        for view in (search.query, *(search.index.views[i] for i in search.order))
+    )
+    return own in usual
 
 
 def _explained(search: Search, pose: Polished) -> float:

@@ -39,6 +39,13 @@ class PosedMatches:
     own_a: Tensor | None = None
     own_b: Tensor | None = None
 
+    def with_baseline(self) -> "PosedMatches":
+        """The pairs taken from two places: the others have no epipolar lines to be off."""
+        keep = self.t.norm(dim=1) > 0.5
+        own_a, own_b = (own if own is None else own[keep] for own in (self.own_a, self.own_b))
+        of_pairs = {"R": self.R[keep], "t": self.t[keep], "own_a": own_a, "own_b": own_b}
+        return replace(self, pairs=self.pairs.select(keep), **of_pairs)
+
     def rays(self, lens: Tensor) -> tuple[Tensor, Tensor]:
         """Rays of all matches (P, m, 3), twice."""
         return self._side(self.pairs.uv_a, lens, self.own_a), self._side(
@@ -156,7 +163,7 @@ def _gauss_newton(lens: PosedMatches, start: Tensor, free: list[int]) -> tuple[T
     The deviations are those of sums over images, all of whose pairs err together (a sandwich
     estimate), not of sums over matches.
     """
-    lens = replace(lens, pairs=lens.pairs.first(_REFINED_MATCHES))
+    lens = replace(lens, pairs=lens.pairs.first(_REFINED_MATCHES)).with_baseline()
     parameters, count = start.clone(), len(free)
     sigma = torch.full((count,), torch.inf, dtype=torch.float64)
     a, b = lens.pairs.a, lens.pairs.b

@@ -237,11 +237,17 @@ def _locate(
 
 
 def _same_image(query: View, index: Map, evidence: Evidence) -> Estimate | None:
-    """The pose of the index view that shows what the query shows where the query shows it, if any."""
+    """The pose of the index view that shows what the query shows where the query shows it, if any.
+
+    What index views of several places show there is burnt into the images.
+    """
     still = (evidence.xy_px - evidence.index_px).norm(dim=1) <= SAME_PX
     count = torch.bincount(evidence.view[still], minlength=len(index.views))
     view, keypoints = index.views[int(count.argmax())], int(count.max())
     if keypoints < SAME_SHARE * len(query.features) or keypoints < MIN_TRACKS:
+        return None
+    alike = torch.nonzero(count >= SAME_SHARE * len(query.features))[:, 0].tolist()
+    if any(float((index.views[i].c_world - view.c_world).norm()) > index.same_m for i in alike):
         return None
     turn = SAME_PX / evidence.focal_px
     sigmas = turn * index.typical_m, math.degrees(turn)

@@ -31,6 +31,10 @@ _GOOD_MOTION, _NO_MOTION = 0.06, 0.002
 # Cells of the longer side in which standing still is looked for; still is a match that moves by
 # at most so many pixels between images turned by at least so many degrees.
 _CELLS, _STILL_PX, _TURNED_DEG = 40, 1.0, 1.0
+# Of images that are not turned, far points stand nearly still too: there still is what moves by at most
+# so many pixels while so many matches move by so many, between images so far apart, in shares of the
+# largest distance.
+_FIXED_PX, _MOVING, _MOVING_PX, _APART = 0.35, 20, 3.0, 0.02
 # A cell is still in which so many pairs have still matches, and most matches are.
 _STILL_PAIRS, _STILL_SHARE = 4, 0.6
 
@@ -91,19 +95,18 @@ class PosedPairs:
         return len(self.a) >= MIN_PAIRS and self.images() >= MIN_IMAGES
 
 
-def matched_pairs(views: list[View], quaternion: Tensor) -> tuple[PosedPairs, StillCells | None]:
+def matched_pairs(views: list[View], pose7: Tensor) -> tuple[PosedPairs, StillCells | None]:
     """Pairs of overlapping views with at least MIN_MATCHES each, most distinct matches first, and
     what stands still.
 
-    quaternion (n, 4): of the views' poses, in any order; only the angle between two of them is
-    used.
+    pose7 (n, 7): the views' poses, in any order of the quaternion; only the angle between two of
+    them is used, and how far they are apart.
     """
-    unit = torch.nn.functional.normalize(quaternion, dim=1)
     rows = _matched(views)
-    still = _still_cells(views, rows, unit)
+    still = _still_cells(views, rows, pose7)
     if still is None and len(rows) < min(len(views), MIN_PAIRS):
         # The strongest keypoints may all stand still: then no pair seems to move.
-        still = _still_cells(views, _matched(views, moving=False), unit)
+        still = _still_cells(views, _matched(views, moving=False), pose7)
     if still is not None:
         rows = _matched([_without(view, still) for view in views])
     rows = [row for row in rows if len(row[2]) >= MIN_MATCHES]
@@ -214,15 +217,16 @@ def _cell_of(xy_px: Tensor, width: int, height: int, rows: int, columns: int) ->
     return (xy_px[:, 1] * rows / height).long().clamp(0, rows - 1) * columns + column
 
 
-def _still_cells(views: list[View], rows: list[tuple], q: Tensor) -> StillCells | None:
+def _still_cells(views: list[View], rows: list[tuple], pose7: Tensor) -> StillCells | None:
     """Where matches stand still in images of the most common size whose poses are turned against
-    each other.
+    each other, or apart.
 
-    rows: (i, j, xy_i, xy_j) of matched pairs; q (n, 4): unit quaternions. None where nothing
-    does.
+    rows: (i, j, xy_i, xy_j) of matched pairs; pose7 (n, 7). None where nothing does.
     """
     if not rows:
         return None
+    q, t = torch.nn.functional.normalize(pose7[:, 3:], dim=1), pose7[:, :3]
+    apart = _APART * float((t - t[:1]).norm(dim=1).max())
     sizes = [(v.camera.width, v.camera.height) for v in views]
     width, height = max(sorted(set(sizes)), key=sizes.count)
     columns = max(1, round(_CELLS * width / max(width, height)))
@@ -230,15 +234,17 @@ def _still_cells(views: list[View], rows: list[tuple], q: Tensor) -> StillCells 
     shape = grid[0] * grid[1]
     matches, still, pairs = torch.zeros(3, shape)
     for i, j, a, b in rows:
+        if sizes[i] != (width, height) or sizes[j] != sizes[i]:
+            continue
+        motion = (a - b).abs().amax(1)
         turned = 2 * math.acos(min(1.0, float((q[i] * q[j]).sum().abs())))
-        if (
-            sizes[i] != (width, height)
-            or sizes[j] != sizes[i]
-            or turned < math.radians(_TURNED_DEG)
-        ):
+        if turned >= math.radians(_TURNED_DEG):
+            stands = motion <= _STILL_PX
+        elif float((t[i] - t[j]).norm()) > apart and int((motion > _MOVING_PX).sum()) >= _MOVING:
+            stands = motion <= _FIXED_PX
+        else:
             continue
         cell = _cell_of(a, width, height, *grid)
-        stands = ((a - b).abs() <= _STILL_PX).all(1)
         matches += torch.bincount(cell, minlength=shape)
         found = torch.bincount(cell[stands], minlength=shape)
         still, pairs = still + found, pairs + (found > 0)

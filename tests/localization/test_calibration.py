@@ -23,9 +23,10 @@ from localization.cameras import (
     unusual_conventions,
 )
 from localization.features import Features
+from localization.lens_fit import PosedMatches, _gauss_newton
 from localization.matching import View
 from localization.posed_pairs import matched_pairs
-from localization.readings import sampson, sampson_by_pose
+from localization.readings import limit_of, relative, sampson, sampson_by_pose
 
 TRUE = Camera(420.0, 420.0, 320.0, 240.0, 640, 480)
 TURN = torch.tensor([[0.0, -1, 0], [1, 0, 0], [0, 0, 1]], dtype=torch.float64)
@@ -335,6 +336,27 @@ def test_pairs_from_one_center_do_not_spoil_the_vote(random_world, look_at, conv
     assert found.camera.fx == pytest.approx(420, rel=0.01)
 
 
+def test_images_from_one_place_leave_a_lens_as_the_others_tell_it(scene):
+    """A pair without a baseline has no epipolar lines, however large its errors across them would be."""
+    views, poses = scene(4, n=10, count=600)
+    pairs, _ = matched_pairs(views, torch.as_tensor(written(poses)))
+    R, c = (torch.stack(part) for part in zip(*poses))
+    R, t = relative((R, c), (R, c), pairs)
+    start = torch.tensor([math.log(0.9 * 420 / 640), 0, 0, 0, 0], dtype=torch.float64)
+    others = PosedMatches(pairs.select(torch.arange(3, len(t))), R[3:], t[3:], limit_of(640))
+    t[:3] = 0
+    found, sigma = _gauss_newton(PosedMatches(pairs, R, t, limit_of(640)), start, [0])
+    expected, expected_sigma = _gauss_newton(others, start, [0])
+    assert torch.equal(found, expected) and torch.equal(sigma, expected_sigma)
+    assert float(found[0].exp()) == pytest.approx(420 / 640, rel=0.01)
+
+
+def test_images_that_do_not_match_are_said_to_judge_nothing(random_world, random_poses):
+    views = unposed([random_world(k).view(*pose) for k, pose in enumerate(random_poses(6, 1))])
+    found = calibrate(views, written(random_poses(6, 1)))
+    assert not found.pairs and "only 0 pairs of the 6 index images match" in found.warnings[0]
+
+
 @pytest.mark.parametrize("jitter", [0.0, 1e-4])
 def test_a_scene_seen_from_one_place_says_so(random_world, look_at, jitter):
     world = random_world(82, camera=TRUE, count=900)
@@ -345,12 +367,17 @@ def test_a_scene_seen_from_one_place_says_so(random_world, look_at, jitter):
     assert not found.trusted and "from one place" in found.warnings[0]
 
 
-@pytest.mark.parametrize("count", [150, 400])
-def test_what_stands_still_neither_votes_nor_stays_a_keypoint(scene, random_world, count):
+@pytest.mark.parametrize(("count", "turned"), [(150, True), (400, True), (150, False)])
+def test_what_stands_still_neither_votes_nor_stays_a_keypoint(scene, random_world, look_at, count, turned):
     """A time stamp in all images: more distinct matches than the scene has, all of a camera that
-    never moved; 400 leave no other keypoint among the strongest.
+    never moved; 400 leave no other keypoint among the strongest. The camera may only move.
     """
     views, poses = scene(84, n=10, count=250)
+    if not turned:
+        world = random_world(84, camera=TRUE, count=250)
+        R = look_at(torch.zeros(3).double(), torch.tensor([0.0, 7.0, 0.0]).double())
+        poses = [(R, torch.tensor([0.2 * k, 0.1 * k, 0.05 * k]).double()) for k in range(-5, 5)]
+        views = unposed([world.view(*pose) for pose in poses])
     draw = torch.Generator().manual_seed(1)
     at = torch.rand(count, 2, generator=draw) * torch.tensor([300.0, 24.0]) + torch.tensor(
         [10.0, 450.0]
@@ -367,7 +394,8 @@ def test_what_stands_still_neither_votes_nor_stays_a_keypoint(scene, random_worl
             torch.cat([letters, f.descriptors]),
         )
         stamped.append(replace(view, features=more))
-    found = calibrate(stamped, written(poses))
+    known = () if turned else (TRUE, OPENCV)  # without turns these cannot be told
+    found = calibrate(stamped, written(poses), *known)
     assert found.convention == OPENCV and found.camera.fx == pytest.approx(420, rel=0.01)
     assert found.explained > 0.8 and found.trusted
     kept = found.applied(stamped[0])
@@ -377,7 +405,7 @@ def test_what_stands_still_neither_votes_nor_stays_a_keypoint(scene, random_worl
     assert len(found.applied(replace(stamped[0], camera=default_camera(480, 640))).features) == len(
         stamped[0].features
     )
-    clean = calibrate(views, written(poses))
+    clean = calibrate(views, written(poses), *known)
     assert clean.still is None and len(clean.applied(views[0]).features) == len(views[0].features)
 
 
@@ -409,7 +437,7 @@ def test_blind_spot_translation_alone_takes_the_prior(random_world, look_at):
 def test_pairs_are_bounded_and_move(path):
     """Of 120 frames of a slow video at most 40 pairs are matched, and their matches move."""
     views, poses = path(90, 120)
-    pairs, still = matched_pairs(views, torch.as_tensor(written(poses))[:, 3:])
+    pairs, still = matched_pairs(views, torch.as_tensor(written(poses)))
     assert 30 <= len(pairs.a) <= 40 and pairs.images() > 30 and still is None
     motion = (pairs.uv_a - pairs.uv_b).norm(dim=2)[pairs.used]
     assert float(motion.median()) > 0.05

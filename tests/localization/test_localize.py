@@ -14,7 +14,14 @@ from localization.fallback import Guess
 from localization.features import Features
 from localization.hypotheses import Hypotheses
 from localization.joint import LENS, Polished, Tracks, finely, refine_with_points
-from localization.lens import _as_far_as, _is_told, _searched_with, _usual_shape, with_own_lens
+from localization.lens import (
+    _as_far_as,
+    _is_told,
+    _searched_with,
+    _usual_shape,
+    _usual_size,
+    with_own_lens,
+)
 from localization.localize import (
     Estimate,
     Map,
@@ -471,8 +478,43 @@ def test_a_picture_of_another_shape_is_searched_with_other_lenses(random_world, 
     order, evidence = list(range(8)), matched(index.views[0], index, list(range(8)))
     shapes = [(640, 480), (480, 640), (320, 240), (640, 360), (800, 480)]
     queries = [replace(index.views[0], camera=camera_for(CAMERA, *shape)) for shape in shapes]
-    usual = [_usual_shape(Search(query, index, order, evidence)) for query in queries]
-    assert usual == [True, True, True, False, False]
+    searches = [Search(query, index, order, evidence) for query in queries]
+    assert [_usual_shape(search) for search in searches] == [True, True, True, False, False]
+    assert [_usual_size(search) for search in searches] == [True, True, False, False, False]
+
+
+@pytest.mark.parametrize("share", [(0.4, 0.4), (0.4, 0.0)])
+def test_a_part_of_a_picture_of_a_wall_is_not_believed(random_world, random_poses, share):
+    """On a wall a pose makes up for a center that is elsewhere: neither place is sure, and it is said."""
+    for seed in range(3):
+        world = random_world(10 + seed, count=300)
+        world.points[:, 1] = 6.0
+        *index, whole = [world.view(*pose, spread=0.6) for pose in random_poses(9, 50 + seed)]
+        corner = torch.tensor([640.0, 480.0]) * torch.tensor(share)
+        inside = (whole.features.xy_px >= corner).all(dim=1)
+        features = whole.features.select(inside)
+        part = replace(features, xy_px=features.xy_px - corner)
+        camera = camera_for(CAMERA, 640 - round(float(corner[0])), 480 - round(float(corner[1])))
+        (estimate,) = answers(index, [View(part, camera)])
+        meters, degrees = error(estimate, whole)
+        assert estimate.confidence < 0.5 or (meters < 0.25 and degrees < 2), (seed, meters, degrees)
+
+
+def test_what_is_burnt_into_all_images_makes_none_of_them_the_same(random_world, random_poses):
+    world = random_world(0)
+    index = [world.view(*pose) for pose in random_poses(4, 1)]
+    draw = torch.Generator().manual_seed(1)
+    letters = world.view(*random_poses(1, 7)[0], clutter=0).features
+    letters = replace(letters, descriptors=letters.descriptors[torch.randperm(len(letters), generator=draw)])
+
+    def stamped(view: View) -> View:
+        own = view.features.select(slice(0, 60))
+        both = zip(vars(letters).values(), vars(own).values())
+        return replace(view, features=type(own)(*(torch.cat(parts) for parts in both)))
+
+    query = world.view(*random_poses(5, 1)[4])
+    (estimate,) = answers([stamped(view) for view in index], [stamped(query)])
+    assert estimate.method != "same image" and estimate.confidence < 0.5
 
 
 def test_standard_deviations_reach_what_another_lens_explains_as_well():
