@@ -35,8 +35,9 @@ def read_list(
     A line is tried as it stands, then under `root_dir`, then under it without its leading
     `dataset/`; `inside_first` tries the last first. Only where none of them is a file, backslashes
     count as slashes, all before `dataset/` and a column before the path are dropped, and capital
-    letters and Unicode's two ways to write an accent count as equal. Lines that begin with `#`, a header above the paths and what
-    follows an image's name are passed over. InputError for a missing or empty list.
+    letters and Unicode's two ways to write an accent count as equal. Lines that begin with `#`, a
+    header above the paths and what follows an image's name are passed over. InputError for a missing
+    or empty list.
     """
     disk = _Disk()
     lines = [line.strip() for line in read_lines(Path(list_file), "the list")]

@@ -35,10 +35,10 @@ class Job:
 
     loader, val_loader, objective, judge: as train() wants them; the loader has `epoch`, `state_dict`
     and so on. start: the training images, of which random weights are calibrated and clusters begin.
-    kept: inputs whose frozen outputs are computed once if there is room. images: two numbers of training
-    images, and their digest, which must be the same when the run is taken up. size: height and width at which the work
-    is counted. split: places by which to choose how pretrained weights begin. record: more numbers for
-    metrics.json.
+    kept: inputs whose frozen outputs are computed once if there is room. images: two numbers of
+    training images, and their digest, which must be the same when the run is taken up. size: height
+    and width at which the work is counted. split: places by which to choose how pretrained weights
+    begin. record: more numbers for metrics.json.
     """
 
     loader: Iterable

@@ -61,7 +61,8 @@ class TupleLoader:
     mining: "random" negatives, or "hard" ones.
 
     A query without an index image within POSITIVE_RADIUS is dropped; its nearest image may look
-    anywhere. Where that would leave few, the radius (`radius_m`) is all of posDistThr. An index image's positives were taken from another position than it.
+    anywhere. Where that would leave few, the radius (`radius_m`) is all of posDistThr. An index
+    image's positives were taken from another position than it.
     Few queries would be learned by heart. So, with hard negatives, index images join up to FEW_QUERIES
     in all, JOINING for each query, other ones in each epoch, and every second epoch flips its inputs from
     left to right (what a frozen part made of the images, not these: it costs nothing, and served as
