@@ -395,7 +395,9 @@ def _nothing() -> None:
 def announce(
     args: argparse.Namespace, inputs: dict[str, Inputs], tuples: TupleLoader, store: Store
 ) -> None:
-    """Print what is about to be done and what it takes; InputError if the disk is too small."""
+    """Print what is about to be done and what it takes; InputError if the disk is too small, or no
+    query can be trained on.
+    """
     for name, images in inputs.items():
         queries, index = (len(dataset) for dataset in images.datasets)
         print(f"{name:6s}{queries:6d} queries {index:6d} index images")

@@ -275,7 +275,12 @@ def evaluate_recall(
 
     query_ds, db_ds: items (image, index, path); utmQ (nq, 2), utmDb (nd, 2) in meters, in their
     order. A positive is a database image within posDistThr; a query with none takes its nearest.
+    InputError where images and positions differ in number.
     """
+    utmQ, utmDb, threshold = (np.asarray(value, dtype=float) for value in (utmQ, utmDb, posDistThr))
+    for name, utm, images in (("utmQ", utmQ, query_ds), ("utmDb", utmDb, db_ds)):
+        if len(utm) != len(images):
+            raise InputError(f"{name} has {len(utm)} rows for {len(images)} images: give a row an image.")
     queries, _, _ = compute_embeddings(model, query_ds, device)
     database, _, _ = compute_embeddings(model, db_ds, device)
     unit_norm = getattr(getattr(model, "module", model), "unit_norm", None)
@@ -286,10 +291,6 @@ def evaluate_recall(
         )
     by_distance = unit_norm is False
     _, ranking = search(queries, database, max(recall_values), device, by_distance)
-    utmQ, utmDb, threshold = (np.asarray(value, dtype=float) for value in (utmQ, utmDb, posDistThr))
-    for name, utm, rows in (("utmQ", utmQ, queries), ("utmDb", utmDb, database)):
-        if len(utm) != len(rows):
-            raise InputError(f"{name} has {len(utm)} rows for {len(rows)} images: give a row an image.")
     positives = positives_within(utmQ, utmDb, threshold.item())
     return print_recall(first_hits(ranking, positives), recall_values)
 

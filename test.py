@@ -327,7 +327,7 @@ def main(argv: list[str] | None = None) -> int:
     except InputError as error:
         return refuse("test.py", error)
     except KeyboardInterrupt:
-        print("\nInterrupted: start again; the features found so far are in .cache/.", file=sys.stderr)
+        print("\nInterrupted: start again.", file=sys.stderr)
         return 130
     return 0
 

@@ -203,20 +203,19 @@ def _turned(search: Search, answer: Answer) -> tuple[Search, Answer]:
 
 def _usual_shape(search: Search) -> bool:
     """Whether the query is shaped as an index image, upright or turned: others were cut or squeezed."""
-    own, *usual = (
-        abs(math.log(view.camera.width / view.camera.height))
-        for view in (search.query, *(search.index.views[i] for i in search.order))
-    )
+    own, *usual = (abs(math.log(camera.width / camera.height)) for camera in _cameras(search))
     return any(abs(own - shape) < SAME_SHAPE for shape in usual)
 
 
 def _usual_size(search: Search) -> bool:
     """Whether the query is as large as an index image, upright or turned: others may be parts of one."""
-    own, *usual = (
-        sorted((view.camera.width, view.camera.height))
-        for view in (search.query, *(search.index.views[i] for i in search.order))
-    )
+    own, *usual = (sorted((camera.width, camera.height)) for camera in _cameras(search))
     return own in usual
+
+
+def _cameras(search: Search) -> list[Camera]:
+    """The query's, and those of the index images that count."""
+    return [search.query.camera, *(search.index.views[i].camera for i in search.order)]
 
 
 def _explained(search: Search, pose: Polished) -> float:
