@@ -16,6 +16,7 @@ import importlib.util
 import os
 import re
 import sys
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -47,6 +48,8 @@ SEARCH_BLOCK = 2**26  # most numbers of the database that are read at a time
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 UNREAD_SUFFIXES = (".gif", ".heic", ".heif", ".avif", ".jp2", ".pgm", ".ppm", ".exr", ".dng")
 FULL_SCALES = (1, 255, 1023, 4095, 16383, 65535)  # of floats; of 8, 10, 12, 14 and 16 bits
+# What does not decode is named by its file; Pillow's own words name none.
+warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
 def transform_to(size: int) -> Callable[[Image.Image], torch.Tensor]:

@@ -27,6 +27,12 @@ from localization.self_test import false_poses
 from localization.triangulation import Points
 from model import InputError, warn
 
+# Points that lie farther than this from the images that show them, or all nearer, are hardly in meters.
+FAR_M, NEAR_M = 300.0, 0.1
+_UNIT = (
+    "its points lie {:.3g} m from the images that show them, if poses are in meters: are they in another "
+    "unit? Confidence tells how likely errors are below 0.25 of it"
+)
 _FALSE = (
     "the pose of {} contradicts the image, which by its matches was taken {:.2f} m and {:.1f} deg from "
     "there: it is left out of the map"
@@ -182,6 +188,9 @@ def build_atlas(
             built = build_map([its_views[k] for k in rows], progress=show, **doubt)
         vouched = built.test.vouched
         calibrations.update({scene: calibrations[scene].tested(vouched) for scene in scenes})
+        if built.typical_m and not NEAR_M <= built.typical_m <= FAR_M:
+            doubt = _UNIT.format(built.typical_m)
+            calibrations[scenes[0]] = calibrations[scenes[0]].warning(doubt)
         worlds.append(World(scenes, rows, built))
     names = [str(paths[row]) for row in index]
     tables = poses[index], descriptors[index]

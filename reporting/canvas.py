@@ -9,7 +9,7 @@ import math
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps
@@ -17,6 +17,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from reporting.handin import write_whole
 
 SCALE = 2
+FAST = 4  # of PNG compression: half the time of 6 for 3 % more bytes
 INNER, MARGIN, GAP = 3008, 96, 56  # px: a picture's width without its margins; between blocks
 SMALL, BODY, HEAD, TITLE = 40, 46, 56, 80  # text sizes in px
 LINE_HEIGHT = 1.35  # of the text size
@@ -30,7 +31,7 @@ Point = tuple[float, float]
 
 def save(path: Path, block: Block) -> None:
     """Write a block as an image file, whole or not at all."""
-    write_whole(path, block.reduce(SCALE).save)
+    write_whole(path, partial(block.reduce(SCALE).save, compress_level=FAST))
 
 
 def blank(width: float, height: float, fill: str = PAPER) -> Block:

@@ -147,3 +147,21 @@ def test_images_whose_poses_are_false_are_named_and_in_no_map(random_world, rand
     apart = float(np.linalg.norm(rows[3, :3] - rows[8, :3]))
     assert [name for name, _ in said] == ["03", "05", "08"]
     assert [float(meters) for _, meters in said] == pytest.approx([apart, 1.0, apart], abs=0.02)
+
+
+@pytest.mark.parametrize("scale, doubted", [(1.0, False), (1000.0, True), (0.001, True)])
+def test_poses_that_are_hardly_in_meters_are_doubted_before_the_answers(
+    scale, doubted, random_world, random_poses
+):
+    views, scene_of, rows = frames_of({"a": random_world(1)}, {"a": random_poses(9, 1)})
+    rows[:, :3] *= scale
+    for view in views:
+        view.R_world_from_cam = view.c_world = None
+    paths, index = [f"{n}.png" for n in range(9)], list(range(9))
+    atlas = build_atlas(
+        paths, scene_of, rows, views, np.eye(9), index, {"a": CAMERA}, {"a": None}, seed=0
+    )
+    said = [w for w in atlas.calibrations["a"].warnings if "are they in another unit?" in w]
+    assert bool(said) == doubted
+    if doubted:  # the points of this world lie some 7 m from the cameras
+        assert 4 * scale < float(re.search("lie (\\S+) m", said[0])[1]) < 12 * scale
