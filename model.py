@@ -103,7 +103,7 @@ class NetVLAD(nn.Module):
         if len(descriptors) < num_clusters:
             raise InputError(
                 f"{len(descriptors)} local descriptors cannot be clustered into {num_clusters}: "
-                "give more images or fewer --clusters."
+                "give more images or fewer clusters."
             )
         descriptors = descriptors.cpu()  # where sums have one order, so that a seed has one outcome
         centers = kmeans(descriptors, num_clusters, seed)

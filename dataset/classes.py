@@ -19,7 +19,7 @@ class Grid:
     """M: meters a side of a class's cell. alpha: degrees of its directions. N, L: two classes of one
     group are at least M (N - 1) meters or alpha (L - 1) degrees apart. at_least: images of a class.
 
-    InputError where the directions of a group would meet again after a full turn.
+    InputError where one is less than 1, or the directions of a group would meet again after a full turn.
     """
 
     M: int = 10
@@ -29,6 +29,10 @@ class Grid:
     at_least: int = 10
 
     def __post_init__(self) -> None:
+        flags = {"M": self.M, "alpha": self.alpha, "N": self.N, "L": self.L}
+        for name, value in {**flags, "min_images_per_class": self.at_least}.items():
+            if value < 1:
+                raise InputError(f"--{name} {value}: give a whole number of 1 or more.")
         if CIRCLE_DEG % (self.alpha * self.L):
             raise InputError(
                 f"--alpha {self.alpha} times --L {self.L} does not divide 360: classes on both sides "

@@ -27,6 +27,7 @@ INDEX_FOLDERS = ("database",)
 QUERY_FOLDERS = ("queries", "queries_v1", "queries_v2")
 PLACES = (Path("../datasets_vg/datasets"), Path("dataset"))  # where data sets are looked for
 LOCAL_M = 1e4  # positions all below this are of a local system, and may be small numbers
+OF_A_TOWN_DEG = 1.0  # positions in degrees of one data set differ by less, those in meters by more
 ZONE_APART_M = 1e8  # positions of different UTM zones are this far from each other
 
 
@@ -100,10 +101,11 @@ class FolderImages(Dataset):
         small = largest <= 180
         if small.any() and (largest[~small] > LOCAL_M).all():
             first = self.paths[int(small.argmax())].name
-            raise InputError(
-                f"{small.sum()} names in {folders[0]} seem to give degrees (first: {first}): "
-                "write UTM east and north, in meters, into the first two fields."
-            )
+            said = f"{small.sum()} names in {folders[0]} seem to give degrees (first: {first})"
+            if not small.all() or np.ptp(self.utm, axis=0).max() < OF_A_TOWN_DEG:
+                mend = "write UTM east and north, in meters, into the first two fields."
+                raise InputError(f"{said}: {mend}")
+            warn(f"{said}: they are taken for meters of a local system.")
 
     def __len__(self) -> int:
         return len(self.paths)

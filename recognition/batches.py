@@ -172,6 +172,12 @@ class BenchmarkTuples:
             for array in (found.positives, found.negatives, used, self.remembered):
                 array[:] = from_first(torch.from_numpy(array), self.inputs.device).numpy()
         model.train()
+        if not used.any():
+            raise InputError(
+                f"all index images that negatives are sought among lie within {self.data.threshold:g} m "
+                "of the training queries, so there is nothing to learn: lower "
+                "--val_positive_dist_threshold, or raise --neg_samples_num."
+            )
         return found[used]
 
     def choose_negatives(

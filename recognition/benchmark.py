@@ -21,7 +21,7 @@ from recognition.augmentation import SMART, Augmentation
 from recognition.batches import MINING, BenchmarkTuples, RandomTriplets
 from recognition.flags import above_zero, positive, share, strength
 from recognition.inference import transform_for
-from recognition.job import Job, Where, report_split, val_judge
+from recognition.job import Job, Where, read_val, report_split, val_judge
 from recognition.objectives import CRITERIA, build_objective
 from training.inputs import Inputs, Store
 from training.resume import digest
@@ -101,6 +101,12 @@ def settle(args: argparse.Namespace) -> None:
             f"--queries_per_epoch {queries} must be a multiple of "
             f"--cache_refresh_rate {args.cache_refresh_rate}."
         )
+    near, far = getattr(args, "train_positives_dist_threshold", 0), args.val_positive_dist_threshold
+    if near > far:
+        raise InputError(
+            f"--train_positives_dist_threshold {near:g} is more than --val_positive_dist_threshold "
+            f"{far:g}, beyond which images are negatives: an image would be both."
+        )
 
 
 def augmentation_of(args: argparse.Namespace) -> Augmentation:
@@ -151,14 +157,10 @@ def find(args: argparse.Namespace) -> tuple[Path, str]:
 def read(args: argparse.Namespace, where: Where) -> dict[str, FolderSplit]:
     """The splits train and val."""
     how = (transform_for("hard_resize", tuple(args.resize)), max(args.resize))
-    threshold = args.val_positive_dist_threshold
     name = where.train.parent.parent.name
-    found = {}
-    for part, folder in (("train", where.train), ("val", where.val)):
-        found[part] = read_split(folder, threshold, *how)
-        most = max(args.recall_values) if part == "val" else 0
-        report_split(f"{name} {part}", found[part], most)
-    return found
+    train = read_split(where.train, args.val_positive_dist_threshold, *how)
+    report_split(f"{name} train", train, 0)
+    return {"train": train, "val": read_val(args, where.val, f"{name} val", *how)}
 
 
 def prepare(

@@ -19,7 +19,7 @@ from torchvision import transforms
 from torchvision.transforms import functional as tvf
 
 from dataset.classes import Classes, Grid, find_classes, histogram
-from dataset.folders import FolderImages, FolderSplit, read_split, same_size
+from dataset.folders import FolderImages, FolderSplit, same_size
 from dataset.sample import places as sample_places
 from eval import compute_embeddings, list_images
 from model import (
@@ -35,7 +35,7 @@ from recognition.class_batches import ClassBatches, square
 from recognition.classification import LOSS_FUNCTIONS, Adversary, ClassObjective
 from recognition.flags import above_zero, half_precision_flag, positive, share, strength
 from recognition.inference import Plain, framing
-from recognition.job import Job, Judge, Where, judged, report_split, val_judge
+from recognition.job import Job, Judge, Where, judged, read_val, val_judge
 from training.inputs import Inputs, Store
 from training.resume import digest
 
@@ -235,8 +235,13 @@ def read(args: argparse.Namespace, where: Where) -> Data:
                 "--min_images_per_class."
             )
     frame, least = framing(args.resize), max(args.resize, default=None)
-    val = read_split(where.val, args.val_positive_dist_threshold, frame, least)
-    report_split(_name_of(where.val), val, max(args.recall_values))
+    val = read_val(args, where.val, _name_of(where.val), frame, least)
+    for name, folder in (("val", where.val), *where.tests.items()):
+        if _within(where.train, folder):
+            warn(
+                f"the training images, {where.train}, and those of {name}, {folder}, are in one folder: "
+                "recall there says nothing about places that were never seen."
+            )
     targets = None
     if args.target_folder:
         targets = Plain(list_images(args.target_folder, "**/*"), square(size), size)

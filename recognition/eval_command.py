@@ -38,6 +38,7 @@ from recognition.flags import (
     add_run_flags,
     add_test_flags,
     positive,
+    warn_of_idle,
     with_recipe,
 )
 from recognition.inference import (
@@ -50,6 +51,7 @@ from recognition.inference import (
     for_inference,
     framing,
     rank,
+    refuse_sizes,
     unit,
 )
 from recognition.job import recall_at, report_split
@@ -71,7 +73,7 @@ from recognition.reranking import (
     rerank_geometric,
 )
 from reporting import figures
-from reporting.handin import file_sha256, write_whole
+from reporting.handin import file_sha256, refuse_unwritable, write_or_warn
 from reporting.predictions import save_predictions
 from reporting.recall import recall_gain, recall_interval
 from reporting.screen import on_screen
@@ -122,7 +124,10 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, ModuleType]:
     size = {"resize": own.get("resize"), "image_size": own.get("image_size", OWN_SIZE_PX)}
     args = with_recipe(build_parser(family), argv, recipe, {**size, **built})
     refuse_others(args.resume, built, vars(args))
+    if not args.query and (args.index or args.picture):
+        raise InputError("--index and --picture need --query, the images to look for.")
     family.settle(args)
+    warn_of_idle(args, argv)
     return args, family
 
 
@@ -137,9 +142,11 @@ def read_tests(tests: Mapping[str, Path], args: argparse.Namespace) -> dict[str,
     if night and not any(is_night(split, night).any() for split in splits.values()):
         raise InputError(f"--night_queries {night} names none of the queries' files.")
     if args.pca_dim:
-        pca_folder(args, next(iter(tests.values())))
+        Pca.refuse(args.pca_dim, len(pca_images(args, next(iter(tests.values())))))
     if args.save_descriptors and args.save_descriptors.is_dir():
         raise InputError(f"--save_descriptors {args.save_descriptors} is a folder: name a file.")
+    if args.save_descriptors:
+        refuse_unwritable(args.save_descriptors.parent)
     return splits
 
 
@@ -177,7 +184,7 @@ def evaluate(
         file = args.save_descriptors
         if one_of_several:
             file = file.with_name(f"{file.stem}_{file_name}{file.suffix}")
-        write_whole(file, lambda part: save_arrays(part, {**arrays, **names}))
+        write_or_warn(file, lambda part: save_arrays(part, {**arrays, **names}))
     k = min(len(split.index), max(*args.recall_values, RERANKED, args.num_preds_to_save))
     usual = {0: "own size", 1: "shorter side resized", 2: args.test_method}[len(args.resize)]
     rankings, by_distance = {}, not (pipeline.unit_norm or args.pca_dim)
@@ -246,10 +253,7 @@ def fit_pcas(
     pipeline: Pipeline, args: argparse.Namespace, tested: Path, device: torch.device, store: Store
 ) -> list[Pca]:
     """The PCA of --pca_dataset_folder's descriptors, one a variant of the pipeline."""
-    folder = pca_folder(args, tested)
-    images = FolderImages([folder], framing(args.resize), max(args.resize, default=None))
-    if not len(images):
-        raise InputError(f"{folder} holds no image to fit the PCA on: name another folder.")
+    images = pca_images(args, tested)
     rng = np.random.default_rng(args.seed)
     chosen = rng.choice(len(images), min(PCA_IMAGES, len(images)), replace=False)
     subset = torch.utils.data.Subset(images, chosen.tolist())
@@ -257,8 +261,8 @@ def fit_pcas(
     return [Pca.fit(part, args.pca_dim, args.pca_whiten) for part in fitted]
 
 
-def pca_folder(args: argparse.Namespace, tested: Path) -> Path:
-    """Where --pca_dataset_folder is. InputError if it is nowhere, or not given."""
+def pca_images(args: argparse.Namespace, tested: Path) -> FolderImages:
+    """Those of --pca_dataset_folder. InputError if it is nowhere, not given or without image."""
     if args.pca_dataset_folder is None:
         raise InputError("--pca_dim needs --pca_dataset_folder, the images to fit the PCA on.")
     places = [
@@ -268,7 +272,10 @@ def pca_folder(args: argparse.Namespace, tested: Path) -> Path:
     ]
     for folder in (place / args.pca_dataset_folder for place in places):
         if folder.is_dir():
-            return folder
+            images = FolderImages([folder], framing(args.resize), max(args.resize, default=None))
+            if not len(images):
+                raise InputError(f"{folder} holds no image to fit the PCA on: name another folder.")
+            return images
     raise InputError(f"--pca_dataset_folder {args.pca_dataset_folder} is no folder: name one.")
 
 
@@ -284,7 +291,7 @@ def rerank(
     if args.rerank == "clusters":
         return rerank_clusters(similarity, ranking, split.utm_index, split.threshold)
     if args.rerank == "expansion":
-        return rerank_expansion(queries, index, similarity, ranking, choose_device(args.device))
+        return rerank_expansion(queries, index, ranking, choose_device(args.device))
     return rerank_geometric(ranking, split.queries.paths, split.index.paths, args.seed)
 
 
@@ -355,6 +362,7 @@ def recall_of_lists(args: argparse.Namespace) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Evaluate; 0, 2 for bad input, 130 when interrupted."""
+    run = Path()
     try:
         args, family = parse(argv)
         with on_screen():
@@ -369,6 +377,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                 model.aggregation.encoder_mode = args.encoder_mode
             side = settings.get("image_size", getattr(args, "image_size", OWN_SIZE_PX))
             size = tuple(args.resize) if len(args.resize) == 2 else (side, side)
+            refuse_sizes(model, [size], args.scales)
+            if args.pca_dim:
+                Pca.refuse(args.pca_dim, model.descriptor_dim)
             if args.export:
                 export_onnx(model, size, args.export)
                 print(f"Written: {args.export}.")
@@ -405,6 +416,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except InputError as error:
         return refuse("eval.py", error)
     except KeyboardInterrupt:
-        print("\nInterrupted: nothing was measured.", file=sys.stderr)
+        there = (run / "metrics.json").is_file()
+        what = (
+            f"what was measured is in {run / 'metrics.json'}" if there else "nothing was measured"
+        )
+        print(f"\nInterrupted: {what}.", file=sys.stderr)
         return 130
     return 0

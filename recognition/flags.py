@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from model import PRECISIONS
+from model import PRECISIONS, warn
 from recognition.aggregation import AGGREGATION_SETTINGS, AGGREGATIONS, L2_PLACES
 from recognition.backbones import BACKBONES, backbone_name
 from recognition.inference import METHODS, RESIZE
@@ -26,6 +26,41 @@ SIZES = {  # whole numbers among the settings of aggregations
     "salad_token_dim": "salad, of the class token",
 }
 RERANKINGS = ("clusters", "geometric", "expansion")
+LARGEST = 2**31  # of whole numbers
+
+
+def _of_layer(name: str, layer: str) -> tuple:
+    return (name,), lambda args: args.aggregation != layer, f"without --aggregation {layer}"
+
+
+# Flags that have an effect only where others say so: when they have none, and in words why.
+IDLE = (
+    (
+        ("brightness", "contrast", "saturation", "hue", "rand_perspective", "random_resized_crop", "random_rotation"),
+        lambda args: getattr(args, "augment", None), "beside --augment smart",
+    ),
+    (("margin",), lambda args: args.criterion != "triplet", "without --criterion triplet"),
+    (("neg_samples_num",), lambda args: args.mining == "random", "with --mining random"),
+    (("scheduler_milestones",), lambda args: args.scheduler != "multistep", "without --scheduler multistep"),
+    (("scheduler_factor",), lambda args: args.scheduler in ("none", "cosine"), "with this --scheduler"),
+    (("scheduler_epochs",), lambda args: args.scheduler not in ("step", "plateau"), "with this --scheduler"),
+    (("ssl_weight",), lambda args: not args.ssl, "without --ssl"),
+    (("weights", "foundation_model_path"), lambda args: args.resume_model, "beside --resume_model"),
+    (("pca_whiten", "pca_dataset_folder"), lambda args: not args.pca_dim, "without --pca_dim"),
+    (("majority_weight",), lambda args: args.test_method != "maj_voting", "without --test_method maj_voting"),
+    (("save_only_wrong_preds",), lambda args: not args.num_preds_to_save, "without --num_preds_to_save"),
+    (("freeze_te",), lambda args: not args.backbone.startswith("dino"), "on another backbone than DINOv2"),
+    (("encoder_mode",), lambda args: not args.crossimage_encoder, "without --crossimage_encoder"),
+    _of_layer("l2", "gem"),
+    _of_layer("ghost_clusters", "supervlad"),
+    *(_of_layer(name, what.partition(",")[0]) for name, what in SIZES.items()),
+    (
+        ("rerank", "test_method", "pca_dim", "save_descriptors", "num_preds_to_save", "recall_values",
+         "night_queries", "dataset_name", "datasets_folder"),
+        lambda args: getattr(args, "query", None), "with --query",
+    ),
+    (("scales", "pca_dim", "rerank"), lambda args: getattr(args, "export", None), "with --export"),
+)  # fmt: skip
 
 
 def whole(text: str) -> int:
@@ -46,8 +81,8 @@ def number(text: str) -> float:
 
 def positive(text: str) -> int:
     """A whole number above 0."""
-    if (value := whole(text)) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is less than 1")
+    if not 1 <= (value := whole(text)) < LARGEST:
+        raise argparse.ArgumentTypeError(f"{text} is less than 1, or too large")
     return value
 
 
@@ -60,15 +95,15 @@ def not_negative(text: str) -> int:
 
 def above_zero(text: str) -> float:
     """A number above 0."""
-    if not 0 < (value := number(text)) < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    if not 0 < (value := number(text)) < LARGEST:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0, or too large")
     return value
 
 
 def strength(text: str) -> float:
     """A number, 0 or above."""
-    if not 0 <= (value := number(text)) < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} is not 0 or above")
+    if not 0 <= (value := number(text)) < LARGEST:
+        raise argparse.ArgumentTypeError(f"{text} is not 0 or above, or too large")
     return value
 
 
@@ -93,6 +128,15 @@ def with_recipe(
             of_paths = isinstance(value, list) and actions[name].type is Path
             parser.set_defaults(**{name: [Path(v) for v in value] if of_paths else value})
     return parser.parse_args(argv)
+
+
+def warn_of_idle(args: argparse.Namespace, argv: Sequence[str]) -> None:
+    """Warn of each flag on a command line that has no effect beside the others."""
+    given = {word.split("=")[0] for word in argv}
+    for names, is_idle, why in IDLE:
+        for flag in (f"--{name}" for name in names):
+            if flag in given and is_idle(args):
+                warn(f"{flag} has no effect {why}.")
 
 
 def half_precision_flag(option: Callable, flag: str) -> None:

@@ -24,7 +24,7 @@ from model import DescriptorModel, InputError, warn
 from recognition import benchmark
 from recognition.flags import above_zero, half_precision_flag, positive
 from recognition.inference import transform_for
-from recognition.job import Job, Judge, Where, report_split, val_judge
+from recognition.job import Job, Judge, Where, read_val, val_judge
 from recognition.multi_similarity import BASE, MultiSimilarity
 from recognition.places import PlaceBatches
 from recognition.recipes import RECIPES
@@ -169,8 +169,7 @@ def read(args: argparse.Namespace, where: Where) -> Data:
         print(f"{train.dropped} places with fewer than {args.images_per_place} images are dropped.")
     test_size = tuple(args.resize)
     how = (transform_for("hard_resize", test_size), max(test_size))
-    val = read_split(where.val, args.val_positive_dist_threshold, *how)
-    report_split(f"{where.val.parent.parent.name} val", val, max(args.recall_values))
+    val = read_val(args, where.val, f"{where.val.parent.parent.name} val", *how)
     start = [train]
     if args.kmeans_images == "eval":
         split = read_split(where.val.parent / "train", args.val_positive_dist_threshold, *how)

@@ -5,7 +5,8 @@ Definitions: deep-visual-geo-localization-benchmark (Berton et al., CVPR 2022), 
 
 import copy
 import itertools
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,6 +41,7 @@ OF_CROPS = ("five_crops", "nearest_crop", "maj_voting")
 VOTING_LEVELS = (1, 5, 10)  # among the first so many of each crop images are counted
 BLOCK_CELLS = 2**26  # most numbers of descriptors that are computed at a time
 WHITENING_EPS = 1e-12
+MOST_PIXELS = 2**26  # of an image at a scale
 
 
 # ---------------------------------------------------------------- images
@@ -167,6 +169,27 @@ class Pipeline(nn.Module):
         return torch.cat(found, 1).view(len(x), -1)
 
 
+def refuse_sizes(
+    model: DescriptorModel, sizes: Iterable[tuple[int, int]], scales: Sequence[float] = (1.0,)
+) -> None:
+    """InputError if the model cannot describe images of some size (height, width) at some scale."""
+    device, training = next(model.parameters()).device, model.training
+    for (height, width), scale in itertools.product(sizes, scales):
+        size = [max(1, round(scale * side)) for side in (height, width)]
+        try:
+            if math.prod(size) > MOST_PIXELS:
+                raise ValueError("they are too large")
+            with torch.inference_mode():
+                model.eval()(torch.zeros(1, IMAGE_CHANNELS, *size, device=device))
+        except (RuntimeError, ValueError) as error:
+            at_scale = f" at scale {scale:g}" if scale != 1 else ""
+            raise InputError(
+                f"the network cannot describe images of {height} x {width} pixels{at_scale} "
+                f"({str(error).partition(chr(10))[0]}): give another size, or other --scales."
+            ) from error
+    model.train(training)
+
+
 class Combined(Pipeline):
     """A model on several scales of its images: the last descriptor of a Pipeline alone."""
 
@@ -213,17 +236,22 @@ class Pca:
 
         InputError if there are fewer images, or numbers in a descriptor, than `dim`.
         """
-        if dim > min(x.shape):
-            raise InputError(
-                f"--pca_dim {dim} is too much for {len(x)} images of {x.shape[1]} numbers each: use "
-                f"{min(x.shape)} or less."
-            )
+        cls.refuse(dim, min(x.shape))
         mean = x.mean(axis=0)
         _, singular, axes = torch.linalg.svd(torch.from_numpy(x - mean), full_matrices=False)
         axes = axes[:dim].T
         if whiten:
             axes = axes / (singular[:dim].square() / max(1, len(x) - 1) + WHITENING_EPS).sqrt()
         return cls(mean, axes.numpy())
+
+    @staticmethod
+    def refuse(dim: int, most: int) -> None:
+        """InputError if `most`, the images to fit or the numbers in a descriptor, are fewer than dim."""
+        if dim > most:
+            raise InputError(
+                f"--pca_dim {dim} is more than the images to fit it on, or than the numbers in a "
+                f"descriptor: use {most} or less."
+            )
 
     def __call__(self, x: np.ndarray) -> np.ndarray:
         """x (..., D), which may be a mapped file -> (..., d), rows of norm 1."""

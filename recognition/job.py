@@ -1,5 +1,6 @@
 """What a family of recipes (families.py) hands to the commands: where its data is, and what to train."""
 
+import argparse
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -8,9 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dataset.folders import FolderSplit
+from dataset.folders import FolderSplit, read_split
 from eval import first_hits, search
-from model import DescriptorModel
+from model import DescriptorModel, InputError, warn
 from training.inputs import Inputs
 
 Judge = Callable[[DescriptorModel], tuple[Tensor, dict[str, float]]]
@@ -58,6 +59,22 @@ def recall_at(hits: np.ndarray, ranked: int, values: Sequence[int]) -> list[floa
     return [float((hits < min(k, ranked)).mean()) for k in values]
 
 
+def read_val(args: argparse.Namespace, folder: Path, name: str, *how: object) -> FolderSplit:
+    """The split that chooses the epoch, printed. InputError where it cannot choose any.
+
+    how: the rest of read_split's arguments.
+    """
+    split = read_split(folder, args.val_positive_dist_threshold, *how)
+    report_split(name, split, max(args.recall_values))
+    if args.epochs_num and split.without_positives == len(split):
+        raise InputError(
+            f"none of the {len(split)} queries in {folder} has a database image within "
+            f"{split.threshold:g} m, so no epoch can be chosen by them: raise "
+            "--val_positive_dist_threshold, or give other val images."
+        )
+    return split
+
+
 def val_judge(split: FolderSplit, inputs: Inputs, values: Sequence[int], scored_k: int) -> Judge:
     """Recall on val, for train(): the score of an epoch is R@scored_k.
 
@@ -95,7 +112,8 @@ def report_split(name: str, split: FolderSplit, most: int) -> None:
     """Print how large a split is and, where recall up to K = `most` is asked for, what cannot be answered."""
     print(f"{name}: {len(split)} queries, {len(split.index)} database images.")
     if split.without_positives and most:
-        print(
+        say = warn if split.without_positives == len(split) else print
+        say(
             f"{name}: {split.without_positives} queries have no database image within "
             f"{split.threshold:g} m; each counts as a miss."
         )

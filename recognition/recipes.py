@@ -9,7 +9,12 @@ from torch import Tensor, nn
 
 from model import DescriptorModel, InputError, described_settings, load_checkpoint
 from recognition import vit
-from recognition.aggregation import AGGREGATION_SETTINGS, build_aggregation, fit_to
+from recognition.aggregation import (
+    AGGREGATION_SETTINGS,
+    AGGREGATIONS,
+    build_aggregation,
+    fit_to,
+)
 from recognition.backbones import BACKBONES, build_trunk
 from recognition.inference import RESIZE, framing
 from recognition.weights import (
@@ -144,6 +149,11 @@ def build_model(
 
     size: height and width of images, where layers whose shape depends on it are to be made at once.
     """
+    for name, known in (("backbone", BACKBONES), ("aggregation", AGGREGATIONS)):
+        if settings[name] not in known:
+            raise InputError(
+                f"the {name} {settings[name]} is none of this program's ({', '.join(known)})."
+            )
     backbone, aggregation = BACKBONES[settings["backbone"]], settings["aggregation"]
     is_vit, freeze_te = backbone.network in vit.SIZES, settings.get("freeze_te")
     with_class = aggregation == "salad"
@@ -223,7 +233,9 @@ def refuse_others(path: Path, own: Mapping, asked: Mapping) -> None:
     """InputError if a file's own settings are not those that are asked for."""
     for name in own.keys() & asked.keys():
         if own[name] != asked[name]:
-            raise InputError(f"{path} has --{name} {own[name]}, not {asked[name]}: say so.")
+            value = own[name]
+            mend = f"give --{name} {value}" if value not in (None, False) else f"leave --{name} out"
+            raise InputError(f"{path} was made with another --{name} than {asked[name]}: {mend}.")
 
 
 def read_settings(path: Path) -> dict:

@@ -110,6 +110,15 @@ def _plain(value: object) -> object:
     return str(value) if isinstance(value, Path) else value
 
 
+def read(run: Path) -> dict:
+    """What metrics.json holds; {} where there is none of a run."""
+    try:
+        found = json.loads((run / "metrics.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) and isinstance(found.get("recall"), dict) else {}
+
+
 def write(run: Path, metrics: dict) -> None:
     """metrics.json, whole or not at all."""
     metrics = {**metrics, "date": datetime.now().isoformat(sep=" ", timespec="seconds")}

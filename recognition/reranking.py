@@ -57,28 +57,23 @@ def components(utm: np.ndarray, threshold: float) -> np.ndarray:
         label = smallest
 
 
-def expand_queries(
-    queries: np.ndarray, index: np.ndarray, similarity: np.ndarray, ranking: np.ndarray
-) -> np.ndarray:
-    """Queries (nq, D) moved towards their first neighbors, each weighed with similarity^power.
+def expand_queries(queries: np.ndarray, index: np.ndarray, ranking: np.ndarray) -> np.ndarray:
+    """Queries (nq, D) moved towards their first neighbors, each weighed with similarity^power; all of
+    norm 1.
 
     Alpha query expansion (Radenovic et al., PAMI 2019).
     """
-    near = ranking[:, :EXPANSION_NEIGHBORS]
-    weights = similarity[:, :EXPANSION_NEIGHBORS].clip(min=0) ** EXPANSION_POWER
-    return unit(queries + (weights[..., None] * index[near]).sum(axis=1))
+    near = index[ranking[:, :EXPANSION_NEIGHBORS]]
+    weights = np.einsum("qd,qkd->qk", queries, near).clip(min=0) ** EXPANSION_POWER
+    return unit(queries + (weights[..., None] * near).sum(axis=1))
 
 
 def rerank_expansion(
-    queries: np.ndarray,
-    index: np.ndarray,
-    similarity: np.ndarray,
-    ranking: np.ndarray,
-    device: torch.device,
+    queries: np.ndarray, index: np.ndarray, ranking: np.ndarray, device: torch.device
 ) -> np.ndarray:
-    """The ranking (nq, k) of the expanded queries."""
-    expanded = expand_queries(queries, index, similarity, ranking)
-    return search(expanded, index, ranking.shape[1], device)[1]
+    """The ranking (nq, k), by cosine, of the expanded queries; descriptors of any norm."""
+    queries, index = unit(queries), unit(index)
+    return search(expand_queries(queries, index, ranking), index, ranking.shape[1], device)[1]
 
 
 def rerank_geometric(

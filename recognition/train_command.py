@@ -41,8 +41,10 @@ from recognition.flags import (
     add_run_flags,
     add_test_flags,
     add_training_flags,
+    warn_of_idle,
     with_recipe,
 )
+from recognition.inference import Pca, refuse_sizes
 from recognition.job import Job, Where
 from recognition.optimization import make_optimizer, make_rate, make_stop
 from recognition.recipes import (
@@ -53,7 +55,7 @@ from recognition.recipes import (
     load_model,
     refuse_others,
 )
-from reporting.handin import file_sha256, tensors, write_whole
+from reporting.handin import file_sha256, forget_parts, tensors, write_whole
 from reporting.screen import on_screen
 from train import train
 from training.distributed import (
@@ -71,7 +73,16 @@ from training.start import calibration_images, choose_start, initialize_clusters
 
 BEST, AVERAGED = "best_model.pth", "averaged_model.pth"
 SAVED = {"settings", "images", "model_state_dict", "origin", "training"}
-ANY_TIME = {"device", "resume"}  # settings that may differ when resuming
+TRAINING = {"epoch", "step", "totals", "history", "best", "weights", "optimizer", "loader"}
+NOT_SAVED = {"device", "resume"}
+# Settings that may differ when resuming: where the data lies now (its digest tells whether it is the
+# same), and what only the test at the end asks.
+MAY_DIFFER = {
+    "save_dir", "datasets_folder", "dataset_folder", "train_set_folder", "val_set_folder",
+    "test_set_folder", "gsv_cities_folder", "target_folder", "infer_batch_size", "test_method",
+    "majority_weight", "scales", "pca_dim", "pca_dataset_folder", "pca_whiten", "rerank",
+    "recall_values", "night_queries", "num_preds_to_save", "save_only_wrong_preds", "save_descriptors",
+}  # fmt: skip
 
 
 # ---------------------------------------------------------------- command line
@@ -106,11 +117,11 @@ def parse(
     first.add_argument("--resume", "--resume_train", type=Path)
     asked, _ = first.parse_known_args(argv)
     saved = read_saved(asked.resume) if asked.resume else None
-    known = {k: v for k, v in saved["settings"].items() if k not in ANY_TIME} if saved else {}
+    known = {k: v for k, v in saved["settings"].items() if k not in NOT_SAVED} if saved else {}
     family, recipe = families.choose(argv, asked.recipe or known.get("recipe"))
     args = with_recipe(build_parser(family), argv, recipe, known or more or {})
     for name, value in records.plain(args).items():
-        if name in known and value != known[name]:
+        if name in known.keys() - MAY_DIFFER and value != known[name]:
             raise InputError(
                 f"--{name} is {value} but was {known[name]} in the run to resume: leave it out, or "
                 "begin anew without --resume."
@@ -122,7 +133,12 @@ def parse(
             "--crossimage_encoder is trained on GSV-Cities only: leave it out, or give "
             "--recipe=supervlad."
         )
+    if args.scheduler == "multistep" and not args.scheduler_milestones:
+        raise InputError(
+            "--scheduler multistep needs --scheduler_milestones, the epochs to step at."
+        )
     family.settle(args)
+    warn_of_idle(args, argv)
     args.saved = saved
     return args, family
 
@@ -138,7 +154,14 @@ def read_saved(file: Path) -> dict:
         ) from None
     except DAMAGED:
         saved = None
-    if not isinstance(saved, dict) or not saved.keys() >= SAVED:
+    if not (
+        isinstance(saved, dict)
+        and saved.keys() >= SAVED
+        and isinstance(saved["settings"], dict)
+        and saved["settings"].get("recipe") in families.RECIPES
+        and isinstance(saved["training"], dict)
+        and saved["training"].keys() >= TRAINING
+    ):
         raise InputError(
             f"{file} is no last checkpoint of train.py, or damaged: name one, or give other weights "
             "with --weights."
@@ -159,13 +182,26 @@ def build(args: argparse.Namespace) -> DescriptorModel:
         model = build_model(settings, "random" if args.saved else args.weights)
     if args.saved:
         fit_to(model.aggregation, args.saved["model_state_dict"])
-        model.load_state_dict(args.saved["model_state_dict"])
+        try:
+            model.load_state_dict(args.saved["model_state_dict"])
+        except (RuntimeError, AttributeError, TypeError) as error:
+            raise InputError(
+                f"the weights in {args.resume} do not fit the network of its settings: it is damaged, "
+                "begin anew."
+            ) from error
         model.trunk.initialized = True
         model.weights_origin = args.saved["origin"]
     model.precision = args.precision
     if args.drift_batchnorm:
         let_batchnorm_drift(model)
     return model
+
+
+def sizes_of(args: argparse.Namespace) -> list[tuple[int, int]]:
+    """Height and width of the images to train and, last, to test on, where all have the same."""
+    side = getattr(args, "image_size", None)
+    given = [getattr(args, "train_resize", None), [side, side] if side else None, args.resize]
+    return [tuple(size) for size in given if size and len(size) == 2]
 
 
 def initialize(model: DescriptorModel, job: Job, device: torch.device, seed: int) -> None:
@@ -225,6 +261,11 @@ def run_training(
     data, tests = family.read(args, where), read_tests(where.tests, args)
     with first_process_first():
         model = build(args).to(device, memory_format=torch.channels_last)
+    sizes = sizes_of(args)
+    refuse_sizes(model, sizes)
+    refuse_sizes(model, sizes[-1:], args.scales)
+    if args.pca_dim:
+        Pca.refuse(args.pca_dim, model.descriptor_dim)
     store = Store(run, device=device)
     job = family.prepare(args, data, model, device, store)
     if args.saved:
@@ -238,17 +279,21 @@ def run_training(
     described = {"settings": settings, "origin": model.weights_origin, "images": job.images}
     untrained = {k: v.to("cpu", copy=True) for k, v in model.state_dict().items()}
 
+    def save_best(best: dict) -> None:
+        weights = {**untrained, **own_weights(best["weights"])}
+        epoch = {"epoch_num": best["epoch"], "model_state_dict": weights}
+        save_tensors(run / BEST, {**described, **epoch})
+
     def save(training: dict) -> None:
         whole = {**untrained, **own_weights(training["weights"])}
-        last = {**described, "training": training, "model_state_dict": whole}
-        save_tensors(run / family.LAST, last)
         if training["averaged"]:
             mean = {**untrained, **own_weights(training["averaged"])}
             save_tensors(run / AVERAGED, {**described, "model_state_dict": mean})
         if training["best"] and training["step"] == 0:
-            best = {**untrained, **own_weights(training["best"]["weights"])}
-            epoch = training["best"]["epoch"]
-            save_tensors(run / BEST, {**described, "epoch_num": epoch, "model_state_dict": best})
+            save_best(training["best"])
+        # Last: what is resumed from here needs the others.
+        last = {**described, "training": training, "model_state_dict": whole}
+        save_tensors(run / family.LAST, last)
 
     job.judge.queries = "val queries"
     history = train(
@@ -280,20 +325,23 @@ def run_training(
     if not first:
         return
     if not history:
-        best = {k: v.cpu() for k, v in model.state_dict().items()}
-        save_tensors(run / BEST, {**described, "epoch_num": 0, "model_state_dict": best})
-    seconds = time.perf_counter() - began
+        save_best({"weights": {}, "epoch": 0})
+    elif not (run / BEST).is_file():
+        save_best(args.saved["training"]["best"])
+    checkpoint, before = file_sha256(run / BEST), records.read(run) if args.saved else {}
+    measured = before.get("recall", {}) if before.get("checkpoint") == checkpoint else {}
+    seconds = max(time.perf_counter() - began, sum(epoch["seconds"] for epoch in history))
     metrics = {
         "kind": "train",
         "settings": {**settings, **records.plain(args, TEST_SETTINGS)},
         "epochs": [{k: v for k, v in e.items() if not math.isnan(v)} for e in history],
         **job.record,
         "recall_values": args.recall_values,
-        "recall": {},
+        "recall": measured,
         "seconds": seconds,
         **work,
         "weights": model.weights_origin,
-        "checkpoint": file_sha256(run / BEST),
+        "checkpoint": checkpoint,
         "warnings": WARNINGS,
     }
     records.write(run, metrics)
@@ -307,6 +355,11 @@ def better_score(record: dict, scored: str) -> float:
     """An epoch's score: that of its weights or, if better, of those averaged until then."""
     names = scored, f"averaged {scored}"
     return max(record[name] for name in names if name in record)
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether it says that a GPU, or the processor, has no memory left."""
+    return isinstance(error, torch.cuda.OutOfMemoryError) or "allocate memory" in str(error)
 
 
 def own_weights(weights: dict) -> dict:
@@ -324,6 +377,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with on_screen(), silent_unless_first():
             if args.saved:
                 run = args.resume.parent
+                forget_parts(run)
             else:
                 run = records.new_run_folder(args.save_dir) if first else Path("logs")
             with records.logged(run, argv) if first else contextlib.nullcontext():
@@ -334,9 +388,12 @@ def main(argv: Sequence[str] | None = None) -> int:
                 run_training(args, family, where, run, device)
     except InputError as error:
         return refuse("train.py", error)
-    except torch.cuda.OutOfMemoryError:
+    except (RuntimeError, MemoryError) as error:
+        if isinstance(error, RuntimeError) and not is_out_of_memory(error):
+            raise
         sentence = (
-            "the GPU's memory is too small: lower --train_batch_size, --batch_size or --resize."
+            "there is too little memory for this: lower --train_batch_size, --batch_size, --resize or "
+            "the size of the network."
         )
         return refuse("train.py", InputError(sentence))
     except KeyboardInterrupt:

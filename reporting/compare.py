@@ -38,14 +38,18 @@ def read_rows(folders: Sequence[Path]) -> list[Row]:
     """The rows of all runs, in the order of the folders. InputError if there is no run at all."""
     rows: dict[tuple, Row] = {}
     for folder in folders:
+        file = folder / "metrics.json"
         try:
-            run = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
-            found = _rows_of(folder, run)
+            found = _rows_of(folder, json.loads(file.read_text(encoding="utf-8")))
+            make_table([row for _, row in found])  # which a damaged one does not allow
         except FileNotFoundError:
-            continue  # a run that has not ended, or another folder
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            warn(f"{folder / 'metrics.json'} is no run's, or damaged ({error!r}): left out.")
+            warn(f"{folder} holds no metrics.json, its run has not ended: left out.")
             continue
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            warn(f"{file} is no run's, or damaged ({error!r}): left out.")
+            continue
+        if not found:
+            warn(f"{file} holds no recall, its run has not ended: left out.")
         for key, row in found:
             known = rows.setdefault(key, row)
             for part in ("recall", "hits"):
@@ -53,7 +57,7 @@ def read_rows(folders: Sequence[Path]) -> list[Row]:
             known["transductive"] = sorted({*known["transductive"], *row["transductive"]})
     if not rows:
         raise InputError(
-            "none of these folders holds a metrics.json: name runs, as logs/default/*."
+            "none of these folders holds the recall of a run: name runs, as logs/default/*."
         )
     return list(rows.values())
 
@@ -71,17 +75,18 @@ def _rows_of(folder: Path, run: dict) -> list[tuple[tuple, Row]]:
                     "settings": settings,
                     "recall": {},
                     "hits": {},
-                    "seconds": run["seconds"],
+                    "seconds": float(run["seconds"]),
                     "dimension": settings.get("pca_dim") or run["descriptor_dim"],
                     "classes": run.get("classes"),
-                    "transductive": run.get("transductive", []),
+                    "transductive": list(run.get("transductive", [])),
                 },
             )
-            by_k = dict(zip(run["recall_values"], entry["recall"]))
-            row["recall"][data_set] = by_k
-            row["hits"][data_set] = np.array(entry["hits"])
+            if not all(0 <= share <= 1 for share in entry["recall"]):  # NaN is not
+                raise ValueError(f"recall of {data_set} is not between 0 and 1")
+            row["recall"][data_set] = dict(zip(run["recall_values"], entry["recall"], strict=True))
+            row["hits"][data_set] = np.array(entry["hits"], dtype=int)
     same = json.dumps(settings, sort_keys=True)
-    return [((run["checkpoint"], same, line), row) for line, row in found.items()]
+    return [((str(run["checkpoint"]), same, line), row) for line, row in found.items()]
 
 
 def differing(rows: Sequence[Row]) -> list[str]:

@@ -4,9 +4,11 @@ The scripts call this room; it calls none of them back. check.py looks at what l
 """
 
 import hashlib
+import itertools
 import json
 import math
 import os
+import re
 import runpy
 import time
 import traceback
@@ -30,12 +32,30 @@ OTHER_FILES = (
 )
 # Whose code is handed in; not what lies deeper, where data may be.
 FOLDERS = "dataset dataset/sample localization recognition reporting reporting/fonts training"
+RESULT_FILES = (
+    "README.md",
+    "metrics.json",
+    "task3_result.png",
+    "result_pose_eval.txt",
+    "estimated_poses.tsv",
+    "query_poses.tsv",
+)
 CODE_SUFFIXES = {".py", ".ttf", ".html"}
 
 CHECKPOINT = "checkpoints/netvlad_final.pth"
 DESCRIPTION = "checkpoints/netvlad_final.json"
 LAST = "checkpoints/last.pth"  # what an unfinished run goes on from
 SECTIONS = {"base": "base.py", "test": "test.py"}  # of metrics.json, and who writes them
+PARTS = (
+    "data",
+    "settings",
+    "weights",
+    "recall",
+    "retrieval",
+    "methods",
+    "cameras",
+    "phases",
+)  # of these
 README_TITLE = "# The hand-in of the NetVLAD project"
 README = f"""{README_TITLE}
 
@@ -69,6 +89,11 @@ def check_output(folder: Path) -> None:
             f"{folder} holds files that this program did not write ({some}): name a new or an empty "
             "folder with --output."
         )
+    refuse_unwritable(folder)
+
+
+def refuse_unwritable(folder: Path) -> None:
+    """InputError if nothing can be written into `folder`, which is made if need be."""
     probe = folder / f".{uuid4().hex}.probe"
     write_text(probe, "")
     probe.unlink()
@@ -79,6 +104,18 @@ def claim_output(folder: Path) -> None:
     readme = Path(folder) / "README.md"
     if not readme.exists() or _has_title(readme):
         write_text(readme, README)
+
+
+def is_own(folder: Path, path: Path) -> bool:
+    """Whether a run that writes into `folder` writes `path` too, or something below it."""
+    path, folder = path.resolve(), folder.resolve()
+    if not path.is_relative_to(folder):
+        return folder.is_relative_to(path)
+    first = path.relative_to(folder).parts[:1]
+    return not first or first[0] in {
+        *SCRIPTS, *RESULT_FILES, *(name.split("/")[0] for name in (*OTHER_FILES, *FOLDERS.split())),
+        "checkpoints", "report",
+    }  # fmt: skip
 
 
 def _is_ours(folder: Path) -> bool:
@@ -123,6 +160,13 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
         ) from error
 
 
+def forget_parts(folder: Path) -> None:
+    """Remove the temporary files of `write_whole` that a run that was killed left behind."""
+    for part in folder.glob(".*.part*"):
+        if re.fullmatch(r"\.[0-9a-f]{32}\.part(\.\w+)?", part.name):
+            part.unlink(missing_ok=True)
+
+
 def _replace(source: Path, target: Path) -> None:
     """os.replace; Windows refuses while another program has the target open: tried a few times."""
     for pause_s in PAUSES_S:
@@ -151,7 +195,7 @@ def draw_or_warn(what: str, draw: Callable[[], T]) -> T | None:
     except Exception as error:  # noqa: BLE001, whatever fails in a picture must not cost the run
         if not isinstance(error, InputError):
             traceback.print_exc()
-        warn(f"{what} is missing, it could not be drawn: {type(error).__name__}: {error}")
+        warn(f"{what} is missing, it could not be made: {type(error).__name__}: {error}")
         return None
 
 
@@ -261,6 +305,9 @@ def read_metrics(output: Path) -> dict:
         metrics = dict(json.loads(path.read_text(encoding="utf-8")))
         if wrong := [name for name in SECTIONS if not isinstance(metrics.get(name, {}), dict)]:
             raise ValueError(f"its {wrong[0]} is no section")
+        parts = itertools.product(SECTIONS.keys() & metrics.keys(), PARTS)
+        if wrong := [a for a in parts if not isinstance(metrics[a[0]].get(a[1]) or {}, dict)]:
+            raise ValueError(f"{wrong[0][1]} of its {wrong[0][0]} is no table")
         return metrics
     except (OSError, ValueError, TypeError) as error:
         raise InputError(f"{path} cannot be read ({error}); delete it and run again.") from error

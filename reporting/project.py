@@ -76,8 +76,13 @@ def best_lines(rows: Sequence[compare.Row]) -> str:
 def training_line(row: compare.Row) -> str:
     """How a run was trained."""
     s = row["settings"]
-    if not s.get("loss_function"):
+    try:
+        return _classes_trained(s)
+    except (KeyError, TypeError, ValueError):  # of other recipes, or versions
         return "How it was trained is in its info.log."
+
+
+def _classes_trained(s: dict) -> str:
     return (
         f"Training: {s['epochs_num']} epochs of {s['iterations_per_epoch']} steps of "
         f"{s['batch_size']} images of {s['image_size']} pixels a side, rate {s['lr']:g} ({s['optim']}, "
@@ -95,7 +100,7 @@ def class_words(rows: Sequence[compare.Row]) -> dict[str, object]:
     M, alpha, N, L = (s.get(k, v) for k, v in (("M", 10), ("alpha", 30), ("N", 5), ("L", 2)))
     words = {"M": M, "alpha": alpha, "N": N, "L": L, "groups": N * N * L}
     words |= {"apart_m": M * (N - 1), "apart_deg": alpha * (L - 1)}
-    counts = next((r["classes"] for r in rows if r.get("classes")), None)
+    counts = next((r["classes"] for r in rows if isinstance(r["classes"], list)), None)
     used = f"Classes of the groups that were used here: {', '.join(map(str, counts or []))}."
     return {**words, "least": s.get("min_images_per_class", 10), "used": used if counts else ""}
 
@@ -174,7 +179,7 @@ def write_report(runs: Sequence[Path], data: Path | None, output: Path) -> list[
         "best": best_lines(rows),
         "system": (
             f"The first run, {rows[0]['run']}, is {system_of(rows[0])}. A backbone makes a map of local "
-            "descriptors, the aggregation one vector of norm 1 of it; search is exact, by cosine."
+            "descriptors, the aggregation one vector of it; search is exact."
         ),
         "training": training_line(rows[0]),
         **class_words(rows),
@@ -225,8 +230,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         runs = [run for run in args.project if (run / "metrics.json").is_file()]
         if len(runs) < len(args.project):
             warn(f"{len(args.project) - len(runs)} of the folders hold no metrics.json: left out.")
+        whole = args.output.absolute()
+        if whole.is_dir() and any(whole.iterdir()) and not (whole / "report.md").is_file():
+            raise InputError(
+                f"{args.output} holds other files: name a new or an empty folder with --output."
+            )
         names = write_report(runs, args.data, args.output)
-        archive = args.output.with_name(args.output.name + ".zip")
+        archive = whole.with_name(whole.name + ".zip")
         count = pack(args.output, names, runs, archive)
     except InputError as error:
         return refuse("reporting.handin", error)

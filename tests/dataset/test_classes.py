@@ -67,3 +67,9 @@ def test_what_makes_no_classes_is_one_sentence(headings, grid, says):
 def test_directions_that_meet_again_are_refused():
     with pytest.raises(InputError, match="--alpha 50 times --L 2 does not divide 360"):
         Grid(alpha=50)
+
+
+@pytest.mark.parametrize("flag", [{"M": 0}, {"alpha": -30}, {"L": 0}, {"N": 0}, {"at_least": -3}])
+def test_numbers_of_no_grid_are_refused(flag):
+    with pytest.raises(InputError, match="give a whole number of 1 or more"):
+        Grid(**flag)

@@ -317,10 +317,10 @@ def test_any_checkpoint_searches_a_folder_in_its_own_way(trained, checkpoint, fo
         (["--pca_dim=2", "--pca_dataset_folder=nowhere"], "nowhere is no folder"),
         (
             ["--pca_dim=99", "--pca_dataset_folder=dataset/toy/images/test"],
-            "--pca_dim 99 is too much",
+            "--pca_dim 99 is more than the images",
         ),
         (["--query=no.jpg", "--index=empty"], "empty holds no image"),
-        (["--backbone=vgg16"], "has --backbone resnet18conv4, not vgg16"),
+        (["--backbone=vgg16"], "was made with another --backbone than vgg16: give --backbone resnet18conv4"),
     ],
 )
 def test_bad_settings_of_a_test_are_one_sentence(trained, more, says, capsys):
@@ -448,3 +448,107 @@ def test_a_log_has_whole_lines_only(tmp_path, capsys):
     with pytest.raises(InputError), records.logged(tmp_path, []):
         raise InputError("nothing there.")
     assert (tmp_path / "info.log").read_text().endswith("\nnothing there.\n")
+
+
+def test_a_run_killed_between_its_files_ends_as_one_that_was_not(trained, monkeypatch):
+    """The best checkpoint is never older than the last, from which a run goes on."""
+    save, written = train_command.save_tensors, []
+
+    def save_and_die(path: Path, content: dict) -> None:
+        save(path, content)
+        written.append(path.name)
+        if written.count("best_model.pth") == 2:  # of the second and last epoch
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(train_command, "save_tensors", save_and_die)
+    assert train_command.main([*TINY, "--save_dir=killed"]) == 130
+    assert written[-2:] == ["last_model.pth", "best_model.pth"]
+    monkeypatch.setattr(train_command, "save_tensors", save)
+    (run,) = Path("logs/killed").iterdir()
+    (run / f".{'0' * 32}.part.pth").write_bytes(b"left behind")
+    assert train_command.main([f"--resume={run / 'last_model.pth'}"]) == 0
+    mine, theirs = weights(run / "best_model.pth"), weights(trained / "best_model.pth")
+    assert all(torch.equal(value, theirs[key]) for key, value in mine.items())
+    assert metrics(run)["recall"] == metrics(trained)["recall"]
+    assert not list(run.glob(".*.part*"))
+
+
+def test_an_ended_run_is_tested_anew_wherever_it_and_its_data_lie(trained, folder, tmp_path, capsys):
+    last = tmp_path / "last_model.pth"
+    last.write_bytes((trained / "last_model.pth").read_bytes())
+    moved = tmp_path / "moved"
+    (folder / "dataset").rename(moved)
+    try:
+        words = [f"--datasets_folder={moved}", "--recall_values", "1", "2", "--rerank=expansion"]
+        assert train_command.main([f"--resume={last}", *words]) == 0
+    finally:
+        moved.rename(folder / "dataset")
+    assert weights(tmp_path / "best_model.pth").keys() == weights(trained / "best_model.pth").keys()
+    run = metrics(tmp_path)
+    assert run["recall_values"] == [1, 2] and "re-ranked, expansion" in run["recall"]["toy test"]
+    assert run["seconds"] >= sum(epoch["seconds"] for epoch in run["epochs"])
+    before = run["recall"]
+    capsys.readouterr()
+    assert train_command.main([f"--resume={last}", "--save_descriptors=/dev/null/x.npz"]) == 2
+    assert "cannot write /dev/null" in capsys.readouterr().err
+    assert metrics(tmp_path)["recall"] == before
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        (["--val_positive_dist_threshold=0.001", "--train_positives_dist_threshold=0.0001"],
+         "none of the 6 queries in .*val has a database image within 0.001 m"),
+        (["--train_positives_dist_threshold=100"], "is more than --val_positive_dist_threshold 25"),
+        (["--val_positive_dist_threshold=1e6"], "so there is nothing to learn"),
+        (["--scheduler=multistep"], "needs --scheduler_milestones"),
+        (["--pca_dim=99", "--pca_dataset_folder=dataset/toy/images/test"], "--pca_dim 99 is more than"),
+        (["--pca_dim=2000000", "--pca_dataset_folder=dataset/toy/images/test"], "is more than the images"),
+        (["--backbone=vgg16", "--resize", "8", "8"], "cannot describe images of 8 x 8 pixels"),
+        (["--scales", "1", "1e6"], "cannot describe images of 48 x 64 pixels at scale 1e\\+06"),
+        (["--save_descriptors=/dev/null/x.npz"], "cannot write /dev/null"),
+    ],
+)  # fmt: skip
+def test_what_cannot_come_to_an_end_is_one_sentence_before_it_begins(more, says, capsys):
+    assert train_command.main([*TINY, "--save_dir=bad", *more]) == 2
+    err = capsys.readouterr().err.splitlines()
+    assert re.search(says, err[-1]) and err[-1].startswith("train.py: ")
+
+
+def test_flags_without_effect_are_said(capsys):
+    words = ["--augment=smart", "--brightness=0.5", "--pca_whiten", "--ghost_clusters=2", "--margin=0.2"]
+    train_command.parse([*words, "--freeze_te=3", "--recipe=netvlad"])
+    err = capsys.readouterr().err
+    for said in (
+        "--brightness has no effect beside --augment smart",
+        "--pca_whiten has no effect without --pca_dim",
+        "--ghost_clusters has no effect without --aggregation supervlad",
+        "--freeze_te has no effect on another backbone",
+    ):
+        assert said in err
+    assert "--margin" not in err and "--augment has" not in err
+
+
+DAMAGES = {
+    "settings are a list": {"settings": []},
+    "no settings": {"settings": None},
+    "recall is a number": {"recall": 5},
+    "recall in percent": {"recall": {"toy test": {"x": {"recall": [55.0] * 4, "hits": [0]}}}},
+    "recall is no number": {"recall": {"toy test": {"x": {"recall": [float("nan")] * 4, "hits": [0]}}}},
+    "too few recalls": {"recall": {"toy test": {"x": {"recall": [0.5], "hits": [0]}}}},
+    "hits are words": {"recall": {"toy test": {"x": {"recall": [0.5] * 4, "hits": ["a"]}}}},
+    "seconds are words": {"seconds": "long"},
+    "nothing measured yet": {"recall": {}},
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_run_is_left_out_of_the_comparison_and_said(damage, trained, tmp_path, capsys):
+    content = json.dumps({**metrics(trained), **DAMAGES[damage]})
+    (tmp_path / "metrics.json").write_text(content)
+    out = ["--output", str(tmp_path / "out")]
+    assert compare.main([str(trained), str(tmp_path), *out]) == 0
+    said = capsys.readouterr()
+    assert str(tmp_path / "metrics.json") in said.err and "left out" in said.err
+    assert said.out.count(trained.name) > 0 and f"| {tmp_path.name} |" not in said.out
+    assert compare.main([str(tmp_path), str(tmp_path / "nowhere"), *out]) == 2

@@ -60,6 +60,13 @@ def test_degrees_are_refused(tmp_path, at):
         FolderImages([tmp_path])
 
 
+def test_small_numbers_that_lie_apart_are_meters_of_a_local_system(tmp_path):
+    for x, y in ((0.0, 0.0), (120.5, 3.0)):
+        put(tmp_path, "database", f"@{x}@{y}@.jpg")
+    assert FolderImages([tmp_path]).utm.tolist() == [[0.0, 0.0], [120.5, 3.0]]
+    assert "they are taken for meters of a local system" in WARNINGS[-1]
+
+
 def test_one_name_in_degrees_among_meters_is_refused_and_named(tmp_path):
     put(tmp_path, "database", name(EAST, NORTH))
     put(tmp_path, "database", "@40.43870@-80.00613@.jpg")

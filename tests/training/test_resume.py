@@ -1,6 +1,7 @@
 """What --resume takes from last.pth and what it refuses."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 import base
 from model import InputError
 from reporting.handin import CHECKPOINT, LAST
-from training.resume import RULES, SAVED, refuse_to_overwrite, settings_of
+from training.resume import RULES, SAVED, digest, refuse_to_overwrite, settings_of
 
 
 def saved_run(output: Path, training: dict | None = None, rules: int | None = RULES, **settings) -> None:
@@ -28,6 +29,7 @@ def test_resuming_takes_the_settings_of_the_run_and_refuses_others(tmp_path):
     args = base.parse(output)
     assert (args.lr, args.batch_size, args.dataset) == (3e-4, 2, Path("there"))
     assert base.parse([*output, "--lr", "3e-4", "--device", "cuda"]).device == "cuda"
+    assert base.parse([*output, "--dataset", "moved"]).dataset == Path("moved")
     with pytest.raises(InputError, match="--batch-size is 4 but was 2 in the run to resume"):
         base.parse([*output, "--batch-size", "4"])
     for damage in ("cut", "foreign"):
@@ -106,3 +108,8 @@ def test_a_trial_replaces_the_checkpoint_of_a_trial_only(trial, tmp_path):
             with pytest.raises(InputError, match=refused):
                 refuse_to_overwrite(args)
     refuse_to_overwrite(base.parse(["--output", str(tmp_path)]))
+
+
+def test_names_that_are_no_text_have_a_digest():
+    names = [os.fsdecode(b"caf\xe9.jpg"), "b.jpg"]
+    assert digest(names) == digest([f"elsewhere/{name}" for name in names]) != digest(names[::-1])
