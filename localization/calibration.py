@@ -70,6 +70,11 @@ _DOUBTFUL = (
     "the poses explain only {:.0f} % of the matches between the scene's own index images (healthy: "
     "45 to 90 %), and no test shows that they are right: look at some answers before all are believed"
 )
+_VOUCHED = (
+    "the poses explain only {:.0f} % of the matches between the scene's own index images (healthy: "
+    "45 to 90 %), but some images that were left out are found where their poses say: look at some answers "
+    "before all are believed"
+)
 _FEW_PAIRS = (
     "only {} pairs of the {} index images match, too few to judge poses and lens by: do the images "
     "overlap, or does most of what they show stand still in them?"
@@ -125,9 +130,10 @@ class Calibration:
             return self
         if vouched:
             doubt = _UNEXPLAINED.format(100 * self.explained)
-            return replace(
-                self, trusted=True, warnings=tuple(w for w in self.warnings if w != doubt)
-            )
+            others = tuple(w for w in self.warnings if w != doubt)
+            if len(others) < len(self.warnings):
+                others = (*others, _VOUCHED.format(100 * self.explained))
+            return replace(self, trusted=True, warnings=others)
         if self.trusted and 0 < self.explained < HEALTHY_SHARE:
             return self.warning(_DOUBTFUL.format(100 * self.explained))
         return self
@@ -279,7 +285,7 @@ def calibrate(
         warnings.append(_FEW_PAIRS.format(len(pairs.a), len(views)))
     if pairs.enough() and explained < MIN_SHARE:
         warnings.append(_UNEXPLAINED.format(100 * explained))
-    elif (unusual := read.convention.unusual()) and not convention:
+    if (unusual := read.convention.unusual()) and not convention:
         warnings.append(
             f"the poses are unusual ({unusual}): {read.convention.describe()} explains "
             f"{100 * explained:.0f} % of the matches"

@@ -35,6 +35,8 @@ FOCALS, LENSES = 4, 2
 WIDE_PX, WIDE_MATCHES = (16.0, 8.0, 4.0), 500
 # Images are of one shape whose logs of the ratio of the sides differ by less.
 SAME_SHAPE = 0.02
+# The principal point may be outside of where a cut puts it by so much of the image's side.
+CUT_SLACK = 0.03
 # No lens is off by more (`_lens_change`).
 ANY_LENS = 1.5
 # The confidence of an answer whose lens is in doubt.
@@ -50,16 +52,19 @@ def with_own_lens(
     The lens is refined beside the answer's pose; where it is not the given one, or the answer is
     not settled, the query is searched for with the lenses that its matches suggest. Where neither the
     size of the image nor its matches tell the lens, for it may be a part of an image, the standard
-    deviations are those of a pose with any lens.
+    deviations are those of a pose with any lens. One that is said to be the query's stays, in doubt
+    where another explains clearly more.
     """
-    if search.query.lens_is_sure or int(search.evidence.has_point.sum()) < MIN_POINTS:
+    sure = search.query.lens_is_sure
+    if int(search.evidence.has_point.sum()) < MIN_POINTS or (sure and answer is None):
         return answer and answer.estimate
     off, known, given = False, True, search.query.camera
     if answer is not None:
-        search, answer = _turned(search, answer)
+        if not sure:
+            search, answer = _turned(search, answer)
         lens = _refined_lens(answer.polished)
         off, told = _is_other(search.query.camera, lens), _is_told(lens)
-        known = _usual_shape(search) and (told or _usual_size(search))
+        known = sure or (_usual_shape(search) and (told or _usual_size(search)))
         if known and not off and (answer.settled or (answer.supported and told)):
             return _with_lens(answer.estimate, search, given)
         off = (
@@ -75,8 +80,13 @@ def with_own_lens(
     ]
     found = [other for other in found if other.off >= OTHER_LENS]
     better = [other for other in found if other.explained > DOUBTFUL_SCORE * least]
-    plainest = _plainest(better)
-    if plainest and (own := plainest[0]).is_clear(most):
+    plainest = _plainest([other for other in better if other.is_cut])
+    clear = bool(plainest) and plainest[0].is_clear(most)
+    if sure:
+        doubt = min(answer.estimate.confidence, DOUBTFUL_LENS)
+        return replace(answer.estimate, confidence=doubt) if clear else answer.estimate
+    if clear:
+        own = plainest[0]
         estimate = replace(
             own.answer.estimate,
             camera=own.answer.polished.camera,
@@ -101,19 +111,22 @@ def with_own_lens(
 @dataclass(frozen=True)
 class _Other:
     """An answer with another lens; explained: how much of the query it explains; off, odd: how far
-    its lens is from the given one, and from a mere zoom of it.
+    its lens is from the given one, and from a mere zoom of it; is_cut: see `_is_cut`.
     """
 
     answer: Answer
     explained: float
     off: float
     odd: float
+    is_cut: bool
 
     @classmethod
     def of(cls, search: Search, answer: Answer) -> "_Other":
         given, camera = search.query.camera, answer.polished.camera
         explained = _explained(search, answer.polished)
-        return cls(answer, explained, _off(given, camera), _oddness(given, camera))
+        whole = search.index.views[search.order[0]].camera
+        is_cut = _is_cut(whole, camera)
+        return cls(answer, explained, _off(given, camera), _oddness(given, camera), is_cut)
 
     @property
     def worth(self) -> float:
@@ -134,6 +147,27 @@ def _plainest(others: list[_Other]) -> list[_Other]:
     near = [other for other in others if DOUBTFUL_SCORE * other.worth > most]
     plain = [o for o in near if o.odd < min(other.odd for other in near) + SAME_LENS]
     return sorted(plain, key=lambda other: other.worth, reverse=True)
+
+
+def _is_cut(whole: Camera, camera: Camera) -> bool:
+    """Whether a lens is that of an image of the camera `whole`, cut or with bars around it, and scaled.
+
+    Where something was moved between two index images and the query, false parallax is explained by a
+    principal point that no cut could put there.
+    """
+    if (whole.width - whole.height) * (camera.width - camera.height) < 0:
+        whole = turned(whole, 1)
+    sides = (
+        (whole.fx, whole.cx, whole.width, camera.fx, camera.cx, camera.width),
+        (whole.fy, whole.cy, whole.height, camera.fy, camera.cy, camera.height),
+    )
+    for focal, center, size, own_focal, own_center, own_size in sides:
+        zoom = own_focal / focal
+        low, high = sorted((zoom * center, zoom * center - (zoom * size - own_size)))
+        slack = CUT_SLACK * own_size
+        if not low - slack <= own_center <= high + slack:
+            return False
+    return True
 
 
 def _oddness(given: Camera, camera: Camera) -> float:

@@ -17,7 +17,7 @@ from localization.hypotheses import (
 )
 from localization.joint import Polished, finely
 from localization.map import SAME_MODE_DEG, SAME_PLACE_DEG, Map
-from localization.matching import View, mutual_matches
+from localization.matching import View, laid_over, mutual_matches
 from localization.refinement import (
     PointMap,
     Refined,
@@ -236,8 +236,14 @@ class Search:
 
 
 def matched(query: View, index: Map, order: list[int]) -> Evidence:
-    """The evidence of a query's matches with the index views in `order`."""
-    matches = {i: mutual_matches(query.features, index.views[i].features) for i in order}
+    """The evidence of a query's matches with the index views in `order`; of what is laid over a part of
+    both images there is none.
+    """
+    matches = {}
+    for i in order:
+        view = index.views[i]
+        found = mutual_matches(query.features, view.features)
+        matches[i] = found.select(~laid_over(query, view, found))
     return gather_evidence(query, index.views, index.points, matches)
 
 

@@ -15,7 +15,9 @@ from localization.features import Features
 from localization.hypotheses import Hypotheses
 from localization.joint import LENS, Polished, Tracks, finely, refine_with_points
 from localization.lens import (
+    DOUBTFUL_LENS,
     _as_far_as,
+    _is_cut,
     _is_told,
     _searched_with,
     _usual_shape,
@@ -552,14 +554,21 @@ def test_versions_of_one_picture_do_not_help_each_other(random_world, random_pos
     assert [order[7:] for order in helped.orders] == [[8], [8], [7]]
 
 
-def test_a_lens_that_is_known_is_kept_to(random_world, random_poses):
+def test_a_lens_that_is_known_is_kept_to_and_doubted_where_another_explains_clearly_more(
+    random_world, random_poses
+):
     world = random_world(29, count=900)
     poses = random_poses(9, 30)
     index = build_map([world.view(*pose) for pose in poses[:8]], seed=0)
-    zoomed = world.view(*poses[8], camera=Camera(360.0, 360.0, 320.0, 240.0, 640, 480))
+    zoomed = world.view(*poses[8], camera=Camera(340.0, 340.0, 320.0, 240.0, 640, 480))
     sure = View(zoomed.features, CAMERA, lens_is_sure=True)
     generator = torch.Generator().manual_seed(0)
     search, answer = quick_search(sure, index, list(range(8)), generator)
+    found = with_own_lens(search, answer, generator)
+    assert found.camera is None and found.c_world is answer.estimate.c_world
+    assert found.confidence <= DOUBTFUL_LENS < answer.estimate.confidence
+    right = View(zoomed.features, zoomed.camera, lens_is_sure=True)
+    search, answer = quick_search(right, index, list(range(8)), generator)
     assert with_own_lens(search, answer, generator) is answer.estimate
     (same,) = localize_in(index, queries_of([world.view(*poses[8])]), [list(range(8))], seed=0)
     assert same.camera is None and same.confidence > 0.5
@@ -661,3 +670,27 @@ def test_no_answer_is_more_confident_than_the_scene_is_trusted(random_world, ran
     views = [world.view(*pose) for pose in random_poses(9, 1)]
     found = localize(views[:8], queries_of(views[8:]), [list(range(8))], seed=0, trust=0.4)[0]
     assert found.confidence == 0.4
+
+
+WHOLE = Camera(500.0, 500.0, 320.0, 240.0, 640, 480)
+
+
+@pytest.mark.parametrize(
+    ("lens", "possible"),
+    [
+        (Camera(500, 500, 320, 240, 640, 480), True),
+        (Camera(700, 700, 448, 336, 896, 672), True),  # larger
+        (Camera(500, 500, 320, 0, 320, 240), True),  # the lower half of the left part
+        (Camera(1000, 1000, 640, 480, 640, 480), True),  # a quarter, twice as large
+        (Camera(1000, 1000, 0, 0, 640, 480), True),  # the opposite one
+        (Camera(500, 500, 320, 340, 640, 680), True),  # bars above and below
+        (Camera(375, 500, 240, 240, 480, 480), True),  # squeezed
+        (Camera(500, 500, 240, 320, 480, 640), True),  # turned
+        (Camera(535, 535, 115, 225, 640, 480), False),  # no cut leaves that much and enlarges so little
+        (Camera(480, 480, 134, 230, 640, 480), False),
+        (Camera(560, 560, 320, 150, 640, 480), False),
+        (Camera(1000, 1000, 700, 480, 640, 480), False),
+    ],
+)
+def test_a_lens_of_its_own_is_that_of_a_cut_image(lens, possible):
+    assert _is_cut(WHOLE, lens) == possible

@@ -15,6 +15,7 @@ from localization.matching import (
     epipolar_pairs,
     guided_matches,
     in_band,
+    laid_over,
     mutual_matches,
     near_pairs,
     same_picture,
@@ -220,3 +221,25 @@ def test_rays_of_matches_meet(random_world, random_poses):
     residual = torch.linalg.cross(d_a, d_b) @ (b.c_world - a.c_world)
     residual = residual[right_matches(a, b, m)]
     assert len(residual) > 50 and residual.abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("share, is_overlay", [(0.5, True), (1.0, False), (0.02, False)])
+def test_what_is_laid_over_a_part_of_two_images_is_no_match(share, is_overlay):
+    """Of two images of different places the left part shows the same, as a menu does."""
+    generator = torch.Generator().manual_seed(1)
+    count, size = 800, torch.tensor([640.0, 480.0])
+
+    def image() -> tuple[torch.Tensor, torch.Tensor]:
+        xy = torch.rand(count, 2, generator=generator) * size
+        descriptors = torch.randn(count, 128, generator=generator)
+        return xy, descriptors / descriptors.norm(dim=1, keepdim=True)
+
+    (xy, descriptors), (other_xy, other) = image(), image()
+    inside = xy[:, 0] < share * 640
+    other_xy[inside], other[inside] = xy[inside], descriptors[inside]
+    camera = Camera(500.0, 500.0, 320.0, 240.0, 640, 480)
+    a, b = (View(features_at(p.tolist(), d), camera) for p, d in ((xy, descriptors), (other_xy, other)))
+    matches = mutual_matches(a.features, b.features)
+    laid = laid_over(a, b, matches)
+    equal = (matches.a == matches.b) & inside[matches.a]
+    assert bool(equal.any()) and torch.equal(laid, equal if is_overlay else torch.zeros_like(equal))
