@@ -432,7 +432,8 @@ def finish(output: Path, checkpoint: Path, section: dict, rows: list[figures.Gal
     handin.draw_or_warn(
         picture.name, lambda: figures.recall_picture(picture, metrics["base"], rows)
     )
-    handin.copy_code(Path(__file__).resolve().parent, output)
+    code = Path(__file__).resolve().parent
+    handin.draw_or_warn("the copy of the code", lambda: handin.copy_code(code, output))
     handin.draw_or_warn("the report", lambda: report.write_report(output))
     print(f"Weights: {section['weights']['origin']}. Data: {section['data']['name']}.")
     files = (checkpoint, picture, output / "report" / "report.html")

@@ -278,12 +278,15 @@ def evaluate_recall(
 
     query_ds, db_ds: items (image, index, path); utmQ (nq, 2), utmDb (nd, 2) in meters, in their
     order. A positive is a database image within posDistThr; a query with none takes its nearest.
-    InputError where images and positions differ in number.
+    InputError where images and positions differ in number, there are none, or one is not finite.
     """
     utmQ, utmDb, threshold = (np.asarray(value, dtype=float) for value in (utmQ, utmDb, posDistThr))
     for name, utm, images in (("utmQ", utmQ, query_ds), ("utmDb", utmDb, db_ds)):
         if len(utm) != len(images):
             raise InputError(f"{name} has {len(utm)} rows for {len(images)} images: give a row an image.")
+        if not len(utm) or not np.isfinite(utm).all():
+            wrong = "values that are not finite" if len(utm) else "no row"
+            raise InputError(f"{name} has {wrong}: give the positions of the images, in meters.")
     queries, _, _ = compute_embeddings(model, query_ds, device)
     database, _, _ = compute_embeddings(model, db_ds, device)
     unit_norm = getattr(getattr(model, "module", model), "unit_norm", None)
@@ -351,7 +354,8 @@ def list_images(folder: Path, pattern: str = "*") -> list[Path]:
             f"{folder} holds {len(unread)} files of a kind that is not read ({min(unread)} …): "
             "left out; convert them to .png or .jpg."
         )
-    images = [p for p in there if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file()]
+    # A link whose image is gone counts: the others keep their places.
+    images = [p for p in there if p.suffix.lower() in IMAGE_SUFFIXES and (p.is_file() or p.is_symlink())]
     return sorted(images, key=lambda path: (number_order(str(path)), str(path)))
 
 
@@ -408,6 +412,13 @@ def search_folder(args: argparse.Namespace, load: Callable[[], nn.Module]) -> No
         ]
         figures.retrieval_picture(args.picture, rows, f"The most similar images in {args.index}")
         print(f"Written: {args.picture}")
+
+
+def open_streams() -> None:
+    """Let what is printed go nowhere where standard output or errors are closed, as of a service."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115, for good
 
 
 class Screen:
@@ -469,6 +480,7 @@ def main(
     recall_of_lists: measures recall on the lists of --dataset; None where this file stands alone.
     load: reads the checkpoint of a search; its `transform`, if any, is what the images need.
     """
+    open_streams()
     args = build_parser().parse_args(argv)
     if hasattr(sys.stdout, "reconfigure"):  # a path in letters that the console lacks stops nothing
         sys.stdout.reconfigure(errors="backslashreplace")

@@ -25,10 +25,11 @@ from localization.atlas import Atlas, kept, key_of
 from localization.cameras import Camera, default_camera, parse_convention
 from localization.feature_cache import features_of_files
 from localization.frames import IndoorDataset
+from localization.lens_files import given_camera, image_sizes
 from localization.matching import View
 from localization.scenes import reorder_rows
 from localization.structure import structure_of
-from model import WARNINGS, InputError, choose_device, progress, refuse
+from model import WARNINGS, InputError, choose_device, progress, refuse, warn
 from recognition.recipes import load_any
 from reporting import check, handin, report
 from reporting.answers import answer, print_answers
@@ -117,8 +118,10 @@ def shipped_map(args: argparse.Namespace, checkpoint: str) -> Atlas | None:
 
     InputError if it was made with another network, or if an option asks for what it has of its own.
     """
-    if not (args.query and args.map and args.map.exists()) or args.camera:
+    if not (args.query and args.map) or args.camera:
         return None
+    if not args.map.exists():
+        raise InputError(f"{args.map} does not exist: name a map, or with --camera the scenes to make it of.")
     for option, value in (("--scenes", args.scenes), ("--convention", args.convention), ("--intrinsics", args.intrinsics)):
         if value:
             raise InputError(f"{args.map} has what {option} says of its own: leave it out, or name the images with --camera.")
@@ -152,7 +155,7 @@ def look_at(
 class Task:
     """The frames, the rows of them that are queries and index images, and the map if there is one yet.
 
-    root: the scenes' folder, or the map's file. file, key: where the map is kept, and what it depends on.
+    root: the scenes' folder, as of a map that was made before. file, key: where the map is kept, and what it depends on.
     """
 
     frames: IndoorDataset
@@ -171,7 +174,7 @@ def read_task(args: argparse.Namespace, checkpoint: str) -> Task:
         load_image(path, 1)
     atlas, is_sample = shipped_map(args, checkpoint), False
     if atlas:
-        root, frames = args.map, IndoorDataset.of_map(atlas)
+        root, frames = atlas.root or args.map, IndoorDataset.of_map(atlas)
     else:
         place, is_sample = (None, False) if args.camera else locate(None, CAMERA)
         root = args.camera or place / "camera"
@@ -190,6 +193,9 @@ def read_task(args: argparse.Namespace, checkpoint: str) -> Task:
         take_up_map(task, args, checkpoint)
     if args.query:
         task.queries = frames.add_queries(args.query)
+    if args.query_intrinsics:
+        for size in image_sizes([frames.frames[row][0] for row in task.queries]):
+            given_camera("--query-intrinsics", args.query_intrinsics, size)
     return task
 
 
@@ -231,6 +237,8 @@ def localize(
             task.atlas.key, task.atlas.checkpoint = task.key, checkpoint
             if task.file and task.key and len(readable) == len(looked):
                 task.atlas.keep(task.file)
+            elif args.map:
+                warn(f"the map is not kept in {args.map}: not every image can be read.")
             views, descriptors = [views[row] for row in task.queries], descriptors[task.queries]
         similarity, best = search(descriptors, task.atlas.descriptors, 1)
         if args.query:
@@ -258,7 +266,8 @@ def run(args: argparse.Namespace) -> None:
     task = read_task(args, checkpoint)
     frames, counts = task.frames, f"{len(task.queries)} queries, {len(task.index)} index images"
     print(f"{len(frames)} frames of {' '.join(frames.scenes)}: {counts}.")
-    check_exports(args.export, frames.scenes, [frame[:2] for frame in frames.frames], task.root)
+    images = [frame[:2] for frame in frames.frames]
+    check_exports(args.export, frames.scenes, images, task.root, args.output, args.map)
     handin.claim_output(args.output)
 
     rows, views = localize(task, args, model, device, checkpoint, seconds)
@@ -309,7 +318,7 @@ def export(args: argparse.Namespace, posed: PosedFrames, rows: list[dict], maps:
 def finish(args: argparse.Namespace, section: dict) -> None:
     """Write metrics, report and code copies; print the table of methods."""
     handin.update_metrics(args.output, "test", section, handin.file_sha256(args.checkpoint))
-    handin.copy_code(HERE, args.output)
+    handin.draw_or_warn("the copy of the code", lambda: handin.copy_code(HERE, args.output))
     handin.draw_or_warn("the report", lambda: report.write_report(args.output))
     print_method_table(section)
     if section["not_found"]:

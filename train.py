@@ -256,7 +256,10 @@ def train(
         settle()
         totals = run["totals"]
         if not (run["step"] or takes_up):
-            raise InputError(NO_BATCH)
+            if epoch == 1:
+                raise InputError(NO_BATCH)
+            warn(f"the loader gave no batch in epoch {epoch}, it can be used once only: training ends.")
+            break
         record = {
             "epoch": epoch,
             "train_loss": totals["loss"] / max(1, totals["losses"]),

@@ -33,6 +33,10 @@ _UNIT = (
     "its points lie {:.3g} m from the images that show them, if poses are in meters: are they in another "
     "unit? Confidence tells how likely errors are below 0.25 of it"
 )
+_NONE_FOUND = (
+    "none of the index images that were left out in turn is found where its pose says, and no answer is "
+    "trusted: do poses, lens and images belong together, and do the images overlap?"
+)
 _FALSE = (
     "the pose of {} contradicts the image, which by its matches was taken {:.2f} m and {:.1f} deg from "
     "there: it is left out of the map"
@@ -71,6 +75,13 @@ class Atlas:
     def conventions(self) -> dict[str, Convention]:
         """How the poses of each scene are written."""
         return {scene: found.convention for scene, found in self.calibrations.items()}
+
+    @property
+    def root(self) -> Path | None:
+        """The folder of the scenes where it was made, if its images lay as in the assignment."""
+        path, inside = Path(self.paths[0]), (*Path(self.scene_of[0]).parts, "images")
+        folders = (p.parts for p in path.parents if p.parts[-len(inside) :] == inside)
+        return next((Path(*parts[: -len(inside)]) for parts in folders), None)
 
     @classmethod
     def load(cls, file: Path) -> "Atlas":
@@ -186,6 +197,8 @@ def build_atlas(
                 calibrations[own] = calibrations[own].warning(_FALSE.format(name, *off))
             rows = [row for k, row in enumerate(rows) if k not in false]
             built = build_map([its_views[k] for k in rows], progress=show, **doubt)
+        if len(built.test.errors) > 1 and not built.test.found:
+            calibrations[scenes[0]] = calibrations[scenes[0]].warning(_NONE_FOUND)
         vouched = built.test.vouched
         calibrations.update({scene: calibrations[scene].tested(vouched) for scene in scenes})
         if built.typical_m and not NEAR_M <= built.typical_m <= FAR_M:

@@ -274,7 +274,7 @@ def parse_convention(text: str) -> Convention:
     """
     if text.strip().lower() in _NAMED:
         return _NAMED[text.strip().lower()]
-    words = text.replace(",", " ").split()
+    words = text.lower().replace(",", " ").split()
     if len(words) == 3:
         convention = Convention(words[0], words[1], tuple(words[2].split("-")))
         if convention in [*all_conventions(), *unusual_conventions()]:

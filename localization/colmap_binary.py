@@ -73,8 +73,8 @@ def binary_images(path: Path) -> list[PoseRow]:
     return rows
 
 
-def binary_cameras(path: Path, used: Collection[str]) -> dict[str, Camera]:
-    """Number -> camera of a cameras.bin, as far as they are used."""
+def binary_cameras(path: Path, used: Collection[str] | None) -> dict[str, Camera]:
+    """Number -> camera of a cameras.bin, as far as they are used; None for all, one at least."""
     file, cameras = _Reader(path), {}
     (count,) = file.take("Q")
     for _ in range(count):
@@ -83,8 +83,10 @@ def binary_cameras(path: Path, used: Collection[str]) -> dict[str, Camera]:
             raise file.damaged(f"has a camera {number} of the unknown model {model}")
         name, (parameters, _) = list(COLMAP_MODELS.items())[model]
         values = file.take(f"{parameters}d")
-        if str(number) in used:
+        if used is None or str(number) in used:
             where = f"{path}, camera {number}"
             cameras[str(number)] = colmap_camera(where, name, (width, height), values)
     file.end()
+    if not cameras and used is None:
+        raise InputError(f"{path} describes no camera: export it again from COLMAP.")
     return cameras

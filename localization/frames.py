@@ -12,6 +12,7 @@ from torch.utils.data import Dataset
 from eval import load_image
 from localization.atlas import Atlas, build_atlas
 from localization.cameras import Camera, Convention
+from localization.lens_files import given_camera
 from localization.localize import Estimate
 from localization.matching import View
 from localization.pose_files import SceneFiles, read_scene
@@ -126,7 +127,7 @@ class IndoorDataset(Dataset):
             views[k] = atlas.calibrations[scene].applied(views[k], self.lens_of(row))
             if intrinsics:
                 own = views[k].camera
-                lens = Camera(*intrinsics, own.width, own.height)
+                lens = given_camera("--query-intrinsics", intrinsics, (own.width, own.height))
                 views[k] = replace(views[k], camera=lens, lens_is_sure=True)
         estimates = atlas.localize(views, scene_of, descriptors, **how)
         for k, (row, estimate) in enumerate(zip(queries, estimates)):

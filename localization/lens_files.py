@@ -47,7 +47,10 @@ _FORMS = (
 _PLAIN_RATIOS = [*range(2, 9), *(1 / n for n in range(2, 9)), 3 / 2, 2 / 3, 4 / 3, 3 / 4]
 _RATIO_TOLERANCE = 0.08
 MOST_DISTORTION = 100.0  # coefficients beyond are numbers out of place
+_BENT = -1.0, 2.0  # and so are those that move the corner of an image by more than this share
+_VIEW = 0.2, 20.0  # focal lengths in longer sides: views of 136 and of 3 degrees
 _NEAR_MIDDLE = 0.2  # of half the image: a center within is of this size beyond doubt
+_DECIMAL_COMMA = re.compile(r"\d,\d.*\d\s+[-\d]|\d\s+[-\d].*\d,\d")
 _ORIENTATION, _FIRST_TURNED = 0x0112, 5  # EXIF: values from 5 on exchange width and height
 
 
@@ -86,7 +89,10 @@ def read_intrinsics(path: Path, sizes: Counter[Size]) -> Camera:
 
     Raises InputError for a file in another form, or of another size than the images have.
     """
-    lines = [numbers_in(line) for line in read_lines(path, "the lens file", utf16=True)]
+    lines = [without_comment(line) for line in read_lines(path, "the lens file", utf16=True)]
+    if any(_DECIMAL_COMMA.search(line) and "." not in line for line in lines):
+        raise InputError(f"{path}: commas stand for decimal points; write points.")
+    lines = [numbers_in(line) for line in lines]
     lines = [words for words in lines if words]
     if any(len(words) > 1 and words[1].isupper() and words[1][0].isalpha() for words in lines):
         cameras = read_colmap_cameras(path)
@@ -121,7 +127,20 @@ def _without_matrix(values: list[float]) -> list[float]:
     return values
 
 
-def _on_images(path: Path, lens: dict[str, float], sizes: Counter[Size]) -> Camera:
+def given_camera(option: str, values: Sequence[float], size: Size) -> Camera:
+    """The camera of an option's fx, fy, cx, cy on images of a size. Raises InputError where they are of
+    no such image.
+    """
+    camera = _on_images(option, dict(zip(("fx", "fy", "cx", "cy"), values)), Counter({size: 1}))
+    if not all(_VIEW[0] < focal / max(size) < _VIEW[1] for focal in (camera.fx, camera.fy)):
+        raise InputError(
+            f"{option}: focal lengths of {camera.fx:g} and {camera.fy:g} pixels belong to no image of "
+            f"{size[0]}x{size[1]}: give them in its pixels."
+        )
+    return camera
+
+
+def _on_images(path: Path | str, lens: dict[str, float], sizes: Counter[Size]) -> Camera:
     """The camera of bare numbers, on the size its center is the middle of, scaled if need be."""
 
     def offset(size: Size) -> float:
@@ -167,11 +186,21 @@ def _camera(where: Path | str, lens: dict[str, float], size: Size) -> Camera:
             f"{where}: the focal lengths and the size must be positive, and all finite, found "
             f"fx={fx:g}, fy={fy:g}, {size[0]}x{size[1]}."
         )
-    if np.abs(bent).max() > MOST_DISTORTION:
+    if np.abs(bent).max() > MOST_DISTORTION or not _BENT[0] < _bend(values, size) < _BENT[1]:
         raise InputError(f"{where}: the distortion {max(bent, key=abs):g} is that of no lens.")
     if lens.get("k3"):
         warn(f"{where}: the distortion k3 is left out; the others are used.")
     return Camera(*values[:4], *size, *bent)
+
+
+def _bend(values: Sequence[float], size: Size) -> float:
+    """By what share k1 and k2 of fx fy cx cy k1 k2 … move the corner of an image that is farthest off."""
+    if not any(values[4:6]):
+        return 0.0
+    fx, fy, cx, cy, k1, k2 = np.array(values[:6])
+    with np.errstate(over="ignore", invalid="ignore"):
+        r2 = (max(cx, size[0] - cx) / fx) ** 2 + (max(cy, size[1] - cy) / fy) ** 2
+        return float(k1 * r2 + k2 * r2**2)
 
 
 def read_colmap_cameras(path: Path, used: Collection[str] | None = None) -> dict[str, Camera]:

@@ -6,10 +6,11 @@ A map is built once and serves any number of queries. It is plain data: saved, l
 import dataclasses
 import io
 import os
-import tempfile
+import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from uuid import uuid4
 
 import numpy as np
 import torch
@@ -98,17 +99,16 @@ def save(value: object, file: Path) -> None:
     content = io.BytesIO()  # first: of a full disk PyTorch's writer raises no OSError
     torch.save(_packed(value), content)
     file.parent.mkdir(parents=True, exist_ok=True)
-    handle, part = tempfile.mkstemp(suffix=".part", dir=file.parent)
+    part = file.with_name(f"{uuid4().hex}.part")
     try:
-        with os.fdopen(handle, "wb") as stream:
-            stream.write(content.getbuffer())
+        part.write_bytes(content.getbuffer())
         os.replace(part, file)
     except OSError:
         # Windows replaces no file that another run reads at this moment: then it is there.
         if not file.exists():
             raise
     finally:
-        Path(part).unlink(missing_ok=True)
+        part.unlink(missing_ok=True)
 
 
 def load(file: Path, *kinds: type) -> object:
@@ -118,6 +118,9 @@ def load(file: Path, *kinds: type) -> object:
     program.
     """
     try:
+        with zipfile.ZipFile(file) as archive:  # whose sums torch.load does not look at
+            if (member := archive.testzip()) is not None:
+                raise ValueError(member)
         packed = torch.load(file, weights_only=True)
         return _unpacked(packed, {kind.__name__: kind for kind in kinds})
     except OSError as error:
@@ -126,7 +129,7 @@ def load(file: Path, *kinds: type) -> object:
         ) from error
     except Exception as error:
         raise InputError(
-            f"{file} is no map, or one of another version: name another file."
+            f"{file} is no map, damaged or of another version: name another file."
         ) from error
 
 

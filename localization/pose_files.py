@@ -79,8 +79,7 @@ def read_scene(folder: Path) -> SceneFiles:
     else:
         lines = read_lines(file, "the pose file", utf16=True)
         if file.suffix == ".json":
-            rows, values = nerf_rows(file, lines)
-            camera, convention = nerf_camera(file, values, image_sizes(paths)), OPENGL
+            (rows, values), convention = nerf_rows(file, lines), OPENGL
         elif file.stem == "images" or is_colmap(lines):
             rows, convention = colmap_rows(file, lines), COLMAP
         else:
@@ -97,6 +96,8 @@ def read_scene(folder: Path) -> SceneFiles:
     lenses = {}
     if own := _beside(folder, "intrinsics.txt"):
         camera = read_intrinsics(own, image_sizes(paths))
+    elif file.suffix == ".json":
+        camera, lenses = _nerf_lenses(file, values, rows, paths)
     elif not camera and (cameras := _cameras_of(file, folder)):
         camera, lenses = _lenses(cameras, rows, paths)
     poses = np.array([row.pose if row else np.full(7, np.nan) for row in rows])
@@ -116,6 +117,24 @@ def _cameras_of(file: Path, folder: Path) -> Path | None:
     return next(filter(Path.is_file, own), None) or _beside(folder, "cameras.txt")
 
 
+def _nerf_lenses(
+    file: Path, values: dict, rows: list[PoseRow | None], paths: list[Path]
+) -> tuple[Camera | None, dict[Path, Camera]]:
+    """The camera of a transforms.json with these values, or the one that most of the images have; that
+    of each image where they have several, which their frames tell.
+    """
+    frames = {path: values["frames"][row.line - 1] for path, row in zip(paths, rows) if row}
+    if not any(frame.keys() & {"fl_x", "camera_angle_x"} for frame in frames.values()):
+        return nerf_camera(file, values, image_sizes(paths)), {}
+    found = {
+        path: nerf_camera(file, {**values, **frame}, image_sizes([path]))
+        for path, frame in frames.items()
+    }
+    lenses = {path: camera for path, camera in found.items() if camera}
+    common = Counter(lenses.values()).most_common(1)[0][0]
+    return common, lenses if len(set(lenses.values())) > 1 else {}
+
+
 def _lenses(
     file: Path, rows: list[PoseRow | None], paths: list[Path]
 ) -> tuple[Camera, dict[Path, Camera]]:
@@ -123,7 +142,7 @@ def _lenses(
     where they are of several."""
     used = Counter(row.camera for row in rows if row and row.camera)
     if file.suffix == ".bin":
-        cameras = binary_cameras(file, used)
+        cameras = binary_cameras(file, used or None)
     else:
         cameras = read_colmap_cameras(file, used or None)
     for name in used:
@@ -220,6 +239,10 @@ def _by_labels(file: Path, rows: list[PoseRow | None], paths: Sequence[Path]) ->
             f"{file} has images such as {name!r}, those that are there are such as {paths[0]}: name "
             "them as the model does."
         )
+    known = {name for path in paths for name in (path.name, path.stem)}
+    for word, count in (pair for column in columns for pair in Counter(column).items()):
+        if count > 1 and word in known:
+            raise InputError(f"{file} has {count} poses of {word!r}: keep one of them.")
     raise InputError(
         f"{file}, line {row.line}: {' '.join(row.labels)!r} stands beside the pose, but the "
         f"images ({paths[0].name} …) bear no such names or numbers: remove it from every line if "

@@ -14,6 +14,8 @@ from localization.cameras import quaternion_from_rotation
 from localization.lens_files import numbers_in, to_number, without_comment
 from model import InputError
 
+UNIT = 0.01  # a quaternion's length may differ from 1 by so much
+FARTHEST = 1e12  # of a coordinate; UTM in micrometers is less
 _WANTED = "tx ty tz and a quaternion, or nan"
 _ENDING = "|".join(re.escape(suffix) for suffix in IMAGE_SUFFIXES)
 _NAME_FIRST = re.compile(rf"\s*(.+?(?:{_ENDING}))[\"']?[\s,;]+(.*)", re.IGNORECASE)
@@ -66,12 +68,32 @@ def text_rows(file: Path, lines: list[str]) -> list[PoseRow | None]:
             f"{file}, line {number}: {columns} columns where 7 are needed ({_WANTED}); a 3x4 or "
             "4x4 matrix, and a picture's name in front, are read too; write one of these."
         )
-    sample = next((words for _, words in filled if len(words) == columns), [])
-    behind = len(sample) > size and not is_number(sample[-1])
+    before = _words_before([words for _, words in filled if len(words) == columns], columns, size)
     return [
-        _row(file, number, words, columns, size, behind) if words else None
+        _row(file, number, words, columns, size, before) if words else None
         for number, words in table
     ]
+
+
+def _words_before(rows: list[list[str]], columns: int, size: int) -> int:
+    """How many words stand before the pose in rows of `columns` words, of which `size` are the pose.
+
+    Words are before it unless the last is no number, or only quaternions farther in front have length 1.
+    """
+    if not rows or not is_number(rows[0][-1]):
+        return 0
+    last = columns - size
+
+    def of_unit_length(first: int) -> bool:
+        words = [row[first + 3 : first + 7] for row in rows]
+        if not all(is_number(word) for row in words for word in row):
+            return False
+        length = np.linalg.norm([[to_number(word) for word in row] for row in words], axis=1)
+        return bool((np.isnan(length) | (np.abs(length - 1) < UNIT)).all())
+
+    if size != 7 or of_unit_length(last):
+        return last
+    return next((first for first in range(last) if of_unit_length(first)), last)
 
 
 def _words(line: str) -> list[str]:
@@ -93,9 +115,9 @@ def is_number(word: str) -> bool:
 
 
 def _row(
-    file: Path, number: int, words: list[str], columns: int, size: int, behind: bool
+    file: Path, number: int, words: list[str], columns: int, size: int, before: int
 ) -> PoseRow:
-    """One line of `columns` words, of which `size` are the pose, the others before or behind it."""
+    """One line of `columns` words, of which `size` are the pose, so many before it, the others behind."""
     where = f"{file}, line {number}"
     if len(words) == 1 and words[0].lower() == "nan" and columns == size:
         return PoseRow(number, (), np.full(7, np.nan))
@@ -104,7 +126,8 @@ def _row(
             f"{columns} are needed (with {_WANTED})" if columns > 7 else f"7 are needed ({_WANTED})"
         )
         raise InputError(f"{where}: {len(words)} columns where {needed}; correct that line.")
-    labels, words = (words[size:], words[:size]) if behind else (words[:-size], words[-size:])
+    labels = words[:before] + words[before + size :]
+    words = words[before : before + size]
     try:
         values = np.array([to_number(word) for word in words])
     except ValueError as error:
@@ -124,6 +147,10 @@ def _pose(where: str, values: np.ndarray) -> np.ndarray:
         )
     if len(values) != 7:
         return _of_matrix(where, values.reshape(-1, 4))
+    if np.abs(values[:3]).max() > FARTHEST:
+        raise InputError(
+            f"{where}: no position is {np.abs(values[:3]).max():.3g}; correct that line."
+        )
     length = np.abs(values[3:]).max()
     if not 1e-6 < length < 1e6:
         said = "zero" if length <= 1e-6 else f"as long as {length:.3g}"

@@ -20,7 +20,7 @@ from localization.cameras import Camera, project, quaternion_from_rotation
 from localization.matching import View
 from localization.structure import Structure
 from model import InputError
-from reporting.handin import write_text
+from reporting.handin import is_own, write_text
 from reporting.pose_file import one_line
 from reporting.poses import PosedFrames, in_file_name, placed, point_colors
 
@@ -34,12 +34,15 @@ def check_exports(
     scenes: Sequence[str],
     images: Sequence[tuple[Path, str]],
     root: Path,
+    output: Path,
+    map_file: Path | None,
 ) -> None:
     """InputError for what could not be written at the end of a run: a format that is not known, a
-    target that is there already or cannot be made, names of images that a format cannot hold or
-    tell apart.
+    target that is there already, cannot be made or is the run's own, names of images that a format
+    cannot hold or tell apart.
 
-    images: path and scene of each; root: the folder of the scenes.
+    images: path and scene of each; root: the folder of the scenes; output, map_file: what the run
+    writes besides.
     """
     taken: list[Path] = []
     for name, path in exports:
@@ -65,9 +68,12 @@ def check_exports(
                     f"{option}: {target} is there already and is not overwritten: remove it, or "
                     "name another."
                 )
-            if target.resolve() in taken:
+            whole = target.resolve()
+            if is_own(output, whole) or (map_file and whole == map_file.resolve()):
+                raise InputError(f"{option}: the run itself writes {target}: name another.")
+            if any(whole.is_relative_to(t) or t.is_relative_to(whole) for t in taken):
                 raise InputError(f"{option}: two exports go to {target}: name another.")
-            taken.append(target.resolve())
+            taken.append(whole)
             probe = target.parent / f".{uuid4().hex}.probe"
             write_text(probe, "")
             probe.unlink()

@@ -6,6 +6,7 @@ where they were found and where they truly were, all in axes whose third is abou
 
 import base64
 import json
+import re
 from collections.abc import Sequence
 from functools import partial
 from html import escape
@@ -78,7 +79,8 @@ def scene_page(
     data = _data(views, facts, structure, frames, scene)
     text = json.dumps({**data, "errors": errors}, separators=(",", ":")).replace("<", "\\u003c")
     page = PAGE.read_text(encoding="utf-8")
-    return page.replace("{title}", escape(f"Scene {scene}")).replace("{data}", text)
+    filled = {"{title}": escape(f"Scene {scene}"), "{data}": text}
+    return re.sub(r"\{title\}|\{data\}", lambda place: filled[place[0]], page)
 
 
 def _told(name: str, answer: dict) -> str:

@@ -13,7 +13,7 @@ import numpy
 import PIL
 import torch
 
-from eval import Screen
+from eval import Screen, open_streams
 from model import progress
 
 _screen = sys.stdout  # what `always_printed` prints to: the standard output that `on_screen` found
@@ -29,13 +29,14 @@ def on_screen(quiet: bool = False) -> Iterator[None]:
     printed as an escape.
     """
     global _screen
+    open_streams()
     _screen, progress.hidden = Screen(sys.stdout), quiet
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
     try:
         with (
-            open(os.devnull, "w", encoding="utf-8") as nowhere,
+            open(os.devnull, "w", encoding="utf-8", errors="backslashreplace") as nowhere,
             redirect_stdout(nowhere if quiet else _screen),
         ):
             yield

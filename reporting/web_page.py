@@ -40,7 +40,7 @@ def _element(part: str, folder: Path) -> str:
         tags = images.replace('alt=""', f'alt="{caption}"', 1)
         return f'<figure><div class="wide">{tags}</div><figcaption>{caption}</figcaption></figure>'
     if link := re.fullmatch(r"\[(.*)\]\(<(.*)>\)", part):
-        return f'<p><a href="{quote(link[2])}">{_text(link[1])}</a></p>'
+        return f'<p><a href="{quote(link[2], errors="surrogateescape")}">{_text(link[1])}</a></p>'
     if part.startswith("```"):
         return f"<pre>{escape(chr(10).join(lines[1:-1]))}</pre>"
     if part.startswith("> "):

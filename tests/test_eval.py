@@ -179,6 +179,10 @@ def test_recall_by_hand_count_with_a_query_that_has_no_positive(capsys):
     for name, places in (("utmQ", (utm_query[:3], utm_index)), ("utmDb", (utm_query, utm_index[:3]))):
         with pytest.raises(InputError, match=f"{name} has 3 rows for 4 images"):
             evaluate_recall(model, images, images, *places, 25, "cpu")
+    with pytest.raises(InputError, match="utmQ has values that are not finite"):
+        evaluate_recall(model, images, images, utm_query * np.nan, utm_index, 25, "cpu")
+    with pytest.raises(InputError, match="utmDb has no row"):
+        evaluate_recall(model, images, Images(0), utm_query, utm_index[:0], 25, "cpu")
 
 
 ROOT = Path(__file__).parents[1]

@@ -250,6 +250,7 @@ def test_a_map_is_enough_without_the_images_and_known_from_others(
     refused = {
         ("--camera", tmp_path / "camera"): "is a map of other images or settings",
         ("--intrinsics", 400, 400, 320, 240): "has what --intrinsics says of its own",
+        ("--map", tmp_path / "rom.map"): "rom.map does not exist: name a map",
     }
     for more, says in refused.items():
         assert run("refused", *more) == 2
@@ -286,7 +287,7 @@ def test_bad_input_of_new_images(room_and_photos, checkpoint, tmp_path, capsys):
 @pytest.mark.parametrize("option", [
     "--top-k 0", "--top-k -3", "--seed -1", f"--seed {10**30}", "--intrinsics 0 0 320 240",
     "--intrinsics -320 320 320 240", "--intrinsics nan 320 320 240", "--intrinsics 320 320 inf 240",
-    "--min-confidence 1.5", "--min-confidence nan", "--min-confidence -0.1", "--export ply model", "--export colmap .",
+    "--query-intrinsics 35 35 320 240", "--query-intrinsics 400 400 3000 3000", "--min-confidence 1.5", "--min-confidence nan", "--min-confidence -0.1", "--export ply model", "--export colmap .",
     "--convention ned",
 ])  # fmt: skip
 def test_a_bad_option_is_one_sentence(option, room_and_photos, checkpoint, tmp_path, capsys):

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import train as train_py
-from model import DescriptorModel, InputError, NetVLADModel, half_precision
+from model import WARNINGS, DescriptorModel, InputError, NetVLADModel, half_precision
 from recognition.optimization import make_optimizer
 from tests.training.places import a_model, tuples_of
 from train import (
@@ -365,6 +365,9 @@ def test_a_loader_without_batches_is_refused():
     for model in (a_model(), NetVLADModel(4, pretrained=False)):
         with pytest.raises(InputError, match="gives no batch"):
             train(model, [], [], "cpu", epochs=1)
+    once = iter([[torch.rand(1, 3, 32, 32) for _ in range(3)]])
+    assert len(train(a_model(), once, [], "cpu", epochs=2)) == 1
+    assert "no batch in epoch 2" in WARNINGS[-1]
 
 
 def test_what_goes_wrong_is_named(capsys):

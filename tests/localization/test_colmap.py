@@ -270,3 +270,15 @@ def test_queries_are_located_among_images_of_several_cameras(random_world, rando
     estimates = atlas.localize(asked, ["a"] * 2, np.ones((2, 1)), top_k=30, seed=0)
     for query, estimate in zip(queries, estimates):
         assert float((estimate.c_world - truth[query]).norm()) < 0.02
+
+
+@pytest.mark.parametrize("binary", [True, False])
+def test_cameras_beside_a_pose_txt_give_the_lens(binary, tmp_path):
+    scene = scene_of(tmp_path, model_of(NAMES, [PINHOLE]), binary, ".")
+    expected = read_scene(scene).camera
+    for file in scene.glob("images.*"):
+        file.unlink()
+    (scene / "pose.txt").write_text("".join(f"{i} 0 0 0 0 0 1\n" for i in range(len(NAMES))))
+    for number, name in enumerate(NAMES):
+        (scene / "images" / name).rename(scene / "images" / f"{number}.png")
+    assert expected is not None and read_scene(scene).camera == expected

@@ -100,3 +100,18 @@ def fresh_warnings():
     WARNINGS.clear()
     yield
     WARNINGS[:] = kept
+
+
+def test_a_damaged_entry_is_made_anew_and_all_may_read_it(tmp_path):
+    """PyTorch reads damaged numbers as they are."""
+    features_of_files(["3"], read, tmp_path)
+    (entry,) = tmp_path.iterdir()
+    whole = entry.read_bytes()
+    middle = len(whole) // 2
+    entry.write_bytes(whole[:middle] + bytes(255 - b for b in whole[middle : middle + 64]) + whole[middle + 64 :])
+    ((found, _),) = features_of_files(["3"], read, tmp_path)
+    for value, right in zip(vars(found).values(), vars(extract_features(image(3))).values(), strict=True):
+        assert torch.equal(value, right)
+    other = tmp_path / "by any program"
+    other.touch()
+    assert entry.stat().st_mode == other.stat().st_mode

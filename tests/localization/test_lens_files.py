@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from localization.cameras import Camera
-from localization.lens_files import image_sizes, read_intrinsics
+from localization.lens_files import given_camera, image_sizes, read_intrinsics
 from model import WARNINGS, InputError
 
 SIZES = Counter({(640, 480): 5})
@@ -45,8 +45,8 @@ def test_distortion(tmp_path):
     found = read(tmp_path, "535.4 539.2 320.1 247.6 -0.02 0.01 0 0")
     assert (found.k1, found.k2) == (-0.02, 0.01) and not WARNINGS
     assert read(tmp_path, "535.4 539.2 320.1 247.6 -0.02 0.01").k2 == 0.01
-    assert read(tmp_path, "1 OPENCV 640 480 5 5 320 240 0.1 0.2 0 0").k2 == 0.2
-    assert read(tmp_path, "1 SIMPLE_RADIAL 640 480 5 320 240 0.1").k1 == 0.1
+    assert read(tmp_path, "1 OPENCV 640 480 500 500 320 240 0.1 0.2 0 0").k2 == 0.2
+    assert read(tmp_path, "1 SIMPLE_RADIAL 640 480 500 320 240 0.1").k1 == 0.1
     found = read(tmp_path, "535.4 539.2 320.1 247.6 -0.02 0.01 0.003 -0.004")
     assert (found.k1, found.p1, found.p2) == (-0.02, 0.003, -0.004)
     assert not WARNINGS
@@ -115,3 +115,28 @@ def test_sizes_are_those_of_upright_images(tmp_path):
     (tmp_path / "broken.png").write_bytes(b"no image")
     paths = [tmp_path / name for name in ("turned.jpg", "plain.png", "broken.png")]
     assert image_sizes(paths) == {(10, 20): 1, (20, 10): 1}
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("287 288 158 104,5", "commas stand for decimal points"),
+        ("287,5 288 158,2 104", "commas stand for decimal points"),
+        ("535.4 539.2 320.1 247.6 5", "distortion 5 is that of no lens"),
+        ("535.4 539.2 320.1 247.6 -3 0.1", "distortion -3 is that of no lens"),
+    ],
+)
+def test_numbers_out_of_place_are_one_sentence(text, says, tmp_path):
+    with pytest.raises(InputError, match=f"intrinsics.txt.*{says}"):
+        read(tmp_path, text)
+
+
+def test_a_lens_that_is_given_must_be_of_the_image_or_is_scaled():
+    assert given_camera("--it", [535.4, 539.2, 320.1, 247.6], (640, 480)) == CAMERA
+    half = given_camera("--it", [535.4, 539.2, 320.1, 247.6], (320, 240))
+    assert half.fx == pytest.approx(267.7) and "divided by 2" in WARNINGS[-1]
+    for values in ([35, 35, 320, 240], [1, 1, 320, 240], [1e300, 1e300, 320, 240]):
+        with pytest.raises(InputError, match="--it: focal lengths of .* belong to no image of 640x480"):
+            given_camera("--it", values, (640, 480))
+    with pytest.raises(InputError, match="--it: the center 5000 5000 is outside"):
+        given_camera("--it", [500, 500, 5000, 5000], (640, 480))

@@ -370,3 +370,34 @@ def test_nor_does_anything_else(scene, content):
     for name in ("pose.txt", "intrinsics.txt"):
         (scene / name).write_bytes(raw)
     outcome(scene)
+
+
+def test_a_number_behind_a_named_pose_is_no_part_of_it(scene):
+    write(scene, [f"{name} {line} 0.9" for name, line in zip(NAMES, LINES)])
+    assert same_poses(read_scene(scene).poses, POSES)
+    write(scene, [f"{name} {i}.5 {line}" for i, (name, line) in enumerate(zip(NAMES, LINES))])
+    assert same_poses(read_scene(scene).poses, POSES)
+
+
+def test_each_frame_of_nerf_may_have_its_own_lens(scene):
+    (scene / "pose.txt").unlink()
+    frames = [
+        {
+            "file_path": NAMES[i],
+            "transform_matrix": MATRICES[i].tolist(),
+            "fl_x": 500 + 100 * (i == 2), "w": 640, "h": 480,
+        }
+        for i in range(COUNT)
+    ]
+    (scene / "transforms.json").write_text(json.dumps({"frames": frames[::-1]}))
+    found = read_scene(scene)
+    assert found.camera.fx == 500
+    assert [found.lenses[path].fx for path in found.paths] == [500 + 100 * (i == 2) for i in range(COUNT)]
+
+
+def test_a_link_whose_image_is_gone_keeps_its_place(scene):
+    lost = scene / "images" / NAMES[1]
+    lost.unlink()
+    lost.symlink_to("nowhere.png")
+    found = read_scene(scene)
+    assert [path.name for path in found.paths] == NAMES and same_poses(found.poses, POSES)

@@ -35,6 +35,7 @@ BAD = {
     "one infinite value": ("1 2 inf 0 0 0 1", r"line 2\b.*not finite"),
     "one unknown value": ("1 2 nan 0 0 0 1", r"line 2\b.*not finite"),
 }
+BAD["a position nowhere"] = ("1e200 2 3 0 0 0 1", r"line 2\b.*no position is 1e\+200")
 BAD_FILES = {
     "all of six": (
         [line.rsplit(" ", 1)[0] for line in LINES],
@@ -52,7 +53,7 @@ BAD_FILES = {
         [f"x{i}.png {v}" for i, v in enumerate(LINES)],
         r"'x0.png' stands.*remove",
     ),
-    "a name twice": ([f"{NAMES[0]} {v}" for v in LINES], r"stands beside the pose"),
+    "a name twice": ([f"{NAMES[0]} {v}" for v in LINES], r"has \d poses of '000000"),
     "mirrored matrices": (
         [words((m[:3] * [[-1], [1], [1]]).ravel()) for m in MATRICES],
         "line 1.*mirrors",

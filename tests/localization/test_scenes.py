@@ -165,3 +165,10 @@ def test_poses_that_are_hardly_in_meters_are_doubted_before_the_answers(
     assert bool(said) == doubted
     if doubted:  # the points of this world lie some 7 m from the cameras
         assert 4 * scale < float(re.search("lie (\\S+) m", said[0])[1]) < 12 * scale
+
+
+def test_a_map_knows_where_its_scenes_were():
+    atlas = Atlas(["a/b/my hall/images/left/0.png"], ["my hall"], None, None, [], {}, [])
+    assert atlas.root == Path("a/b")
+    atlas.paths = ["0.png"]
+    assert atlas.root is None

@@ -20,6 +20,8 @@ from tests.reporting.posed import make_views
 CENTERS = [[0.3 * i, 0.1 * (i % 3), 0.05 * i] for i in range(7)]
 COLOR = (200, 30, 60)
 
+OUTPUT = Path("output")
+
 
 @pytest.fixture
 def run(tmp_path):
@@ -185,10 +187,10 @@ def test_what_is_there_is_never_overwritten(tmp_path):
         ("tum", "file.txt"),
     ):
         with pytest.raises(InputError, match="is there already and is not overwritten"):
-            export.check_exports([(name, str(tmp_path / file))], scenes, [], tmp_path)
+            export.check_exports([(name, str(tmp_path / file))], scenes, [], tmp_path, OUTPUT, None)
     before = sorted(tmp_path.iterdir())
     targets = [("colmap", "empty"), ("hloc", "new.txt"), ("tum", "new.txt")]
-    export.check_exports([(n, str(tmp_path / f)) for n, f in targets], scenes, [], tmp_path)
+    export.check_exports([(n, str(tmp_path / f)) for n, f in targets], scenes, [], tmp_path, OUTPUT, None)
     assert sorted(tmp_path.iterdir()) == before
 
 
@@ -207,6 +209,11 @@ def test_an_empty_folder_is_filled(run, tmp_path):
         ([("hloc", "x")], ["my scans/the hall/images/a.png"], "as 'the hall/images/a.png' does"),
         ([("hloc", "x")], ["a\u00a0b.png"], "no name may hold a blank"),
         ([("hloc", "/dev/null/x")], [], "cannot write /dev/null"),
+        ([("colmap", "x"), ("hloc", "x/y/z.txt")], [], "two exports go to x/y/z.txt"),
+        ([("hloc", "m")], [], "the run itself writes m"),
+        ([("colmap", "o")], [], "the run itself writes o"),
+        ([("hloc", "o/metrics.json")], [], "the run itself writes o/metrics.json"),
+        ([("tum", "o/report/x.txt")], [], "the run itself writes o/report/x.txt"),
         ([("colmap", "x")], ["my scans/the hall/images/a.png", "a.png"], "two images would be called a.png"),
     ],
 )
@@ -216,7 +223,7 @@ def test_what_cannot_be_exported_is_one_sentence_before_the_run(
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError) as error:
         images = [(Path(path), "the hall" if "/" in path else "") for path in paths]
-        export.check_exports(exports, ["the hall"], images, Path("my scans"))
+        export.check_exports(exports, ["the hall"], images, Path("my scans"), tmp_path / "o", Path("m"))
     assert says in str(error.value) and "\n" not in str(error.value)
     assert not list(tmp_path.iterdir())
 
@@ -224,8 +231,8 @@ def test_what_cannot_be_exported_is_one_sentence_before_the_run(
 def test_blanks_that_are_in_no_name_are_no_fault(tmp_path):
     root = tmp_path / "my scans"
     images = [(root / "the hall" / "images" / "a.png", "the hall")]
-    export.check_exports([("colmap", str(tmp_path / "x"))], ["the hall"], images, root)
+    export.check_exports([("colmap", str(tmp_path / "x"))], ["the hall"], images, root, OUTPUT, None)
     export.check_exports(
-        [("hloc", str(tmp_path / "x"))], ["hall"], [(root / "hall/images/a.png", "hall")], root
+        [("hloc", str(tmp_path / "x"))], ["hall"], [(root / "hall/images/a.png", "hall")], root, OUTPUT, None
     )
-    export.check_exports([("tum", str(tmp_path / "x"))], ["hall"], [(Path("a b.png"), "")], root)
+    export.check_exports([("tum", str(tmp_path / "x"))], ["hall"], [(Path("a b.png"), "")], root, tmp_path, None)

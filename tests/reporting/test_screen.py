@@ -96,3 +96,15 @@ def test_a_run_goes_on_where_nobody_reads_what_it_prints(quiet, tmp_path):
     )
     os.close(writer)
     assert (done.returncode, done.stderr) == (0, b"") and (tmp_path / "done").exists()
+
+
+def test_nothing_is_needed_to_print_to(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", None)
+    monkeypatch.setattr(sys, "stderr", None)
+    with on_screen():
+        assert work()["counting"] >= 0
+
+
+def test_quiet_takes_names_that_are_no_text():
+    with on_screen(quiet=True):
+        print(os.fsdecode(b"caf\xe9"))
