@@ -30,6 +30,7 @@ from model import InputError, warn
 
 COLMAP = Convention("xyzw", "world_to_camera", OPENCV.axes)
 _ENDING = re.compile(f"({'|'.join(map(re.escape, IMAGE_SUFFIXES))})$")
+_LENS_NAME = re.compile(r"(intrinsics?|calib\w*|cameras?|k)(\.\w+)?", re.IGNORECASE)
 _SAME_SHAPE = 0.02  # by how much the shape of a smaller version of an image may differ
 _FOLDERS = 3  # of a name that are looked at, at most
 _STAMP_FROM = 1e8  # whole numbers from here on are times, smaller ones count frames
@@ -100,6 +101,8 @@ def read_scene(folder: Path) -> SceneFiles:
         camera, lenses = _nerf_lenses(file, values, rows, paths)
     elif not camera and (cameras := _cameras_of(file, folder)):
         camera, lenses = _lenses(cameras, rows, paths)
+    elif not camera:
+        _warn_of_unread_lens(folder)
     poses = np.array([row.pose if row else np.full(7, np.nan) for row in rows])
     return SceneFiles(paths, poses.reshape(-1, 7), camera, convention, lenses)
 
@@ -109,6 +112,15 @@ def _beside(folder: Path, *names: str) -> Path | None:
     places = (folder, folder / "images", folder / "sparse" / "0", folder / "sparse")
     found = (place / name for name in names for place in places if (place / name).is_file())
     return next(found, None)
+
+
+def _warn_of_unread_lens(folder: Path) -> None:
+    """Say that a file that seems to describe the lens is not read."""
+    for file in sorted(folder.iterdir()):
+        if _LENS_NAME.fullmatch(file.name) and (file.is_file() or file.suffix):
+            warn(
+                f"{file} is not read: the lens stands in {folder / 'intrinsics.txt'}, as fx fy cx cy."
+            )
 
 
 def _cameras_of(file: Path, folder: Path) -> Path | None:

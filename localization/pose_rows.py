@@ -97,10 +97,14 @@ def _words_before(rows: list[list[str]], columns: int, size: int) -> int:
 
 
 def _words(line: str) -> list[str]:
-    """The words of a line; a picture's name, which may hold spaces, is one."""
+    """The words of a line; a picture's name, which may hold spaces, is one, a number before it another."""
     line = without_comment(line)
     if named := _NAME_FIRST.fullmatch(line):
-        return [named[1].lstrip("\"'"), *numbers_in(named[2])]
+        name, (first, *rest) = (
+            named[1].lstrip("\"'"),
+            re.split(r"[\s,;]+", named[1].strip(), maxsplit=1),
+        )
+        return [*([first, *rest] if rest and is_number(first) else [name]), *numbers_in(named[2])]
     if named := _NAME_LAST.fullmatch(line):
         return [*numbers_in(named[1]), named[2]]
     return numbers_in(re.sub("[\"']", " ", line))

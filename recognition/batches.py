@@ -83,17 +83,27 @@ class BenchmarkTuples:
     # ------------------------------------------------ what train() asks for
 
     def epoch(self, model: DescriptorModel, number: int, done: int = 0) -> Iterator[list[Tensor]]:
-        """Batches of epoch `number` after the first `done` ones; an empty list for none."""
+        """Batches of epoch `number` after the first `done` ones; an empty list for none. InputError in the
+        end if all were empty.
+        """
+        used = done
         for step in range(done, len(self)):
             window, inside = divmod(step, self.window_steps)
             if not inside:
                 self.window = self.draw_window(model, number, window)
+                used += len(self.window)
             self.drawn = torch.Generator().manual_seed(
                 int(np.random.default_rng([self.seed, number, 1, step]).integers(2**62))
             )
             self.mirrored = self.flip and bool(torch.rand((), generator=self.drawn) < 0.5)
             rank, world = rank_and_world()
             yield self.fetch(self.in_step(step)[rank::world])
+        if not used:
+            raise InputError(
+                f"all index images that negatives are sought among lie within {self.data.threshold:g} m "
+                "of the training queries, so there is nothing to learn: lower "
+                "--val_positive_dist_threshold, or raise --neg_samples_num."
+            )
         share_buffers(model, self.inputs.device)
 
     def size(self, step: int) -> int:
@@ -172,12 +182,6 @@ class BenchmarkTuples:
             for array in (found.positives, found.negatives, used, self.remembered):
                 array[:] = from_first(torch.from_numpy(array), self.inputs.device).numpy()
         model.train()
-        if not used.any():
-            raise InputError(
-                f"all index images that negatives are sought among lie within {self.data.threshold:g} m "
-                "of the training queries, so there is nothing to learn: lower "
-                "--val_positive_dist_threshold, or raise --neg_samples_num."
-            )
         return found[used]
 
     def choose_negatives(

@@ -6,6 +6,7 @@ from the corner of the top left one, as COLMAP's do. Queries that count as not f
 Only new files and folders are written: nothing that is there is touched.
 """
 
+import itertools
 import re
 import shutil
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from eval import number_order
 from localization.cameras import Camera, project, quaternion_from_rotation
 from localization.matching import View
 from localization.structure import Structure
@@ -173,20 +175,22 @@ def _hloc(frames: PosedFrames, found: Sequence[tuple[int, dict]], root: Path) ->
 def _tum(frames: PosedFrames, found: Sequence[tuple[int, dict]]) -> str:
     """A line an image, by time: time, position and quaternion of the camera in the world.
 
-    The time is the last number in an image's name; where these do not tell the images apart, their
-    place in the order of the frames.
+    The time is the last number in an image's name; where these do not rise with the names, as seconds
+    of a clock do not, their place in the order of the frames.
     """
+    found = sorted(found, key=lambda pair: number_order(Path(frames.paths[pair[0]]).name))
     runs = [re.findall(r"[0-9]+(?:\.[0-9]+)?", Path(frames.paths[row]).stem) for row, _ in found]
     times = [run[-1] for run in runs if run]
-    if len({float(time) for time in times}) < len(found):
+    rising = all(float(a) < float(b) for a, b in itertools.pairwise(times))
+    if len(times) < len(found) or not rising:
+        found = sorted(found, key=lambda pair: pair[0])
         times = [str(row) for row, _ in found]
-    lines = {}
+    lines = []
     for time, (row, answer) in zip(times, found):
         view = placed(frames, row, answer)
         q = quaternion_from_rotation(view.R_world_from_cam)
-        lines[float(time)] = f"{time} {_words([*view.c_world, *q])}\n"
-    head = f"{NOTE}# timestamp tx ty tz qx qy qz qw, camera to world\n"
-    return head + "".join(lines[time] for time in sorted(lines))
+        lines.append(f"{time} {_words([*view.c_world, *q])}\n")
+    return "".join([NOTE, "# timestamp tx ty tz qx qy qz qw, camera to world\n", *lines])
 
 
 def _colmap(

@@ -287,7 +287,7 @@ def test_bad_input_of_new_images(room_and_photos, checkpoint, tmp_path, capsys):
 @pytest.mark.parametrize("option", [
     "--top-k 0", "--top-k -3", "--seed -1", f"--seed {10**30}", "--intrinsics 0 0 320 240",
     "--intrinsics -320 320 320 240", "--intrinsics nan 320 320 240", "--intrinsics 320 320 inf 240",
-    "--query-intrinsics 35 35 320 240", "--query-intrinsics 400 400 3000 3000", "--min-confidence 1.5", "--min-confidence nan", "--min-confidence -0.1", "--export ply model", "--export colmap .",
+    "--query-intrinsics 35 35 160 120", "--query-intrinsics 400 400 3000 3000", "--min-confidence 1.5", "--min-confidence nan", "--min-confidence -0.1", "--export ply model", "--export colmap .",
     "--convention ned",
 ])  # fmt: skip
 def test_a_bad_option_is_one_sentence(option, room_and_photos, checkpoint, tmp_path, capsys):

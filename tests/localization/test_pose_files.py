@@ -375,8 +375,10 @@ def test_nor_does_anything_else(scene, content):
 def test_a_number_behind_a_named_pose_is_no_part_of_it(scene):
     write(scene, [f"{name} {line} 0.9" for name, line in zip(NAMES, LINES)])
     assert same_poses(read_scene(scene).poses, POSES)
-    write(scene, [f"{name} {i}.5 {line}" for i, (name, line) in enumerate(zip(NAMES, LINES))])
-    assert same_poses(read_scene(scene).poses, POSES)
+    for labels in ("{name} {i}.5", "{i}.5 {name}", "{i},{name}"):
+        table = [labels.format(i=i, name=name) for i, name in enumerate(NAMES)]
+        write(scene, [f"{words} {line}" for words, line in list(zip(table, LINES))[::-1]])
+        assert same_poses(read_scene(scene).poses, POSES)
 
 
 def test_each_frame_of_nerf_may_have_its_own_lens(scene):
@@ -401,3 +403,10 @@ def test_a_link_whose_image_is_gone_keeps_its_place(scene):
     lost.symlink_to("nowhere.png")
     found = read_scene(scene)
     assert [path.name for path in found.paths] == NAMES and same_poses(found.poses, POSES)
+
+
+@pytest.mark.parametrize("name", ["Intrinsics.json", "calib.txt", "K.txt", "camera.yaml"])
+def test_a_lens_that_is_not_read_is_named(name, scene):
+    (scene / name).write_text("500 500 320 240")
+    read_scene(scene)
+    assert [w for w in WARNINGS if f"{scene / name} is not read" in w]

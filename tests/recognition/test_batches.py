@@ -141,6 +141,8 @@ def test_small_data_sets_are_no_trouble():
     tuples, _ = tuples_of(data)
     assert not len(tuples.draw_window(model, 1, 0))
     assert next(iter(tuples.epoch(model, 1))) == []
+    with pytest.raises(InputError, match="so there is nothing to learn"):
+        list(tuples.epoch(model, 1))
     data.utm_query = data.utm_query + 1e5
     with pytest.raises(InputError, match="none of the 9 training queries .* within 10 m"):
         tuples_of(data)

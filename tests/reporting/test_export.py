@@ -135,6 +135,7 @@ def test_poses_as_tums_trajectory_of_each_scene(run, tmp_path):
         (["t2_10.5", "t2_9.25", "t2_100", "x"], ["9.25", "10.5"]),
         (["a1", "a2", "a1", "x"], ["0", "5"]),  # numbers that are one: the rows
         (["left", "right", "top", "x"], ["0", "5"]),
+        (["12-33-59", "12-34-01", "a", "x"], ["0", "5"]),  # a clock's seconds
     ],
 )
 def test_times_are_the_last_numbers_of_names_that_these_tell_apart(stems, times, run, tmp_path):
