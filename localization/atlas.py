@@ -197,7 +197,8 @@ def build_atlas(
                 calibrations[own] = calibrations[own].warning(_FALSE.format(name, *off))
             rows = [row for k, row in enumerate(rows) if k not in false]
             built = build_map([its_views[k] for k in rows], progress=show, **doubt)
-        if len(built.test.errors) > 1 and not built.test.found:
+        trusted = all(calibrations[scene].trusted for scene in scenes)
+        if trusted and len(built.test.errors) > 1 and not built.test.found:
             calibrations[scenes[0]] = calibrations[scenes[0]].warning(_NONE_FOUND)
         vouched = built.test.vouched
         calibrations.update({scene: calibrations[scene].tested(vouched) for scene in scenes})

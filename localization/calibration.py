@@ -84,6 +84,13 @@ _ONE_PLACE_ONLY = (
 )
 
 
+def _unusual(convention: Convention, explained: float) -> str:
+    return (
+        f"the poses are unusual ({convention.unusual()}): {convention.describe()} explains "
+        f"{100 * explained:.0f} % of the matches"
+    )
+
+
 @dataclass(frozen=True)
 class Calibration:
     """What was found out about a scene's pose file and camera, and on what evidence.
@@ -133,6 +140,8 @@ class Calibration:
             others = tuple(w for w in self.warnings if w != doubt)
             if len(others) < len(self.warnings):
                 others = (*others, _VOUCHED.format(100 * self.explained))
+                if self.convention.unusual():
+                    others = (*others, _unusual(self.convention, self.explained))
             return replace(self, trusted=True, warnings=others)
         if self.trusted and 0 < self.explained < HEALTHY_SHARE:
             return self.warning(_DOUBTFUL.format(100 * self.explained))
@@ -285,11 +294,8 @@ def calibrate(
         warnings.append(_FEW_PAIRS.format(len(pairs.a), len(views)))
     if pairs.enough() and explained < MIN_SHARE:
         warnings.append(_UNEXPLAINED.format(100 * explained))
-    if (unusual := read.convention.unusual()) and not convention:
-        warnings.append(
-            f"the poses are unusual ({unusual}): {read.convention.describe()} explains "
-            f"{100 * explained:.0f} % of the matches"
-        )
+    elif read.convention.unusual() and not convention:
+        warnings.append(_unusual(read.convention, explained))
     trusted = explained >= MIN_SHARE and not one_place and grounded
     left = found[0] != np.log(prior)
     focal_from = (

@@ -31,8 +31,16 @@ DISTINCT_RATIO = 0.8
 # Second neighbors looked through for one that lies elsewhere.
 _NEIGHBORS = 4
 # Keypoints of an overlay are at the same pixels to within so much, at least such a share of the matches
-# is; an equal image has them in so many of the cells, of so many a side, that have so many keypoints.
-LAID_PX, LAID_SHARE, LAID_EVERYWHERE, LAID_CELLS, LAID_KEYPOINTS = 0.15, 0.2, 0.75, 4, 10
+# is; an equal image, or one from nearly the same place, has them, to within so much, in so many of the
+# cells, of so many a side, that have so many keypoints.
+LAID_PX, EQUAL_PX, LAID_SHARE, LAID_EVERYWHERE, LAID_CELLS, LAID_KEYPOINTS = (
+    0.15,
+    2.0,
+    0.2,
+    0.75,
+    4,
+    10,
+)
 # Half-planes through both cameras are compared up to this sine of their angle: beside an epipole,
 # where more of them come near, no depth can be told.
 MAX_TURN = 0.25
@@ -130,14 +138,15 @@ def laid_over(a: View, b: View, matches: Matches) -> Tensor:
     keypoints at the very same pixels, in a part of the image only.
     """
     xy = a.features.xy_px
-    still = (xy[matches.a] - b.features.xy_px[matches.b]).norm(dim=1) <= LAID_PX
+    moved = (xy[matches.a] - b.features.xy_px[matches.b]).norm(dim=1)
+    still = moved <= LAID_PX
     if int(still.sum()) < LAID_SHARE * len(matches):
         return torch.zeros_like(still)
     size = torch.tensor([a.camera.width, a.camera.height])
     column, row = (xy * LAID_CELLS / size).long().clamp(0, LAID_CELLS - 1).unbind(1)
     cell, count = row * LAID_CELLS + column, LAID_CELLS**2
     there = torch.bincount(cell, minlength=count)
-    alike = torch.bincount(cell[matches.a[still]], minlength=count)
+    alike = torch.bincount(cell[matches.a[moved <= EQUAL_PX]], minlength=count)
     looked = there >= LAID_KEYPOINTS
     equal = looked & (alike >= LAID_SHARE * there)
     return still & bool(equal.sum() < LAID_EVERYWHERE * looked.sum())
