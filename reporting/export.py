@@ -22,7 +22,7 @@ from localization.cameras import Camera, project, quaternion_from_rotation
 from localization.matching import View
 from localization.structure import Structure
 from model import InputError
-from reporting.handin import is_own, write_text
+from reporting.handin import is_own, refuse_unwritable, write_text
 from reporting.pose_file import one_line
 from reporting.poses import PosedFrames, in_file_name, placed, point_colors
 
@@ -76,9 +76,7 @@ def check_exports(
             if any(whole.is_relative_to(t) or t.is_relative_to(whole) for t in taken):
                 raise InputError(f"{option}: two exports go to {target}: name another.")
             taken.append(whole)
-            probe = target.parent / f".{uuid4().hex}.probe"
-            write_text(probe, "")
-            probe.unlink()
+            refuse_unwritable(target.parent)
 
 
 def write_exports(
