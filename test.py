@@ -155,7 +155,8 @@ def look_at(
 class Task:
     """The frames, the rows of them that are queries and index images, and the map if there is one yet.
 
-    root: the scenes' folder, as of a map that was made before. file, key: where the map is kept, and what it depends on.
+    root: the scenes' folder, as of a map that was made before. file, key: where the map is kept, and
+    what it depends on.
     """
 
     frames: IndoorDataset

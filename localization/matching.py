@@ -33,14 +33,8 @@ _NEIGHBORS = 4
 # Keypoints of an overlay are at the same pixels to within so much, at least such a share of the matches
 # is; an equal image, or one from nearly the same place, has them, to within so much, in so many of the
 # cells, of so many a side, that have so many keypoints.
-LAID_PX, EQUAL_PX, LAID_SHARE, LAID_EVERYWHERE, LAID_CELLS, LAID_KEYPOINTS = (
-    0.15,
-    2.0,
-    0.2,
-    0.75,
-    4,
-    10,
-)
+LAID_PX, LAID_SHARE = 0.15, 0.2
+EQUAL_PX, LAID_EVERYWHERE, LAID_CELLS, LAID_KEYPOINTS = 2.0, 0.75, 4, 10
 # Half-planes through both cameras are compared up to this sine of their angle: beside an epipole,
 # where more of them come near, no depth can be told.
 MAX_TURN = 0.25

@@ -19,6 +19,7 @@ FARTHEST = 1e12  # of a coordinate; UTM in micrometers is less
 _WANTED = "tx ty tz and a quaternion, or nan"
 _ENDING = "|".join(re.escape(suffix) for suffix in IMAGE_SUFFIXES)
 _NAME_FIRST = re.compile(rf"\s*(.+?(?:{_ENDING}))[\"']?[\s,;]+(.*)", re.IGNORECASE)
+_NUMBERED = re.compile(r"([^\s,;]+)[\s,;]+(.+)")
 _DECIMAL_COMMA = re.compile(r"^[^.#]*[0-9],[0-9]+[\s;]+-?[0-9]+,[0-9]+[^.#]*$")
 _NAME_LAST = re.compile(rf"(.*?)[\s,;]+([^\s,;]+(?:{_ENDING}))", re.IGNORECASE)
 
@@ -100,11 +101,11 @@ def _words(line: str) -> list[str]:
     """The words of a line; a picture's name, which may hold spaces, is one, a number before it another."""
     line = without_comment(line)
     if named := _NAME_FIRST.fullmatch(line):
-        name, (first, *rest) = (
-            named[1].lstrip("\"'"),
-            re.split(r"[\s,;]+", named[1].strip(), maxsplit=1),
+        numbered = _NUMBERED.fullmatch(named[1])
+        names = (
+            numbered.groups() if numbered and is_number(numbered[1]) else [named[1].lstrip("\"'")]
         )
-        return [*([first, *rest] if rest and is_number(first) else [name]), *numbers_in(named[2])]
+        return [*names, *numbers_in(named[2])]
     if named := _NAME_LAST.fullmatch(line):
         return [*numbers_in(named[1]), named[2]]
     return numbers_in(re.sub("[\"']", " ", line))

@@ -26,7 +26,7 @@ SIZES = {  # whole numbers among the settings of aggregations
     "salad_token_dim": "salad, of the class token",
 }
 RERANKINGS = ("clusters", "geometric", "expansion")
-LARGEST = 2**31  # of whole numbers
+LARGEST = 2**31  # numbers of a command line are smaller
 
 
 def _of_layer(name: str, layer: str) -> tuple:

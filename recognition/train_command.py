@@ -75,12 +75,12 @@ BEST, AVERAGED = "best_model.pth", "averaged_model.pth"
 SAVED = {"settings", "images", "model_state_dict", "origin", "training"}
 TRAINING = {"epoch", "step", "totals", "history", "best", "weights", "optimizer", "loader"}
 NOT_SAVED = {"device", "resume"}
-# Settings that may differ when resuming: where the data lies now (its digest tells whether it is the
-# same), and what only the test at the end asks.
+# Settings that may differ when resuming: where the data lies now (a digest tells whether the training
+# images are the same), and what only the test at the end asks.
 MAY_DIFFER = {
     "save_dir", "datasets_folder", "dataset_folder", "train_set_folder", "val_set_folder",
-    "test_set_folder", "gsv_cities_folder", "target_folder", "infer_batch_size", "test_method",
-    "majority_weight", "scales", "pca_dim", "pca_dataset_folder", "pca_whiten", "rerank",
+    "test_set_folder", "gsv_cities_folder", "infer_batch_size", "test_method", "majority_weight",
+    "scales", "pca_dim", "pca_dataset_folder", "pca_whiten", "rerank",
     "recall_values", "night_queries", "num_preds_to_save", "save_only_wrong_preds", "save_descriptors",
 }  # fmt: skip
 
@@ -262,8 +262,8 @@ def run_training(
     with first_process_first():
         model = build(args).to(device, memory_format=torch.channels_last)
     sizes = sizes_of(args)
-    refuse_sizes(model, sizes)
-    refuse_sizes(model, sizes[-1:], args.scales)
+    refuse_sizes(model, sizes[:-1])
+    refuse_sizes(model, sizes[-1:], sorted({1.0, *args.scales}))
     if args.pca_dim:
         Pca.refuse(args.pca_dim, model.descriptor_dim)
     store = Store(run, device=device)

@@ -223,9 +223,13 @@ def test_rays_of_matches_meet(random_world, random_poses):
     assert len(residual) > 50 and residual.abs().max() < 1e-5
 
 
-@pytest.mark.parametrize("share, is_overlay", [(0.5, True), (1.0, False), (0.02, False)])
-def test_what_is_laid_over_a_part_of_two_images_is_no_match(share, is_overlay):
-    """Of two images of different places the left part shows the same, as a menu does."""
+@pytest.mark.parametrize(
+    "share, moved_px, is_overlay",
+    [(0.5, None, True), (0.5, 50.0, True), (0.5, 1.0, False), (1.0, None, False), (0.02, None, False)],
+)
+def test_what_is_laid_over_a_part_of_two_images_is_no_match(share, moved_px, is_overlay):
+    """The left part of two images shows the same, as a menu does, the rest another place or, of a copy
+    or from nearby, the same a little aside."""
     generator = torch.Generator().manual_seed(1)
     count, size = 800, torch.tensor([640.0, 480.0])
 
@@ -237,6 +241,8 @@ def test_what_is_laid_over_a_part_of_two_images_is_no_match(share, is_overlay):
     (xy, descriptors), (other_xy, other) = image(), image()
     inside = xy[:, 0] < share * 640
     other_xy[inside], other[inside] = xy[inside], descriptors[inside]
+    if moved_px is not None:
+        other_xy[~inside], other[~inside] = xy[~inside] + moved_px, descriptors[~inside]
     camera = Camera(500.0, 500.0, 320.0, 240.0, 640, 480)
     a, b = (View(features_at(p.tolist(), d), camera) for p, d in ((xy, descriptors), (other_xy, other)))
     matches = mutual_matches(a.features, b.features)
