@@ -447,6 +447,18 @@ class Screen:
                 os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
 
 
+@contextlib.contextmanager
+def unusable_files_named() -> Iterator[None]:
+    """What the file system refuses, as a name too long or a folder that may not be read, is bad input."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            raise
+        reason = f"{error.filename} cannot be used ({error.strerror}): name another, or allow it."
+        raise InputError(reason) from error
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(
@@ -485,7 +497,7 @@ def main(
     if hasattr(sys.stdout, "reconfigure"):  # a path in letters that the console lacks stops nothing
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        with contextlib.redirect_stdout(Screen(sys.stdout)) as screen:
+        with contextlib.redirect_stdout(Screen(sys.stdout)) as screen, unusable_files_named():
             if args.query:
                 search_folder(args, lambda: load(args.checkpoint))
             elif args.index or args.picture:

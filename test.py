@@ -80,11 +80,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )  # fmt: skip
     option("--output", type=Path, default=Path("output"), help="default: %(default)s")
     option("--map", type=Path, metavar="FILE", help="keep the map of the index images in FILE; with --query, find the images in the map that is there")
-    option("--top-k", type=int, default=30, help="index images matched with a query (default: 30)")
+    option("--top-k", type=int, default=30, help="index images that an unsure query is matched with, others with the first 12 of them (default: 30)")
     option("--convention", help='of pose.txt, e.g. "xyzw camera_to_world forward-right-down", tartanair, opencv, opengl (default: found out)')
     option("--intrinsics", nargs=4, type=float, metavar=("FX", "FY", "CX", "CY"), help="in pixels, of all scenes (default: intrinsics.txt, or found out)")
     option("--query-intrinsics", nargs=4, type=float, metavar=("FX", "FY", "CX", "CY"), help="of the queries alone (default: the scene's, or found out)")
-    option("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"], help="default: auto")
+    option("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: auto)")
     option("--query", type=Path, nargs="+", metavar="IMAGE", help="find the poses of these images instead, from all frames of the scenes")
     option(
         "--export", nargs=2, action="append", default=[], metavar=("FORMAT", "PATH"),
@@ -218,11 +218,13 @@ def localize(
 ) -> tuple[list[dict], list[View]]:  # fmt: skip
     """What is known of each query (`answer`), and its view; makes the map unless there is one."""
     frames = task.frames
-    with progress(unit="image") as bar:
+    with progress() as bar:
 
         def show(name: str, done: int, of: int) -> None:
-            bar.set_description(name, refresh=False)
-            bar.n, bar.total = done, of
+            if bar.desc != f"{name}: ":  # the time left is of this part alone
+                bar.reset(total=of)
+                bar.set_description(name, refresh=False)
+            bar.n = done
             bar.refresh()
 
         looked = task.queries if task.atlas else list(range(len(frames)))
@@ -254,7 +256,7 @@ def localize(
         answer(frames, query, task.index[b], float(s), estimate, task.atlas.conventions)
         for query, b, s, estimate in zip(task.queries, best[:, 0], similarity[:, 0], estimates)
     ]
-    return [{**row, "found": row["confidence"] >= args.min_confidence} for row in answers], views
+    return [{**row, "found": round(row["confidence"], 4) >= args.min_confidence} for row in answers], views
 
 
 def run(args: argparse.Namespace) -> None:

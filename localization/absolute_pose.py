@@ -242,7 +242,6 @@ def scaled_inverse(information: Tensor, variance: Tensor, determined: Tensor) ->
     inverse = (vectors / values.clamp_min(1e-10)[:, None]) @ vectors.transpose(1, 2)
     inverse = inverse * scale[:, :, None] * scale[:, None] * variance[:, None, None]
     unknown = torch.diag(information.new_full((information.shape[1],), math.inf))
-    unknown = torch.nan_to_num(unknown, nan=0.0, posinf=math.inf)
     return torch.where(fixed[:, None, None], inverse, unknown)
 
 

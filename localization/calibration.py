@@ -62,7 +62,7 @@ _ZOOMS = np.linspace(-0.7, 0.7, 29).tolist()
 
 _UNEXPLAINED = (
     "the poses explain only {:.0f} % of the matches between the scene's own index images (healthy: "
-    "45 to 90 %), and no pose of it is trusted: do the rows of pose.txt belong to the images in "
+    "45 to 90 %), and no pose of it is trusted: do the poses belong to the images in "
     "their order, is the quaternion where and as it should be, are axes and lens those of these "
     "images?"
 )
@@ -267,8 +267,13 @@ def calibrate(
     start = _zoomed(np.log(prior))
     steps = [] if focal_known else [FOCAL, TALLER]
     steps += [CENTER] if one_size.enough() and not focal_known else []
-    steps += [K1] if not camera.k1 else []
     found = refined(lens, start, read.focal, steps) if pairs.enough() else start
+    if not camera.k1 and pairs.enough():
+        bent = refined(lens, start, read.focal, [*steps, K1])
+        # In a scene that explains little any lens fits something by chance.
+        clearly = lens.score(bent) >= CLEARLY_MORE * lens.score(found)
+        if clearly or lens.shares(bent)[0] >= MIN_SHARE:
+            found = bent
     if source == "guess" and found[0] == start[0]:
         found = found + _zoomed(np.log(read.focal / prior))
     cameras = {size: _camera(camera, found)}
@@ -300,6 +305,8 @@ def calibrate(
     left = found[0] != np.log(prior)
     focal_from = (
         "given"
+        if focal_known and not found[3]
+        else "given, k1 from evidence"
         if focal_known
         else "prior"
         if not left

@@ -65,8 +65,7 @@ class Expectation:
             near = float(nearness(away_m[others].min(), near_m)) if others else 0.0
             if near == 0:
                 return 0.0
-            step = max(1, len(view.features) // KEYPOINTS)
-            part = View(view.features.select(slice(None, None, step)), view.camera)
+            part = view.as_query(KEYPOINTS)
             matches = {i: mutual_matches(part.features, views[i].features) for i in others}
             evidence = gather_evidence(part, views, points, matches)
             pose = (view.R_world_from_cam.T[None], view.c_world[None])

@@ -172,6 +172,8 @@ def named_scenes(base_dir: Path, names: Sequence[str]) -> list[str]:
     """
     found = {}
     for name in names:
+        if not name.strip():
+            raise InputError("--scenes names an empty scene: name folders of --camera.")
         inside = Path(os.path.normpath(name))
         if inside.is_absolute() and inside.is_relative_to(base_dir.absolute()):
             inside = inside.relative_to(base_dir.absolute())

@@ -55,20 +55,14 @@ class Hypotheses:
         return len(self.c_world)
 
     @classmethod
-    def none(cls) -> "Hypotheses":
-        """No pose."""
-        none = torch.zeros(0, 3, 3, dtype=torch.float64)
-        return cls(none, none[:, 0])
+    def joined(cls, *parts: "Hypotheses") -> "Hypotheses":
+        """Those of all parts; none of none."""
+        R = [torch.zeros(0, 3, 3, dtype=torch.float64), *(part.R_cam_from_world for part in parts)]
+        return cls(torch.cat(R), torch.cat([R[0][:, 0], *(part.c_world for part in parts)]))
 
     def select(self, keep: Tensor | list[int]) -> "Hypotheses":
         """The hypotheses that a mask or an index picks."""
         return Hypotheses(self.R_cam_from_world[keep], self.c_world[keep])
-
-    def and_also(self, more: "Hypotheses") -> "Hypotheses":
-        """These, and more."""
-        return Hypotheses(
-            *(torch.cat(part) for part in zip(vars(self).values(), vars(more).values()))
-        )
 
 
 @dataclass(frozen=True)
@@ -137,7 +131,7 @@ def _found(evidence: Evidence, searches: list[_Search], generator: torch.Generat
     """The modes of every search, refined on its matches."""
     searches = [s for s in searches if len(s.rows) >= MIN_MATCHES]
     seeds = _sampled_modes(evidence, searches, generator)
-    return _refined(evidence, seeds) if seeds else Hypotheses.none()
+    return _refined(evidence, seeds) if seeds else Hypotheses.joined()
 
 
 def _sampled_modes(
@@ -231,9 +225,9 @@ def bearing_hypotheses(
     """Hypotheses without points: from the index views of most matches on along the essential matrix's
     direction, at several distances; distance_m: about how far away things are.
     """
-    found = [Hypotheses.none()]
+    found = []
     away_m = distance_m * torch.tensor(BEARING_DISTANCES, dtype=torch.float64)
     for b in find_bearings(evidence, views, BEARING_IMAGES, BEARING_SAMPLES, generator):
         center = views[b.view].c_world + away_m[:, None] * b.direction
         found.append(Hypotheses(b.R_world_from_cam.T.expand(len(center), 3, 3), center))
-    return Hypotheses(*(torch.cat(part) for part in zip(*(vars(h).values() for h in found))))
+    return Hypotheses.joined(*found)

@@ -38,8 +38,8 @@ class Polished:
 
     covariance (6, 6): of (rotation vector in radians about the camera's axes, to be applied on the left
     of R, center in meters); tracks: how many agree, with the matches that have no point; camera: the
-    query's, with lens_sigma (lens,), the standard deviations of what of it was refined too; cost: the
-    sum of robust losses; observed: the tracks.
+    query's, with lens_sigma (lens,), the standard deviations of what of it was refined too; observed:
+    the tracks.
     """
 
     R_cam_from_world: Tensor
@@ -48,7 +48,6 @@ class Polished:
     tracks: int
     camera: Camera
     lens_sigma: Tensor
-    cost: float
     observed: "Tracks"
 
     @property
@@ -210,18 +209,18 @@ def refine_with_points(
     return _polished(problem, *_solved(problem, R, c))
 
 
-def _solved(problem: _Problem, R: Tensor, c: Tensor) -> tuple[Tensor, Tensor, float]:
+def _solved(problem: _Problem, R: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
     v = torch.cat([c, c.new_zeros(LENS)])
     of_problem = problem.cost, problem.normal_equations
-    R, v, cost = levenberg_marquardt(R[None], v[None], *of_problem, _move, STEPS)
-    return R[0], v[0], float(cost)
+    R, v, _ = levenberg_marquardt(R[None], v[None], *of_problem, _move, STEPS)
+    return R[0], v[0]
 
 
 def finely(pose: Polished) -> tuple[Tensor, Tensor]:
     """R_cam_from_world (3, 3) and c_world (3,) of the pose moved to what errs least of its tracks."""
     start = pose.R_cam_from_world, pose.c_world
     problem = _Problem.of(pose.camera, *start, pose.observed, 0)
-    R, v, _ = _solved(replace(problem, threshold=FINE_SIGMA), *start)
+    R, v = _solved(replace(problem, threshold=FINE_SIGMA), *start)
     return R, v[:3]
 
 
@@ -229,11 +228,11 @@ def with_free_lens(pose: Polished) -> Polished:
     """The pose with the covariance that it has as one whose lens might be any other."""
     tracks, v = pose.observed, torch.cat([pose.c_world, pose.c_world.new_zeros(LENS)])
     problem = _Problem.of(pose.camera, pose.R_cam_from_world, pose.c_world, tracks, LENS)
-    free = _polished(problem, pose.R_cam_from_world, v, pose.cost)
+    free = _polished(problem, pose.R_cam_from_world, v)
     return replace(pose, covariance=free.covariance)
 
 
-def _polished(problem: _Problem, R: Tensor, v: Tensor, cost: float) -> Polished:
+def _polished(problem: _Problem, R: Tensor, v: Tensor) -> Polished:
     """A refined pose and lens with its covariance and what agrees with it.
 
     Where the lens is free the covariance is a sandwich estimate over CELLS x CELLS parts of the
@@ -258,7 +257,7 @@ def _polished(problem: _Problem, R: Tensor, v: Tensor, cost: float) -> Polished:
     if lens and bool(spread.isfinite().all()):
         inverse = spread / variance.clamp_min(1e-12)
         spread = inverse @ of_cells.T @ of_cells @ inverse
-    return Polished(R, v[:3], spread[:6, :6], agree, camera, lens_sigma, cost, tracks)
+    return Polished(R, v[:3], spread[:6, :6], agree, camera, lens_sigma, tracks)
 
 
 def _cells(xy_px: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """The map of posed images: their points, what scores to expect among them, how it tested itself.
 
-A map is built once and serves any number of queries. It is plain data: saved, loaded, shipped.
+A map is built once and serves any number of queries. It is plain data, which an atlas keeps in a file.
 """
 
 import dataclasses

@@ -58,6 +58,11 @@ class View:
     c_world: Tensor | None = None
     lens_is_sure: bool = False
 
+    def as_query(self, keypoints: int) -> "View":
+        """The image without its pose, and with about so many of its keypoints if it has more."""
+        step = max(1, len(self.features) // keypoints)
+        return View(self.features.select(slice(None, None, step)), self.camera)
+
     def prepared(self) -> "View":
         """The view as a pinhole camera of the size at which its keypoints were sought would have
         taken it, so that pixels mean as much in every image and distortion is dealt with once."""
@@ -90,12 +95,6 @@ class Matches:
 
     def __len__(self) -> int:
         return len(self.a)
-
-
-def world_rays(view: View, xy_px: Tensor) -> Tensor:
-    """Unit viewing rays (..., 3) in world axes, float64, of pixels (..., 2) of a posed view."""
-    ray = rays(view.camera, xy_px) @ view.R_world_from_cam.T
-    return ray / ray.norm(dim=-1, keepdim=True)
 
 
 def _no_matches() -> Matches:
@@ -250,7 +249,8 @@ def in_band(a: View, b: View, i: Tensor, j: Tensor) -> Tensor:
     band (a far point) pass. Of cameras at one place the rays must be parallel.
     """
     if bool((a.c_world == b.c_world).all()):
-        da, db = (world_rays(view, view.features.xy_px) for view in (a, b))
+        da, db = (rays(v.camera, v.features.xy_px) @ v.R_world_from_cam.T for v in (a, b))
+        da, db = (torch.nn.functional.normalize(d, dim=1) for d in (da, db))
         return (da[i] - db[j]).norm(dim=1) <= -_slack(a, b)
     of_a, of_b = _half_planes(a, b)
     return _meet(of_a.select(i), of_b.select(j), _slack(a, b))

@@ -70,7 +70,10 @@ def read_scene(folder: Path) -> SceneFiles:
             f"{pictures} holds no image ({' '.join(IMAGE_SUFFIXES)}): unpack the frames there."
         )
     if file is None:
-        others = ", ".join(sorted(path.name for path in folder.glob("*.txt"))) or "no other .txt"
+        others = (
+            ", ".join(sorted(p.name for p in folder.glob("*.txt") if p.is_file()))
+            or "no other .txt"
+        )
         raise InputError(
             f"{folder / 'pose.txt'} is missing (there is {others}): a line an image is needed."
         )

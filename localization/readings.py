@@ -271,8 +271,7 @@ class Judge:
         )
         pair = torch.arange(len(score))
         best = (-1.0, 0, 0, 0)
-        starts = [0, *range(1, frames)]
-        for start, before, after in itertools.product(starts, *[range(len(_SHIFTS))] * 2):
+        for start, before, after in itertools.product(range(frames), *[range(len(_SHIFTS))] * 2):
             if (start == 0) != (before == after):
                 continue
             rows = self._rows(frames, start, _SHIFTS[before], _SHIFTS[after])[self.frame]

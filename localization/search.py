@@ -258,17 +258,15 @@ def quick_search(
     if (answer := search.best()) and answer.settled:
         return search, answer
     bearings = bearing_hypotheses(evidence, index.views, index.typical_m, generator)
-    search.add_from_matches(pooled.and_also(bearings), QUICK_REFINED)
+    search.add_from_matches(Hypotheses.joined(pooled, bearings), QUICK_REFINED)
     return search, search.best()
 
 
 def poses_of(found: Sequence[Refined | Polished]) -> Hypotheses:
     """The poses of what was found, in arrays."""
-    none = torch.zeros(0, 3, 3, dtype=torch.float64)
-    R, c = (none, none[:, 0]) if not found else (
-        torch.stack([f.R_cam_from_world for f in found]), torch.stack([f.c_world for f in found])
-    )  # fmt: skip
-    return Hypotheses(R, c)
+    return Hypotheses.joined(
+        *(Hypotheses(f.R_cam_from_world[None], f.c_world[None]) for f in found)
+    )
 
 
 def _distinct(poses: Hypotheses, scores: Tensor, same_m: float, limit: int) -> list[int]:

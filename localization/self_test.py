@@ -13,7 +13,7 @@ import torch
 
 from localization.absolute_pose import angle_deg
 from localization.map import SAME_MODE_DEG, Map, SelfTest
-from localization.matching import QUICK_IMAGES, View
+from localization.matching import QUICK_IMAGES
 from localization.search import SURE, quick_search
 from localization.threads import in_threads
 
@@ -125,8 +125,7 @@ def _located(index: Map, number: int, others: list[int], seed: int) -> _Outcome:
     for i in left_out:
         points[i] = replace(points[i], valid=torch.zeros_like(points[i].valid))
     index = replace(index, points=points)
-    step = max(1, len(view.features) // KEYPOINTS)
-    query = View(view.features.select(slice(None, None, step)), view.camera)
+    query = view.as_query(KEYPOINTS)
     generator = torch.Generator().manual_seed(seed)
     search, answer = quick_search(query, index, others[:QUICK_IMAGES], generator)
     if answer is None:

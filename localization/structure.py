@@ -79,7 +79,9 @@ def joined_points(views: list[View], points: list[Points]) -> Structure:
     """The points of posed views, as `triangulate_views` gives them, joined into tracks."""
     first = torch.tensor([0, *(len(view.features) for view in views)]).cumsum(0)
     anchor, other, similarity = _seen_again(views, points, first)
-    track = _components(int(first[-1]), anchor, other)
+    corner = _corners(views, first)
+    edges = torch.cat([anchor, torch.arange(len(corner))]), torch.cat([other, corner])
+    track = _components(int(first[-1]), *edges)
     member = torch.unique(torch.cat([anchor, other]))
     alike = torch.zeros(int(first[-1]), dtype=similarity.dtype)
     alike = alike.scatter_reduce(0, anchor, similarity, "amax")
@@ -101,7 +103,7 @@ def joined_points(views: list[View], points: list[Points]) -> Structure:
         member - first[view],
     )
     everything = torch.ones(len(point), dtype=torch.bool)
-    return _located(structure._kept(everything), views, points)
+    return _located(structure._kept(everything), views, points, first)
 
 
 def _seen_again(
@@ -132,6 +134,23 @@ def _seen_again(
     return tuple(torch.cat(part) for part in zip(*pairs))
 
 
+def _corners(views: list[View], first: Tensor) -> Tensor:
+    """For each keypoint of all views the first of its view at the same place: of a corner that looks
+    several ways each way is a keypoint.
+    """
+    found = []
+    for view, start in zip(views, first):
+        _, place = torch.unique(view.features.xy_px, dim=0, return_inverse=True)
+        number = torch.arange(len(place))
+        found.append(
+            number.new_zeros(len(place)).scatter_reduce(
+                0, place, number, "amin", include_self=False
+            )[place]
+            + start
+        )
+    return torch.cat(found)
+
+
 def _components(count: int, a: Tensor, b: Tensor) -> Tensor:
     """For each of `count` nodes the smallest number of a node that edges a-b connect it with."""
     label = torch.arange(count)
@@ -144,11 +163,12 @@ def _components(count: int, a: Tensor, b: Tensor) -> Tensor:
         label = new
 
 
-def _located(structure: Structure, views: list[View], points: list[Points]) -> Structure:
+def _located(
+    structure: Structure, views: list[View], points: list[Points], first: Tensor
+) -> Structure:
     """With positions: of the points of its keypoints that which most views see, refined on all of
     its observations; those that do not fit are taken out."""
     cameras, fits = cameras_of(views), torch.zeros(len(structure.point), dtype=torch.bool)
-    first = torch.tensor([0, *(len(view.features) for view in views)]).cumsum(0)
     own = torch.cat([p.position for p in points])
     support = torch.cat([torch.where(p.valid, (p.seen_in >= 0).sum(1), -1) for p in points])
     for start in range(0, len(structure.position), TRACKS_AT_ONCE):

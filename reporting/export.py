@@ -21,7 +21,7 @@ from eval import number_order
 from localization.cameras import Camera, project, quaternion_from_rotation
 from localization.matching import View
 from localization.structure import Structure
-from model import InputError
+from model import InputError, warn
 from reporting.handin import is_own, refuse_unwritable, write_text
 from reporting.pose_file import one_line
 from reporting.poses import PosedFrames, in_file_name, placed, point_colors
@@ -49,6 +49,8 @@ def check_exports(
     taken: list[Path] = []
     for name, path in exports:
         option = f"--export {name} {path}"
+        if not path.strip():
+            raise InputError(f"{option}: the path is empty: name a new file or folder.")
         if name not in FORMATS:
             raise InputError(f"{option}: the format is one of {', '.join(FORMATS)}.")
         names: dict[str, set[str]] = {scene: set() for _, scene in images}
@@ -107,7 +109,8 @@ def write_exports(
                 shutil.rmtree(part, ignore_errors=True)
         elif name == "tum":
             for scene, target in targets.items():
-                write_text(target, _tum(frames, [f for f in found if frames.scenes[f[0]] == scene]))
+                of_scene = [pair for pair in found if frames.scenes[pair[0]] == scene]
+                write_text(target, _tum(frames, of_scene, target))
         else:
             (target,) = targets.values()
             write_text(target, _hloc(frames, found, root))
@@ -170,11 +173,11 @@ def _hloc(frames: PosedFrames, found: Sequence[tuple[int, dict]], root: Path) ->
     )
 
 
-def _tum(frames: PosedFrames, found: Sequence[tuple[int, dict]]) -> str:
+def _tum(frames: PosedFrames, found: Sequence[tuple[int, dict]], target: Path) -> str:
     """A line an image, by time: time, position and quaternion of the camera in the world.
 
     The time is the last number in an image's name; where these do not rise with the names, as seconds
-    of a clock do not, their place in the order of the frames.
+    of a clock do not, their place in the order of the frames, with a warning that names the target.
     """
     found = sorted(found, key=lambda pair: number_order(Path(frames.paths[pair[0]]).name))
     runs = [re.findall(r"[0-9]+(?:\.[0-9]+)?", Path(frames.paths[row]).stem) for row, _ in found]
@@ -183,6 +186,9 @@ def _tum(frames: PosedFrames, found: Sequence[tuple[int, dict]]) -> str:
     if len(times) < len(found) or not rising:
         found = sorted(found, key=lambda pair: pair[0])
         times = [str(row) for row, _ in found]
+        warn(
+            f"{target}: no numbers rise with the images' names, so times are places in their order."
+        )
     lines = []
     for time, (row, answer) in zip(times, found):
         view = placed(frames, row, answer)
@@ -252,7 +258,7 @@ def _colmap(
 
 
 def _camera(camera: Camera) -> str:
-    """MODEL WIDTH HEIGHT PARAMS[]: the simplest of COLMAP's models that holds it."""
+    """MODEL WIDTH HEIGHT PARAMS[]: PINHOLE, or OPENCV where there is distortion."""
     focal, center = [camera.fx, camera.fy], [camera.cx + 0.5, camera.cy + 0.5]
     size = f"{camera.width} {camera.height}"
     if camera == camera.pinhole():

@@ -87,7 +87,7 @@ def _write(file: Path, draw: Callable[[], Block | None]) -> bool:
 
 def in_file_name(scene: str) -> str:
     """A scene as a part of the name of a file, which no folder that it lies in may split."""
-    return scene.replace("/", "_")
+    return scene.replace("/", "__")
 
 
 def earlier_files(output: Path, kind: str) -> list[str]:

@@ -13,7 +13,7 @@ import numpy
 import PIL
 import torch
 
-from eval import Screen, open_streams
+from eval import Screen, open_streams, unusable_files_named
 from model import progress
 
 _screen = sys.stdout  # what `always_printed` prints to: the standard output that `on_screen` found
@@ -21,8 +21,8 @@ _screen = sys.stdout  # what `always_printed` prints to: the standard output tha
 
 @contextmanager
 def on_screen(quiet: bool = False) -> Iterator[None]:
-    """What a script runs in: no progress bars where nobody sees them, and neither a character nor a
-    closed pipe stops it.
+    """What a script runs in: no progress bars where nobody sees them, neither a character nor a closed
+    pipe stops it, and files that cannot be used are named (InputError).
 
     quiet: nothing of what is printed appears, nor bars, but for what is printed inside
     `always_printed`; warnings, on stderr, do. A character that the console's encoding lacks is
@@ -38,6 +38,7 @@ def on_screen(quiet: bool = False) -> Iterator[None]:
         with (
             open(os.devnull, "w", encoding="utf-8", errors="backslashreplace") as nowhere,
             redirect_stdout(nowhere if quiet else _screen),
+            unusable_files_named(),
         ):
             yield
     finally:

@@ -229,7 +229,7 @@ def test_what_matches_alone_tell_counts_where_it_explains_clearly_more(random_wo
         search.refined = [Refined(truth.R_cam_from_world[0], known[0], 9)]
         search.add_from_matches(near, 3)
         assert len(search.polished) == len(search.refined) - 1 == added
-    search.add_from_matches(Hypotheses.none(), 3)
+    search.add_from_matches(Hypotheses.joined(), 3)
     search.refined = []
     search.add_from_matches(near, 3)
     (polished,) = search.polished
