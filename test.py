@@ -220,8 +220,12 @@ def localize(
     frames = task.frames
     with progress() as bar:
 
+        part = ""
+
         def show(name: str, done: int, of: int) -> None:
-            if bar.desc != f"{name}: ":  # the time left is of this part alone
+            nonlocal part
+            if name != part:  # the time left is of this part alone
+                part = name
                 bar.reset(total=of)
                 bar.set_description(name, refresh=False)
             bar.n = done

@@ -39,7 +39,7 @@ _NONE_FOUND = (
 )
 _FALSE = (
     "the pose of {} contradicts the image, which by its matches was taken {:.2f} m and {:.1f} deg from "
-    "there: it is left out of the map"
+    "there (unless two places look alike): it is left out of the map"
 )
 
 

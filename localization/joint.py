@@ -19,7 +19,7 @@ from localization.scoring import Evidence, match_errors, match_slopes
 
 # Robust threshold in standard deviations. The last step has a lower one, that what errs least decides:
 # most keypoints are located far better than their scale says.
-THRESHOLD_SIGMA, FINE_SIGMA = 2.0, 1.0
+THRESHOLD_SIGMA, FINE_SIGMA = 2.0, 0.7
 STEPS = 15
 # With so many tracks matches without points begin to count for less: what nothing confirms errs together
 # where things repeat.

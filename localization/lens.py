@@ -11,10 +11,18 @@ from torch import Tensor
 
 from localization.absolute_pose import angle_deg, pose_deviation
 from localization.cameras import Camera, turned
-from localization.hypotheses import focal_hypotheses
+from localization.hypotheses import focal_hypotheses, pooled_hypotheses
 from localization.joint import LENS, Polished, Tracks, refine_with_points, with_free_lens
 from localization.scoring import Evidence, epipolar_scores
-from localization.search import MANY_TRACKS, Answer, Estimate, Search, poses_of
+from localization.search import (
+    MANY_TRACKS,
+    POLISHED,
+    REFINED,
+    Answer,
+    Estimate,
+    Search,
+    poses_of,
+)
 
 # A lens is another one when it is off by so much (`_lens_change`) and by so many sigmas; it is refined
 # in so many rounds, or until it stays.
@@ -39,8 +47,9 @@ SAME_SHAPE = 0.02
 CUT_SLACK = 0.03
 # No lens is off by more (`_lens_change`).
 ANY_LENS = 1.5
-# The confidence of an answer whose lens is in doubt.
-DOUBTFUL_LENS = 0.1
+# The confidence of an answer whose lens is in doubt, and what is left of it where a lens of its own rests
+# on few tracks.
+DOUBTFUL_LENS, FEW_TRACKS = 0.1, 0.5
 
 
 def with_own_lens(
@@ -65,7 +74,7 @@ def with_own_lens(
         lens = _refined_lens(answer.polished)
         off, told = _is_other(search.query.camera, lens), _is_told(lens)
         known = sure or (_usual_shape(search) and (told or _usual_size(search)))
-        if known and not off and (answer.settled or (answer.supported and told)):
+        if known and not off and answer.settled and (sure or told):
             return _with_lens(answer.estimate, search, given)
         off = (
             off
@@ -86,15 +95,17 @@ def with_own_lens(
         doubt = min(answer.estimate.confidence, DOUBTFUL_LENS)
         return replace(answer.estimate, confidence=doubt) if clear else answer.estimate
     if clear:
-        own = plainest[0]
+        own, answer = plainest[0], _among_rivals(search, plainest[0].answer, generator)
         estimate = replace(
-            own.answer.estimate,
-            camera=own.answer.polished.camera,
-            sigma_m=OWN_SIGMA * own.answer.estimate.sigma_m,
-            sigma_deg=OWN_SIGMA * own.answer.estimate.sigma_deg,
+            answer.estimate,
+            camera=answer.polished.camera,
+            sigma_m=OWN_SIGMA * answer.estimate.sigma_m,
+            sigma_deg=OWN_SIGMA * answer.estimate.sigma_deg,
         )
+        if answer.polished.tracks < MANY_TRACKS:
+            estimate = replace(estimate, confidence=FEW_TRACKS * estimate.confidence)
         if own.odd > SAME_LENS:
-            sigmas = _sigmas_of_any_lens(own.answer.polished)
+            sigmas = _sigmas_of_any_lens(answer.polished)
             estimate = _at_least(estimate, *(OWN_SIGMA * sigma for sigma in sigmas))
         return _as_far_as(estimate, plainest)
     if answer is None:
@@ -102,6 +113,9 @@ def with_own_lens(
     estimate = _with_lens(answer.estimate, search, given)
     if not known:
         estimate = _at_least(estimate, *_sigmas_of_any_lens(answer.polished))
+    if not told:  # at most the size of the image speaks for the lens
+        rivals = [other for other in found if DOUBTFUL_SCORE * other.explained > least]
+        estimate = _as_far_as(estimate, rivals)
     if not (off or better):
         return estimate
     estimate = replace(estimate, confidence=min(estimate.confidence, DOUBTFUL_LENS))
@@ -359,6 +373,22 @@ def _off(a: Camera, b: Camera) -> float:
     if min(focals) <= 0 or not all(map(math.isfinite, focals)):
         return math.inf
     return max(map(abs, _lens_change(a, b)))
+
+
+def _among_rivals(search: Search, own: Answer, generator: torch.Generator) -> Answer:
+    """An answer with a lens near the query's own, or what explains more with that lens elsewhere; as
+    sure as the other places allow that the query may be at with it.
+    """
+    camera = own.polished.camera
+    query, evidence = replace(search.query, camera=camera), search.evidence.seen_with(camera)
+    everywhere = Search(query, search.index, search.order, evidence)
+    everywhere.add(pooled_hypotheses(evidence, generator), REFINED, POLISHED)
+    everywhere.polished.append(own.polished)
+    best = everywhere.best()
+    if float((best.polished.c_world - own.polished.c_world).norm()) > search.index.place_m:
+        own = _searched_with(search, best.polished) or own
+    confidence = min(own.estimate.confidence, best.estimate.confidence)
+    return replace(own, estimate=replace(own.estimate, confidence=confidence))
 
 
 def _searched_with(search: Search, start: Polished) -> Answer | None:

@@ -4,9 +4,9 @@ The index images of one world are matched with each other and triangulated once;
 located first: the map tests itself. Each query is matched with its most similar index images, P3P
 gives hypotheses, one score judges them, the best are refined and polished, and the answer is chosen
 by how far its score is what is to be expected there. A query that is an index image has its pose.
-Sure queries then serve as index images for the rest. Only what is unsure even so is searched further:
-with each index image alone, with another lens. What is never sure is answered by the pose of
-least expected error; the others' poses are refined once more. Every answer names its method.
+Sure queries then serve as index images for the rest. What is unsure even so is searched further, with
+each index image alone. Then the query's lens is looked at. What is never sure is answered by the pose
+of least expected error; the others' poses are refined once more. Every answer names its method.
 """
 
 import functools

@@ -46,19 +46,20 @@ SURE = 0.5
 FEW_INLIERS, USUAL_INLIERS = 30, 0.075
 # Of what right poses were refined on this share agrees, of wrong ones or ones with a wrong lens less.
 GOOD_FIT, NO_FIT = 0.8, 0.6
-# A sure answer with so many tracks of which so large a share agrees is settled.
-MANY_TRACKS, WELL_FIT = 100, 0.85
+# An answer so confident with so many tracks of which so large a share agrees is settled.
+WELL_SURE, MANY_TRACKS, WELL_FIT = 0.8, 100, 0.85
 
 
 @dataclass(frozen=True)
 class Estimate(Guess):
     """A query's pose, how it was found and how far to trust it.
 
-    R_world_from_cam (3, 3), c_world (3,) float64; method: name of what gave the pose; inliers:
-    keypoints that agree; sigma_m, sigma_deg: standard deviations of position and rotation (infinite
-    where unknown); confidence: 0..1; camera: the lens of its own that the query was found to have,
-    None where the given one explains it; fine: R_world_from_cam and c_world after the last
-    refinement, if there was one, which take the others' place when nothing is left to decide.
+    R_world_from_cam (3, 3), c_world (3,) float64; method: what gave the pose ("pnp", "same image",
+    "essential", "rotation", "retrieval"); inliers: keypoints that agree; sigma_m, sigma_deg: standard
+    deviations of position and rotation (infinite where unknown); confidence: 0..1; camera: the lens
+    of its own that the query was found to have, None where the given one explains it; fine:
+    R_world_from_cam and c_world after the last refinement, if there was one, which take the others'
+    place when nothing is left to decide.
     """
 
     confidence: float
@@ -79,14 +80,10 @@ class Answer:
     polished: Polished
 
     @property
-    def supported(self) -> bool:
-        """Whether it is sure, and rests on many tracks."""
-        return self.polished.tracks >= MANY_TRACKS and self.estimate.confidence >= SURE
-
-    @property
     def settled(self) -> bool:
-        """Whether it is sure, and rests on much that fits: nothing else need be tried."""
-        return self.supported and self.polished.fit >= WELL_FIT
+        """Whether it is well sure, and rests on many tracks that fit: nothing else need be tried."""
+        many_fit = self.polished.tracks >= MANY_TRACKS and self.polished.fit >= WELL_FIT
+        return many_fit and self.estimate.confidence >= WELL_SURE
 
 
 @dataclass

@@ -103,7 +103,7 @@ def joined_points(views: list[View], points: list[Points]) -> Structure:
         member - first[view],
     )
     everything = torch.ones(len(point), dtype=torch.bool)
-    return _located(structure._kept(everything), views, points, first)
+    return _located(structure._kept(everything), views, points)
 
 
 def _seen_again(
@@ -163,12 +163,11 @@ def _components(count: int, a: Tensor, b: Tensor) -> Tensor:
         label = new
 
 
-def _located(
-    structure: Structure, views: list[View], points: list[Points], first: Tensor
-) -> Structure:
+def _located(structure: Structure, views: list[View], points: list[Points]) -> Structure:
     """With positions: of the points of its keypoints that which most views see, refined on all of
     its observations; those that do not fit are taken out."""
     cameras, fits = cameras_of(views), torch.zeros(len(structure.point), dtype=torch.bool)
+    first = torch.tensor([0, *(len(view.features) for view in views)]).cumsum(0)
     own = torch.cat([p.position for p in points])
     support = torch.cat([torch.where(p.valid, (p.seen_in >= 0).sum(1), -1) for p in points])
     for start in range(0, len(structure.position), TRACKS_AT_ONCE):

@@ -288,6 +288,17 @@ SCENES = {
     "scene that is not there": in_test(
         lambda w: None, "P009", "P001", "P002", argv=["--scenes", "P001", "P009"]
     ),
+    "names too long": in_test(lambda w: None, "a{300}", argv=["--camera", "a" * 300]),
+    "a scene's name too long": in_test(lambda w: None, "b{300}", argv=["--scenes", "b" * 300]),
+    "a scene without name": in_test(lambda w: None, "empty scene", argv=["--scenes", ""]),
+    "an export's name too long": in_test(
+        lambda w: None, "c{300}", argv=["--export", "tum", "c" * 300]
+    ),
+    "an export without name": in_test(lambda w: None, "path is empty", argv=["--export", "tum", ""]),
+    "a checkpoint's name too long": in_test(
+        lambda w: None, "d{300}", argv=["--checkpoint", "d" * 300]
+    ),
+    "lists' name too long": in_base(lambda w: None, "f{300}", argv=["--dataset", "f" * 300]),
     "one frame in all": in_test(leave_one_frame, "(?i)index image"),
     "no pose left": in_test(lose_all_poses, "(?i)index image"),
 }

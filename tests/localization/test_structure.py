@@ -43,6 +43,8 @@ def test_a_keypoint_has_one_point_and_a_point_one_keypoint_an_image(random_world
     assert len(found.position) > 100
     for key in (found.view * 10_000 + found.keypoint, found.view * 100_000 + found.point):
         assert len(key.unique()) == len(key)
+    places = [tuple(twice[v].features.xy_px[k].tolist()) for v, k in zip(found.view.tolist(), found.keypoint.tolist())]
+    assert len(set(zip(found.view.tolist(), places))) == len(places)
     assert int(torch.bincount(found.point).min()) >= 2
     assert found.point.unique().tolist() == list(range(len(found.position)))
 

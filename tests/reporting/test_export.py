@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from scipy.spatial.transform import Rotation
 
+import model
 from localization.cameras import OPENCV, Camera, poses_to_file, project, rays
 from localization.structure import structure_of
 from localization.triangulation import triangulate_views
@@ -138,7 +139,10 @@ def test_poses_as_tums_trajectory_of_each_scene(run, tmp_path):
         (["12-33-59", "12-34-01", "a", "x"], ["0", "5"]),  # a clock's seconds
     ],
 )
-def test_times_are_the_last_numbers_of_names_that_these_tell_apart(stems, times, run, tmp_path):
+def test_times_are_the_last_numbers_of_names_that_these_tell_apart(
+    stems, times, run, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(model, "WARNINGS", [])
     frames, answers, *rest = run
     for row, stem in zip((0, 5, 3, 7), stems):
         frames.paths[row] = frames.paths[row].with_name(f"{stem}.png")
@@ -146,6 +150,8 @@ def test_times_are_the_last_numbers_of_names_that_these_tell_apart(stems, times,
     export.write_exports([("tum", str(tmp_path / "est.txt"))], frames, answers, *rest)
     lines = (tmp_path / "est_P001.txt").read_text().splitlines()
     assert [line.split()[0] for line in lines if line[0] != "#"] == times
+    said = capsys.readouterr().err
+    assert ("est_P001.txt: no numbers rise with the images' names" in said) == (times == ["0", "5"])
 
 
 def test_an_image_from_elsewhere_is_named_as_it_was_given(run, tmp_path):
