@@ -34,6 +34,8 @@ MIN_POINTS = 12
 OTHER_LENS, OWN_SCORE, DOUBTFUL_SCORE = 0.05, 1.4, 1.15
 # With so many times as much it is even with few tracks.
 CLEAR_SCORE = 3.0
+# A settled answer confirms its lens if it is so confident.
+WELL_SURE = 0.8
 # Poses with a lens of their own err by so many times the standard deviations that parts of the image
 # tell. More of a lens than its focal length is another if it is off by so many times more of them.
 OWN_SIGMA, MORE_SIGMA = 2.0, 3.0
@@ -58,8 +60,8 @@ def with_own_lens(
     """The estimate after a look at the query's lens: that of another, if that explains clearly
     more.
 
-    The lens is refined beside the answer's pose; where it is not the given one, or the answer is
-    not settled, the query is searched for with the lenses that its matches suggest. Where neither the
+    The lens is refined beside the answer's pose; where it is not the given one, or the answer does
+    not confirm it, the query is searched for with the lenses that its matches suggest. Where neither the
     size of the image nor its matches tell the lens, for it may be a part of an image, the standard
     deviations are those of a pose with any lens. One that is said to be the query's stays, in doubt
     where another explains clearly more.
@@ -74,7 +76,7 @@ def with_own_lens(
         lens = _refined_lens(answer.polished)
         off, told = _is_other(search.query.camera, lens), _is_told(lens)
         known = sure or (_usual_shape(search) and (told or _usual_size(search)))
-        if known and not off and answer.settled and (sure or told):
+        if known and not off and _confirms_its_lens(answer, sure or told):
             return _with_lens(answer.estimate, search, given)
         off = (
             off
@@ -344,6 +346,11 @@ def _refined_lens(pose: Polished) -> Polished:
     return with_free_lens(lens) if pose.tracks >= MANY_TRACKS else lens
 
 
+def _confirms_its_lens(answer: Answer, told: bool) -> bool:
+    """Whether no other lens need be tried; told: whether the lens is known, or by the matches."""
+    return told and answer.settled and answer.estimate.confidence >= WELL_SURE
+
+
 def _is_told(lens: Polished) -> bool:
     """Whether the matches tell the focal length well enough for a lens of the query's own to show."""
     return SAME_LENS_SIGMA * float(lens.lens_sigma[0]) < SAME_LENS
@@ -386,7 +393,9 @@ def _among_rivals(search: Search, own: Answer, generator: torch.Generator) -> An
     everywhere.polished.append(own.polished)
     best = everywhere.best()
     if float((best.polished.c_world - own.polished.c_world).norm()) > search.index.place_m:
-        own = _searched_with(search, best.polished) or own
+        rival = _searched_with(search, best.polished)
+        if rival and _explained(search, rival.polished) > _explained(search, own.polished):
+            own = rival
     confidence = min(own.estimate.confidence, best.estimate.confidence)
     return replace(own, estimate=replace(own.estimate, confidence=confidence))
 

@@ -46,8 +46,8 @@ SURE = 0.5
 FEW_INLIERS, USUAL_INLIERS = 30, 0.075
 # Of what right poses were refined on this share agrees, of wrong ones or ones with a wrong lens less.
 GOOD_FIT, NO_FIT = 0.8, 0.6
-# An answer so confident with so many tracks of which so large a share agrees is settled.
-WELL_SURE, MANY_TRACKS, WELL_FIT = 0.8, 100, 0.85
+# A sure answer with so many tracks of which so large a share agrees is settled.
+MANY_TRACKS, WELL_FIT = 100, 0.85
 
 
 @dataclass(frozen=True)
@@ -81,9 +81,9 @@ class Answer:
 
     @property
     def settled(self) -> bool:
-        """Whether it is well sure, and rests on many tracks that fit: nothing else need be tried."""
+        """Whether it is sure, and rests on many tracks that fit: no further pose need be tried."""
         many_fit = self.polished.tracks >= MANY_TRACKS and self.polished.fit >= WELL_FIT
-        return many_fit and self.estimate.confidence >= WELL_SURE
+        return many_fit and self.estimate.confidence >= SURE
 
 
 @dataclass
