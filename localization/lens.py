@@ -51,7 +51,7 @@ CUT_SLACK = 0.03
 ANY_LENS = 1.5
 # The confidence of an answer whose lens is in doubt, and what is left of it where a lens of its own rests
 # on few tracks.
-DOUBTFUL_LENS, FEW_TRACKS = 0.1, 0.5
+DOUBTFUL_LENS, UNPROVEN_LENS = 0.1, 0.5
 
 
 def with_own_lens(
@@ -105,7 +105,7 @@ def with_own_lens(
             sigma_deg=OWN_SIGMA * answer.estimate.sigma_deg,
         )
         if answer.polished.tracks < MANY_TRACKS:
-            estimate = replace(estimate, confidence=FEW_TRACKS * estimate.confidence)
+            estimate = replace(estimate, confidence=UNPROVEN_LENS * estimate.confidence)
         if own.odd > SAME_LENS:
             sigmas = _sigmas_of_any_lens(answer.polished)
             estimate = _at_least(estimate, *(OWN_SIGMA * sigma for sigma in sigmas))
