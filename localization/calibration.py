@@ -267,13 +267,13 @@ def calibrate(
     start = _zoomed(np.log(prior))
     steps = [] if focal_known else [FOCAL, TALLER]
     steps += [CENTER] if one_size.enough() and not focal_known else []
-    found = refined(lens, start, read.focal, steps) if pairs.enough() else start
-    if not camera.k1 and pairs.enough():
-        bent = refined(lens, start, read.focal, [*steps, K1])
+    bent_steps = steps if camera.k1 else [*steps, K1]
+    found = refined(lens, start, read.focal, bent_steps) if pairs.enough() else start
+    if found[3] and lens.shares(found)[0] < MIN_SHARE:
         # In a scene that explains little any lens fits something by chance.
-        clearly = lens.score(bent) >= CLEARLY_MORE * lens.score(found)
-        if clearly or lens.shares(bent)[0] >= MIN_SHARE:
-            found = bent
+        straight = refined(lens, start, read.focal, steps)
+        if lens.score(found) < CLEARLY_MORE * lens.score(straight):
+            found = straight
     if source == "guess" and found[0] == start[0]:
         found = found + _zoomed(np.log(read.focal / prior))
     cameras = {size: _camera(camera, found)}

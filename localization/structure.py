@@ -142,12 +142,8 @@ def _corners(views: list[View], first: Tensor) -> Tensor:
     for view, start in zip(views, first):
         _, place = torch.unique(view.features.xy_px, dim=0, return_inverse=True)
         number = torch.arange(len(place))
-        found.append(
-            number.new_zeros(len(place)).scatter_reduce(
-                0, place, number, "amin", include_self=False
-            )[place]
-            + start
-        )
+        least = torch.full_like(number, len(number)).scatter_reduce(0, place, number, "amin")
+        found.append(start + least[place])
     return torch.cat(found)
 
 

@@ -43,10 +43,24 @@ def test_a_keypoint_has_one_point_and_a_point_one_keypoint_an_image(random_world
     assert len(found.position) > 100
     for key in (found.view * 10_000 + found.keypoint, found.view * 100_000 + found.point):
         assert len(key.unique()) == len(key)
-    places = [tuple(twice[v].features.xy_px[k].tolist()) for v, k in zip(found.view.tolist(), found.keypoint.tolist())]
-    assert len(set(zip(found.view.tolist(), places))) == len(places)
     assert int(torch.bincount(found.point).min()) >= 2
     assert found.point.unique().tolist() == list(range(len(found.position)))
+
+
+def test_a_corner_that_is_matched_two_ways_is_one_point(random_world, random_poses):
+    """As keypoints of two orientations are: at one place, each with its own like in the other images."""
+    _, views = views_of(random_world, random_poses, count=5)
+
+    def both_ways(view):
+        other = replace(view.features, descriptors=view.features.descriptors.roll(1, dims=1))
+        pairs = zip(vars(view.features).values(), vars(other).values())
+        return replace(view, features=Features(*(torch.cat(pair) for pair in pairs)))
+
+    views = [both_ways(view) for view in views]
+    found = joined_points(views, triangulate_views(views))
+    seen = zip(found.view.tolist(), found.keypoint.tolist())
+    places = [(v, *views[v].features.xy_px[k].tolist()) for v, k in seen]
+    assert len(places) > 200 and len(set(places)) == len(places)
 
 
 def test_what_some_views_show(random_world, random_poses):
